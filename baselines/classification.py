@@ -1,0 +1,33 @@
+"""Plain classification of ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ordinalclip.heads import Head, HeadContext, Outputs, Targets, at_least_float32
+from ordinalclip.losses import cross_entropy
+
+
+class CNNHead(Head):
+    """The "CNN head" of the OrdinalCLIP paper: cosine classifier, cross-entropy, no text (Li et al. 2022, table 1).
+
+    Normalised features times a bias-free linear layer with normalised rows.
+
+    Args:
+        scale: factor of the cosine.
+    """
+
+    def __init__(self, context: HeadContext, scale: float = 100.0):
+        super().__init__(context)
+        self.scale = scale
+        self.weight = nn.Parameter(nn.Linear(context.input_dim, len(context.ranks), bias=False).weight.detach().clone())
+
+    def forward(self, features: Tensor) -> Outputs:
+        with torch.autocast(features.device.type, enabled=False):
+            features = normalize(at_least_float32(features), dim=-1)
+            return {"logits": self.scale * features @ normalize(self.weight, dim=-1).t()}
+
+    def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        return {"loss": cross_entropy(outputs["logits"], targets.ranks, targets.weights)}

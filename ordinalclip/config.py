@@ -1,0 +1,290 @@
+"""Typed run configuration: YAML files, dotted overrides, and errors that name the key."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from ordinalclip.backbones import near_matches
+from ordinalclip.heads import Decoding, head_class, head_options
+from ordinalclip.ranks import Ranks
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class AugmentConfig(Section):
+    crop_ratio: float = Field(
+        256 / 224, ge=1, description="resize to this many times the input size before the random crop"
+    )
+    flip: bool = Field(False, description="mirror left-right with probability 1/2")
+    flip_vertical: bool = Field(False, description="mirror top-bottom with probability 1/2")
+    quarter_turns: bool = Field(False, description="rotate by a random multiple of 90 degrees")
+    rotate: float = Field(0.0, ge=0, description="largest rotation in degrees")
+    shift: float = Field(0.0, ge=0, lt=1, description="largest shift as a share of the size")
+    scale: tuple[float, float] = Field((1.0, 1.0), description="smallest and largest zoom")
+    contrast: float = Field(0.0, ge=0, le=1, description="largest relative change of contrast")
+    brightness: float = Field(0.0, ge=0, le=1, description="largest relative change of brightness")
+
+
+class RanksConfig(Section):
+    values: list[float] | None = Field(
+        None, description="rank values in the label's unit; default: the distinct training labels"
+    )
+    names: list[str] | None = Field(None, description="a name per rank; default: the value")
+    low: float | None = Field(None, description="first of `num` evenly spaced rank values")
+    high: float | None = Field(None, description="last of `num` evenly spaced rank values")
+    num: int | None = Field(None, ge=2, description="number of evenly spaced ranks from low to high")
+    unit: str = Field("", description="unit of the values, e.g. years")
+    edges: list[float] | None = Field(None, description="bin edges; default: a label takes the nearest rank value")
+    tolerance: float | None = Field(None, ge=0, description="how far outside the ranks a label may lie")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> RanksConfig:
+        evenly = [self.low, self.high, self.num]
+        if any(part is not None for part in evenly):
+            if self.values is not None:
+                raise ValueError("give either values or low / high / num, not both")
+            if any(part is None for part in evenly):
+                raise ValueError("low, high and num belong together")
+        return self
+
+    def build(self, labels: Iterable[float]) -> Ranks:
+        """The ranks: as given, or the distinct values of the training labels (at most 200)."""
+        values = self.values
+        if self.low is not None and self.high is not None and self.num is not None:
+            values = list(Ranks.linear(self.low, self.high, self.num).values)
+        if values is None:
+            values = sorted(set(labels))
+            if len(values) > 200:
+                raise ValueError(
+                    f"the training labels have {len(values)} distinct values; "
+                    "set ranks.values, or ranks.low, high and num"
+                )
+        names = tuple(self.names) if self.names else None
+        edges = tuple(self.edges) if self.edges else None
+        return Ranks(tuple(values), names, self.unit, edges, self.tolerance)
+
+
+class DataConfig(Section):
+    source: Literal["gauges", "table", "hub"] = Field(
+        "gauges", description="generated gauges, files with a table, or a `datasets` name"
+    )
+    root: str = Field("", description="folder that image paths and table names start from")
+    table: str = Field(
+        "", description="CSV, Parquet or list file (`path label [label ...]`) with all rows, to be split"
+    )
+    train_table: str = Field("", description="table of the training part, instead of `table`")
+    validation_table: str = Field("", description="table of the validation part")
+    test_table: str = Field("", description="table of the test part")
+    hub: str = Field("", description="name or folder for datasets.load_dataset")
+    image_column: str = Field("image", description="column with the image or its path")
+    label_column: str = Field("label", description="column with the label, a number in the label's unit")
+    split_column: str = Field("", description="column that says train / validation / test, instead of a random split")
+    split: tuple[float, float, float] = Field(
+        (0.6, 0.15, 0.25), description="shares of train, validation and test in a random split"
+    )
+    split_seed: int | None = Field(
+        None, ge=0, description="seed of the split and of few-shot draws; default: the run's seed"
+    )
+    stratify: list[str] = Field([], description="columns whose every combination is split in the same shares")
+    group: str = Field("", description="column (subject, duplicate) whose equal rows stay in one part")
+    shots: int | None = Field(None, ge=1, description="few-shot: this many random training images per rank")
+    kinds: list[str] = Field(["thermometer"], description="gauges: kinds of instrument")
+    num_train: int = Field(64, ge=1, description="gauges: training images")
+    num_validation: int = Field(100, ge=1, description="gauges: validation images")
+    num_test: int = Field(500, ge=1, description="gauges: test images")
+    workers: int = Field(0, ge=0, description="processes that decode images")
+    cache_mb: int = Field(512, ge=0, description="memory for decoded, resized training images; 0 switches it off")
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataConfig:
+        if self.source != "table" and (self.table or self.train_table):
+            raise ValueError(f"a table is given, but source is {self.source}; set data.source=table")
+        if self.source == "table" and not (self.table or self.train_table):
+            raise ValueError("source table needs data.table, or data.train_table with validation_table and test_table")
+        if self.table and self.train_table:
+            raise ValueError("give either data.table or data.train_table, not both")
+        if self.source == "hub" and not self.hub:
+            raise ValueError("source hub needs data.hub")
+        if self.stratify and self.group:
+            raise ValueError("a split is stratified or grouped, not both")
+        if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6 or self.split[0] == 0:
+            raise ValueError(f"split must be three shares that add up to 1, the first above 0, got {self.split}")
+        return self
+
+
+class ModelConfig(Section):
+    backbone: str = Field("tiny", description="image encoder: tiny, open_clip:NAME/PRETRAINED, timm:NAME[/pretrained]")
+    text: str = Field("", description="text tower, as a backbone spec; default: that of the backbone")
+    load_weights: bool = Field(
+        True, description="load the backbone's weights; false: its architecture with random weights"
+    )
+    batch_norm: Literal["frozen", "sync", "local"] = Field(
+        "frozen", description="statistics of BatchNorm layers in training"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the image features")
+
+
+class TrainConfig(Section):
+    max_steps: int = Field(1000, ge=0, description="optimiser steps")
+    epochs: float | None = Field(None, gt=0, description="instead of max_steps: passes over the training part")
+    batch_size: int = Field(32, ge=1, description="global batch, over all processes")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="images encoded at once in one process; default: all of its share"
+    )
+    optimizer: Literal["adamw", "radam"] = Field(
+        "adamw", description="adamw or radam, both with decoupled weight decay"
+    )
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    lr_encoder: float | None = Field(None, ge=0, description="of the image encoder; default: lr")
+    lr_prompts: float | None = Field(None, ge=0, description="of context and rank embeddings; default: lr")
+    lr_head: float | None = Field(None, ge=0, description="of all else in the head, projection included; default: lr")
+    weight_decay: float = Field(5e-4, ge=0, description="decoupled weight decay, not applied to biases and norms")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up: cosine to 0, or constant")
+    clip_grad_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
+    freeze: list[str] = Field([], description="patterns of parameter names that stay as they are, e.g. encoder.*")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="autocast dtype; logits and losses stay float32"
+    )
+    precision: Literal["float32", "float64"] = Field("float32", description="dtype of the weights")
+    eval_every: int | None = Field(None, ge=1, description="steps between validations; default: a tenth of the run")
+    patience: int | None = Field(None, ge=1, description="stop after this many validations without a better MAE")
+    select: Literal["best", "last"] = Field(
+        "best", description="which step becomes model/: best validation MAE, or the last"
+    )
+    keep_checkpoints: int = Field(1, ge=1, description="newest checkpoints to keep, besides the best one")
+    resume: str = Field("none", description="none, auto (newest checkpoint of output_dir) or a checkpoint folder")
+    log_every: int = Field(10, ge=1, description="steps between writes to log.jsonl (one row per step all the same)")
+    trackers: list[str] = Field([], description="Accelerate trackers, e.g. tensorboard, wandb")
+
+
+class EvaluationConfig(Section):
+    batch_size: int = Field(256, ge=1, description="images at once in one process")
+    decoding: Decoding = Field("median", description="how the saved model turns a distribution into one value")
+    cs: list[float] = Field([5.0], description="CS@k: share of errors of at most k, in the label's unit")
+    test: bool = Field(True, description="read the test part at the end of training")
+
+
+class RunConfig(Section):
+    output_dir: str = Field("runs/default", description="run folder")
+    seed: int = Field(1, ge=0, description="of initial weights, order of samples and augmentation")
+    method: str = Field("ordinalclip", description="head: ordinalclip, coop, zero_shot, or one of baselines/")
+    head: dict[str, Any] = Field({}, description="options of the method, e.g. head.num_base_ranks=5")
+    data: DataConfig = DataConfig()
+    ranks: RanksConfig = RanksConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _head_options(self) -> RunConfig:
+        self.head = parse_config(self.head, f"options of method {self.method!r}", head_section(self.method), "head.")
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole configuration, defaults included, as YAML."""
+        Path(path).write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply dotted overrides, check every key and value.
+
+    Args:
+        path: a YAML file; None for the defaults.
+        overrides: "key=value" with dotted keys; values are YAML, e.g. "train.lr=1e-3", "data.kinds=[dial, tank]".
+
+    Raises:
+        ValueError: an unreadable file, an unknown key (with the nearest valid one), a value of the wrong type or
+            outside its range. The message names the file or override and the key.
+    """
+    return parse_config(apply_overrides(read_yaml(path), overrides), str(path or "configuration"))
+
+
+def read_yaml(path: str | Path | None) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty one for None.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: not YAML, or not a mapping.
+    """
+    if path is None:
+        return {}
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such configuration file")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: a configuration is a mapping of keys to values, got {type(content).__name__}")
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of nested `content` with dotted "key=value" overrides applied; values are parsed as YAML."""
+    content = yaml.safe_load(yaml.safe_dump(content))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {override!r}: write key=value, e.g. train.lr=1e-3")
+        *parents, last = key.strip().split(".")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"override {override!r}: {parent} is a value, not a section")
+        place[last] = yaml.safe_load(text)
+    return content
+
+
+def parse_config(content: dict[str, Any], source: str, section: type[Section] = RunConfig, prefix: str = "") -> Any:
+    """Check a mapping against a section; every problem in one ValueError, each with its dotted key.
+
+    Returns:
+        the section; for a method's options (`head_section`), those that were set as a dict.
+    """
+    try:
+        checked = section.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(problem, section, prefix) for problem in error.errors()]
+        raise ValueError(f"{source}: " + "; ".join(lines)) from None
+    return checked.model_dump(exclude_unset=True) if prefix else checked
+
+
+def head_section(method: str) -> type[Section]:
+    """The options of a method, from the signature of its class, as a section that checks their types."""
+    hints = typing.get_type_hints(head_class(method).__init__)
+    fields: dict[str, Any] = {name: (hints.get(name, Any), default) for name, default in head_options(method).items()}
+    return create_model(f"{method} options", __base__=Section, **fields)
+
+
+def _explain(problem: Any, section: type[Section], prefix: str) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        names = [prefix + name for name, _, _ in describe(section)]
+        known = names if "." in key or prefix else [*names, *section.model_fields]
+        return f"{prefix}{key} is not a key; {near_matches(prefix + key, known)}"
+    key = prefix + key if key else ""
+    given = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    return (f"{key}: " if key else "") + problem["msg"].removeprefix("Value error, ") + (given if key else "")
+
+
+def describe(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every dotted key with its default and description."""
+    for name, info in section.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from describe(annotation, f"{prefix}{name}.")
+        else:
+            choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+            allowed = f" [{', '.join(map(str, choices))}]" if choices else ""
+            yield f"{prefix}{name}", info.default, (info.description or "") + allowed

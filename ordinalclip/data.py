@@ -1,0 +1,288 @@
+"""Data in: gauges, tables of image paths or `datasets` -> three parts with images, labels and ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from ordinalclip.backbones import PixelSpec
+from ordinalclip.config import DataConfig, RanksConfig
+from ordinalclip.gauges import make_gauges
+from ordinalclip.images import BrokenImageError, load_image, resize
+from ordinalclip.progress import Progress
+from ordinalclip.ranks import Ranks
+
+PARTS = ("train", "validation", "test")
+
+
+class ImageCache:
+    """Decoded images in memory, up to a budget in bytes; what does not fit is decoded again each time."""
+
+    def __init__(self, budget: int):
+        self.budget, self.free = budget, budget
+        self.images: dict[Hashable, Image.Image] = {}
+
+    def get(self, key: Hashable, decode: Callable[[], Image.Image]) -> Image.Image:
+        """The cached image of a key, or the decoded one."""
+        if key in self.images:
+            return self.images[key]
+        image = decode()
+        cost = image.width * image.height * 3
+        if cost <= self.free:
+            self.free -= cost
+            self.images[key] = image
+        return image
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the data.
+
+    Attributes:
+        rows: a `datasets.Dataset` whose image column is not decoded.
+        image_column: its name.
+        values: (N,) float64 labels in the label's unit.
+        names: what a row is called in errors and prediction files: its path, or "row N".
+        ranks: (N,) int64 rank of each label.
+        root: folder that relative paths start from.
+        cache: decoded and resized images.
+    """
+
+    rows: datasets.Dataset
+    image_column: str
+    values: np.ndarray
+    names: Sequence[str]
+    ranks: np.ndarray
+    root: str = ""
+    cache: ImageCache = field(default_factory=lambda: ImageCache(0), compare=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded RGB image of a row.
+
+        Raises:
+            BrokenImageError: naming the row.
+        """
+        source = self.rows[int(index)][self.image_column]
+        if isinstance(source, str):
+            source = os.path.join(self.root, source)
+        return load_image(source, self.names[index])
+
+    def resized(self, index: int, spec: PixelSpec, size: int | None = None) -> Image.Image:
+        """The decoded image, resized to `size` (default: the encoder's) and kept in the cache while there is room."""
+        key = (index, size or spec.size, spec.resize, spec.interpolation)
+        return self.cache.get(key, lambda: resize(self.image(index), spec, size))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> Part:
+        """The given rows, in the given order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        return replace(
+            self,
+            rows=self.rows.select(indices),
+            values=self.values[indices],
+            names=[self.names[i] for i in indices],
+            ranks=self.ranks[indices],
+            cache=ImageCache(self.cache.budget),
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Training, validation and test part and their label space; validation and test may be absent."""
+
+    train: Part
+    validation: Part | None
+    test: Part | None
+    ranks: Ranks
+
+
+def load_parts(config: DataConfig, ranks: RanksConfig, seed: int) -> Parts:
+    """Read, split and check the data of a run.
+
+    Args:
+        config: where the data is and how it is split.
+        ranks: the label space; by default the distinct labels of the training part.
+        seed: the run's seed, used for the split unless `config.split_seed` is set.
+
+    Raises:
+        FileNotFoundError: a table or images that do not exist.
+        ValueError: missing columns, labels that are no numbers or outside the ranks, empty parts; the message names
+            the file and row.
+    """
+    seed = seed if config.split_seed is None else config.split_seed
+    if config.source == "gauges":
+        raw = _gauges(config, seed)
+    elif config.source == "hub":
+        loaded = datasets.load_dataset(config.hub)
+        raw = {part: loaded[part] for part in PARTS if part in loaded}
+    elif config.table:
+        raw = {"all": _read_table(_under(config.root, config.table), config)}
+    else:
+        given = {"train": config.train_table, "validation": config.validation_table, "test": config.test_table}
+        raw = {part: _read_table(_under(config.root, table), config) for part, table in given.items() if table}
+    return make_parts(raw, config, ranks, seed)
+
+
+def make_parts(raw: dict[str, datasets.Dataset], config: DataConfig, ranks: RanksConfig, seed: int) -> Parts:
+    """`Parts` from datasets in memory: {"train": ..., "validation": ..., "test": ...}, or one dataset to be split.
+
+    Images may be of any kind that `load_image` takes; labels are numbers.
+    """
+    root = config.root or (str(Path(config.table or config.train_table).parent) if config.source == "table" else "")
+    loose = {name: _part(rows, config, name, root) for name, rows in raw.items()}
+    if len(loose) == 1:
+        (whole,) = loose.values()
+        loose = {part: whole.select(rows) for part, rows in split_rows(whole, config, seed).items()}
+    if "train" not in loose or len(loose["train"]) == 0:
+        raise ValueError(f"no training rows; parts found: { {name: len(part) for name, part in loose.items()} }")
+    label_space = ranks.build(loose["train"].values.tolist())
+    named = {
+        name: replace(part, ranks=label_space.rank_of(part.values, part.names).numpy())
+        for name, part in loose.items()
+        if len(part)
+    }
+    if config.shots is not None:
+        named["train"] = few_shot(named["train"], config.shots, seed)
+    return Parts(named["train"], named.get("validation"), named.get("test"), label_space)
+
+
+def few_shot(part: Part, shots: int, seed: int) -> Part:
+    """At most `shots` random rows of every rank, drawn by their own generator."""
+    rng = np.random.default_rng([seed, 1])
+    chosen = [rng.permutation(np.flatnonzero(part.ranks == rank))[:shots] for rank in np.unique(part.ranks)]
+    return part.select(np.sort(np.concatenate(chosen)))
+
+
+def split_rows(part: Part, config: DataConfig, seed: int) -> dict[str, np.ndarray]:
+    """Row indices of train, validation and test.
+
+    By `split_column` if given; else at random in the shares `split`, stratified by columns or keeping groups whole.
+    """
+    if config.split_column:
+        given = np.asarray([str(value) for value in part.rows[_column(part.rows, config.split_column)]])
+        unknown = sorted(set(given) - set(PARTS))
+        if unknown:
+            raise ValueError(f"column {config.split_column!r} holds {unknown}; allowed are {', '.join(PARTS)}")
+        return {name: np.flatnonzero(given == name) for name in PARTS}
+    rng = np.random.default_rng([seed, 0])
+    if config.group:
+        _, group = np.unique(_as_strings(part, config.group), return_inverse=True)
+        chunks = _cut(rng.permutation(group.max() + 1), config.split)
+        return {name: np.flatnonzero(np.isin(group, chunk)) for name, chunk in zip(PARTS, chunks, strict=True)}
+    strata = np.zeros(len(part), dtype=np.int64)
+    for column in config.stratify:
+        _, code = np.unique(_as_strings(part, column), return_inverse=True)
+        strata = strata * (code.max() + 1) + code
+    pieces = [_cut(rng.permutation(np.flatnonzero(strata == s)), config.split) for s in np.unique(strata)]
+    return {name: np.sort(np.concatenate([p[i] for p in pieces])) for i, name in enumerate(PARTS)}
+
+
+def check_images(part: Part, quiet: bool = False, title: str = "checking") -> list[str]:
+    """Decode every image of a part and say which are broken: one line each, with file or row and reason."""
+    broken = []
+    for index in Progress(range(len(part)), title, unit="images", quiet=quiet):
+        try:
+            part.image(index)
+        except BrokenImageError as error:
+            broken.append(str(error))
+    return broken
+
+
+def _cut(rows: np.ndarray, shares: tuple[float, ...]) -> list[np.ndarray]:
+    bounds = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(int)
+    return np.split(rows, bounds)
+
+
+def _as_strings(part: Part, column: str) -> np.ndarray:
+    return np.asarray([str(value) for value in part.rows[_column(part.rows, column)]])
+
+
+def _column(rows: datasets.Dataset, name: str) -> str:
+    if name not in rows.column_names:
+        raise ValueError(f"column {name!r} is missing; the data has {', '.join(rows.column_names)}")
+    return name
+
+
+def _under(root: str, name: str) -> Path:
+    path = Path(root) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such table (data.root {root!r})")
+    return path
+
+
+def _gauges(config: DataConfig, seed: int) -> dict[str, datasets.Dataset]:
+    """Test images come first in the generator's order, so that the number of training images does not move them."""
+    config_columns = (config.image_column, config.label_column)
+    if config_columns != ("image", "label"):
+        raise ValueError(f"gauges have the columns image and label, got {config_columns}")
+    total = config.num_test + config.num_validation + config.num_train
+    rows = make_gauges(config.kinds, -(-total // len(config.kinds)), seed=seed).rename_column("value", "label")
+    rows = rows.select(_interleaved(len(rows), len(config.kinds))[:total])
+    bounds = np.cumsum([0, config.num_test, config.num_validation, config.num_train])
+    parts = ("test", "validation", "train")
+    return {name: rows.select(range(bounds[i], bounds[i + 1])) for i, name in enumerate(parts)}
+
+
+def _interleaved(total: int, kinds: int) -> np.ndarray:
+    return np.arange(total).reshape(kinds, -1).T.flatten()
+
+
+def _read_table(path: Path, config: DataConfig) -> datasets.Dataset:
+    if path.suffix in (".parquet", ".pq"):
+        return datasets.Dataset.from_parquet(str(path))
+    if path.suffix in (".csv", ".tsv"):
+        return datasets.Dataset.from_csv(str(path), sep="\t" if path.suffix == ".tsv" else ",")
+    paths, labels = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            labels.append(float(np.median([float(word) for word in words[1:]])) if words[1:] else float("nan"))
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: write `path label [label ...]`, got {line!r}") from None
+        paths.append(words[0])
+    return datasets.Dataset.from_dict({config.image_column: paths, config.label_column: labels})
+
+
+def _part(rows: datasets.Dataset, config: DataConfig, name: str, root: str) -> Part:
+    """Labels checked to be numbers and paths to exist; ranks are filled in once the label space is known."""
+    where = {"all": config.table, "train": config.train_table, "validation": config.validation_table}.get(name)
+    where = where or config.test_table or config.hub or f"{name} part"
+    image_column, label_column = _column(rows, config.image_column), _column(rows, config.label_column)
+    feature = rows.features[image_column]
+    if isinstance(feature, datasets.Image):
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    labels = list(rows[label_column])
+    values = np.full(len(labels), np.nan)
+    for index, label in enumerate(labels):
+        with contextlib.suppress(TypeError, ValueError):
+            values[index] = float(label)
+        if not np.isfinite(values[index]):
+            raise ValueError(f"{where}, row {index + 1}: label {label!r} in column {label_column!r} is not a number")
+    names: Sequence[str] = [f"{where}, row {index + 1}" for index in range(len(labels))]
+    if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+        names = [str(path) for path in rows[image_column]]
+        missing = [n for n in names if not os.path.isfile(os.path.join(root, n))]
+        if missing:
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise FileNotFoundError(
+                f"{where}: {len(missing)} of {len(names)} images do not exist under {root!r}: {shown}"
+            )
+    cache = ImageCache(config.cache_mb << 20)
+    return Part(rows, image_column, values, names, np.zeros(len(labels), dtype=np.int64), root, cache)
+
+
+def column_values(part: Part, column: str) -> list[Any]:
+    """All values of a column of a part."""
+    return list(part.rows[_column(part.rows, column)])

@@ -1,0 +1,345 @@
+"""OrdinalModel: image encoder and head as one Hugging Face model that saves, loads and serves."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.utils import ModelOutput, cached_file
+
+from ordinalclip.backbones import Backbone, PixelSpec, load_backbone
+from ordinalclip.heads import Decoding, Head, HeadContext, Prediction, Targets, build_head
+from ordinalclip.images import load_image, prepare
+from ordinalclip.ranks import Ranks
+
+Form = Literal["deployed", "trainable"]
+
+
+@strict
+class OrdinalConfig(PreTrainedConfig):
+    """What rebuilds an `OrdinalModel` without weights, hub or training data.
+
+    Attributes:
+        backbone, backbone_architecture: spec of the image encoder and what rebuilds its architecture.
+        text, text_architecture: likewise of the text tower; empty in the deployed form, which has none.
+        method, head: the head and its options.
+        ranks: `Ranks.to_dict()`.
+        pixels: `PixelSpec` of the image encoder as a dict.
+        input_dim: width of the image features; shared_space: whether they live in the text tower's space.
+        logit_scale, label_mean, label_std, decoding: see `HeadContext`.
+    """
+
+    model_type = "ordinalclip"
+
+    backbone: str = "tiny"
+    backbone_architecture: dict | None = None
+    text: str = ""
+    text_architecture: dict | None = None
+    method: str = "prototypes"
+    head: dict | None = None
+    ranks: dict | None = None
+    pixels: dict | None = None
+    input_dim: int = 0
+    shared_space: bool = True
+    logit_scale: float = 0.0
+    label_mean: float = 0.0
+    label_std: float = 1.0
+    decoding: str = "median"
+    dropout: float = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        foreign = sorted(key for key in kwargs if not key.startswith("_") and not hasattr(PreTrainedConfig(), key))
+        if foreign:
+            raise ValueError(f"OrdinalConfig has no field {', '.join(foreign)}")
+        if self.ranks is not None:
+            names = self.label_space.names or ()
+            kwargs["id2label"] = dict(enumerate(names))
+            kwargs["label2id"] = {name: rank for rank, name in enumerate(names)}
+        super().__post_init__(**kwargs)
+
+    @property
+    def label_space(self) -> Ranks:
+        """The ranks as an object."""
+        return Ranks(**(self.ranks or {"values": (0, 1)}))
+
+    @property
+    def pixel_spec(self) -> PixelSpec:
+        """The pixel statistics as an object."""
+        if self.pixels is None:
+            raise ValueError("OrdinalConfig.pixels is not set; build models with OrdinalModel.build")
+        return PixelSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in self.pixels.items()})
+
+
+class OrdinalImageProcessor(BaseImageProcessor):
+    """The same decoding, resizing and normalising as in training (`ordinalclip.images.prepare`).
+
+    Takes one image or a list of paths, PIL images, arrays or bytes; gives `pixel_values` (B, 3, size, size).
+    """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+
+    def __init__(
+        self,
+        size: int = 224,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        interpolation: str = "bicubic",
+        resize: str = "shortest",
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.size = size
+        self.image_mean = list(image_mean or (0.0, 0.0, 0.0))
+        self.image_std = list(image_std or (1.0, 1.0, 1.0))
+        self.interpolation = interpolation
+        self.resize_rule = resize
+        self.resize = resize
+
+    @classmethod
+    def from_spec(cls, spec: PixelSpec) -> OrdinalImageProcessor:
+        return cls(spec.size, list(spec.mean), list(spec.std), spec.interpolation, spec.resize)
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        if kwargs:
+            raise ValueError(f"OrdinalImageProcessor takes no option {', '.join(kwargs)} at call time")
+        spec = PixelSpec(
+            self.size,
+            tuple(self.image_mean),
+            tuple(self.image_std),
+            self.interpolation,
+            self.resize,  # type: ignore[arg-type]
+        )
+        given = list(images) if isinstance(images, list | tuple) else [images]
+        pixels = torch.stack([prepare(load_image(image, f"image {i}"), spec) for i, image in enumerate(given)])
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+
+@dataclass
+class OrdinalOutput(ModelOutput):
+    """`value` (B,) in label units, `rank` (B,), `probabilities` and `logits` (B, R) where the head has them, and
+    the scalar `loss` when labels were given."""
+
+    loss: Tensor | None = None
+    value: Tensor | None = None
+    rank: Tensor | None = None
+    probabilities: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class OrdinalModel(PreTrainedModel):
+    """Image encoder + head. Train with `ordinalclip.training.train`; serve with the pipeline.
+
+    `save_pretrained` writes the deployed form, image encoder and R prototypes, without text tower; with
+    `form="trainable"` everything. Both come back through `from_pretrained` (safetensors only).
+    """
+
+    config_class = OrdinalConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = ""
+    _supports_sdpa = True
+
+    def __init__(self, config: OrdinalConfig, towers: tuple[Backbone, Backbone | None] | None = None):
+        super().__init__(config)
+        backbone, text = towers or _towers(config, load_weights=False)
+        self.encoder = Encoder(backbone.encoder, config.dropout)
+        context = HeadContext(
+            ranks=config.label_space,
+            input_dim=config.input_dim,
+            text=text.text if text else None,
+            logit_scale=config.logit_scale,
+            shared_space=config.shared_space,
+            label_mean=config.label_mean,
+            label_std=config.label_std,
+            decoding=config.decoding,  # type: ignore[arg-type]
+        )
+        self.head: Head = build_head(config.method, context, config.head or {})
+        self.all_tied_weights_keys: dict[str, str] = {}
+
+    @classmethod
+    def build(
+        cls,
+        backbone: str,
+        ranks: Ranks,
+        method: str = "ordinalclip",
+        head: dict[str, Any] | None = None,
+        text: str = "",
+        load_weights: bool = True,
+        label_mean: float = 0.0,
+        label_std: float = 1.0,
+        decoding: Decoding = "median",
+        dropout: float = 0.0,
+    ) -> OrdinalModel:
+        """A trainable model from specs, with the backbones' pretrained weights.
+
+        Args:
+            backbone: spec of the image encoder, see `ordinalclip.backbones`.
+            text: spec of the text tower; default: the backbone's own.
+
+        Raises:
+            ValueError: unknown specs, methods or options.
+        """
+        image = load_backbone(backbone, load_weights)
+        other = load_backbone(text, load_weights) if text and text != backbone else None
+        if other is not None and other.text is None:
+            raise ValueError(f"model.text {text!r} has no text tower; use an open_clip spec or tiny")
+        tower = other or (image if image.text else None)
+        config = OrdinalConfig(
+            backbone=backbone,
+            backbone_architecture=image.architecture,
+            text=tower.spec if tower else "",
+            text_architecture=tower.architecture if tower else None,
+            method=method,
+            head=dict(head or {}),
+            ranks=ranks.to_dict(),
+            pixels=asdict(image.pixels),
+            input_dim=image.output_dim,
+            shared_space=other is None and image.text is not None,
+            logit_scale=(tower or image).logit_scale,
+            label_mean=label_mean,
+            label_std=label_std,
+            decoding=decoding,
+            dropout=dropout,
+        )
+        return cls(config, (image, tower))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> OrdinalOutput:
+        """Predict.
+
+        Args:
+            pixel_values: (B, 3, size, size) from the image processor.
+            labels: (B,) label values in the label's unit; then `loss` is the head's loss on this batch.
+        """
+        outputs = self.head(self.encoder(pixel_values))
+        prediction = self.head.predict(outputs)
+        loss = None
+        if labels is not None:
+            ranks = self.head.ranks.rank_of(labels).to(pixel_values.device)
+            loss = self.head.loss(outputs, Targets(labels.to(pixel_values.device).float(), ranks))["loss"]
+        return OrdinalOutput(loss, *prediction, logits=outputs.get("logits"))
+
+    def predict(self, pixel_values: Tensor) -> Prediction:
+        """`forward` without gradient, as a `Prediction`."""
+        with torch.no_grad():
+            return self.head.predict(self.head(self.encoder(pixel_values)))
+
+    def deploy(self) -> OrdinalModel:
+        """The form that is served: a view on this model's encoder with a head that needs no text tower."""
+        deployed = self.head.deploy()
+        config = deepcopy(self.config)
+        config.text, config.text_architecture = "", None
+        if deployed is not None:
+            config.method, config.head, head = deployed
+        else:
+            head = self.head
+        model = OrdinalModel.__new__(OrdinalModel)
+        PreTrainedModel.__init__(model, config)
+        model.encoder, model.head = self.encoder, head
+        model.all_tied_weights_keys = {}
+        return model.eval()
+
+    @property
+    def image_processor(self) -> OrdinalImageProcessor:
+        """The image processor that belongs to the encoder."""
+        return OrdinalImageProcessor.from_spec(self.config.pixel_spec)
+
+    def save_pretrained(self, save_directory: str | Path, form: Form = "deployed", **kwargs: Any) -> None:  # type: ignore[override]
+        """Write config.json, model.safetensors and preprocessor_config.json.
+
+        Args:
+            form: "deployed" (image encoder and what the head needs to answer) or "trainable" (all of it).
+        """
+        if form not in ("deployed", "trainable"):
+            raise ValueError(f"form {form!r} is unknown; choices: deployed, trainable")
+        model = self.deploy() if form == "deployed" else self
+        super(OrdinalModel, model).save_pretrained(save_directory, **kwargs)
+        self.image_processor.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> OrdinalModel:  # type: ignore[override]
+        """Load a saved model, from a folder or the hub.
+
+        Builds the architecture for real and loads the weights strictly: transformers' own loading builds on the
+        meta device, where buffers that are not saved (attention masks) would come back as garbage.
+
+        Raises:
+            OSError: no such folder or files; RuntimeError: weights that do not fit the configuration.
+        """
+        hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
+        config = kwargs.pop("config", None)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        device = kwargs.pop("device_map", None)
+        for ignored in (
+            "trust_remote_code",
+            "_from_pipeline",
+            "_from_auto",
+            "adapter_kwargs",
+            "use_safetensors",
+            "_commit_hash",
+        ):
+            kwargs.pop(ignored, None)
+        if args or kwargs:
+            raise TypeError(f"OrdinalModel.from_pretrained takes no option {', '.join(kwargs) or args}")
+        if config is None:
+            config = OrdinalConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        weights = cached_file(str(pretrained_model_name_or_path), "model.safetensors", **hub)
+        model = cls(config)
+        model.load_state_dict(load_file(str(weights)), strict=True)
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = getattr(torch, dtype)
+        if isinstance(dtype, torch.dtype):
+            model.to(dtype)
+        if device is not None:
+            model.to(device["" if "" in device else next(iter(device))] if isinstance(device, dict) else device)
+        model.name_or_path = str(pretrained_model_name_or_path)
+        return model.eval()
+
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+class Encoder(nn.Module):
+    """An image tower with optional dropout on its features: (B, 3, H, W) -> (B, D).
+
+    Attributes:
+        frozen_statistics: BatchNorm layers keep their running statistics in training too, so that a sample's
+            features do not depend on the rest of its batch. Their affine part still learns.
+    """
+
+    def __init__(self, tower: nn.Module, dropout: float = 0.0):
+        super().__init__()
+        self.tower = tower
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.frozen_statistics = True
+
+    def train(self, mode: bool = True) -> Encoder:
+        super().train(mode)
+        if self.frozen_statistics:
+            for child in self.modules():
+                if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                    child.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.dropout(self.tower(pixel_values))
+
+
+def _towers(config: OrdinalConfig, load_weights: bool) -> tuple[Backbone, Backbone | None]:
+    image = load_backbone(config.backbone, load_weights, config.backbone_architecture)
+    if not config.text:
+        return image, None
+    if config.text == config.backbone:
+        return image, image
+    return image, load_backbone(config.text, load_weights, config.text_architecture)
+
+
+AutoConfig.register(OrdinalConfig.model_type, OrdinalConfig, exist_ok=True)
+AutoModel.register(OrdinalConfig, OrdinalModel, exist_ok=True)
+AutoImageProcessor.register(OrdinalConfig, slow_image_processor_class=OrdinalImageProcessor, exist_ok=True)

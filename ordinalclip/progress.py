@@ -1,0 +1,68 @@
+"""One progress display: a bar with rate and ETA in a terminal, a line now and then elsewhere, nothing when quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+SECONDS_BETWEEN_LINES = 20.0
+
+
+class Progress(Generic[Item]):
+    """Iterate, or count by hand with `advance`, while showing how far it is.
+
+    Args:
+        items: what to iterate over, or None to count by hand.
+        title: what is being done.
+        total: number of units; default: len(items).
+        unit: what is counted, e.g. "images".
+        quiet: show nothing.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Item] | None = None,
+        title: str = "",
+        total: int | None = None,
+        unit: str = "it",
+        quiet: bool = False,
+    ):
+        self.items, self.title, self.unit, self.quiet = items, title, unit, quiet
+        self.total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
+        self.in_terminal = sys.stderr.isatty()
+        self.done, self.note = 0, ""
+        self.started = self.spoke = time.monotonic()
+        self.bar = tqdm(
+            total=self.total, desc=title, unit=f" {unit}", disable=quiet or not self.in_terminal, leave=False
+        )
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more units; `note` is shown beside the bar."""
+        self.done += count
+        self.note = note or self.note
+        self.bar.set_postfix_str(self.note, refresh=False)
+        self.bar.update(count)
+        now = time.monotonic()
+        if not self.in_terminal and now - self.spoke >= SECONDS_BETWEEN_LINES:
+            self.spoke = now
+            self._line(now)
+
+    def _line(self, now: float) -> None:
+        rate = self.done / max(now - self.started, 1e-9)
+        left = f" of {self.total}, {(self.total - self.done) / max(rate, 1e-9):.0f} s left" if self.total else ""
+        if not self.quiet:
+            print(f"{self.title}: {self.done}{left}, {rate:.1f} {self.unit}/s {self.note}".rstrip(), file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self.items or ():
+            yield item
+            self.advance()
+        self.close()

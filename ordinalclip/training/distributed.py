@@ -1,0 +1,121 @@
+"""Exact gradients of the whole batch, on any number of processes and with any micro-batch.
+
+    images --encoder (DDP, micro-batched)--> features --head (DDP)--> outputs --gather with gradient--> loss
+
+Every process computes the same loss on the outputs of all. Its gradient with respect to this process's slice,
+summed over processes and averaged by DDP, is exactly the gradient of the single-process full batch.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ordinalclip.heads import Outputs
+from ordinalclip.training.sampling import SampleNoise
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """All-gather forward; backward sums the gradients of all processes and keeps this process's slice."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
+        ctx.begin, ctx.size = sum(sizes[: dist.get_rank()]), sizes[dist.get_rank()]
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([piece[:size] for piece, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient[ctx.begin : ctx.begin + ctx.size], None
+
+
+def gather(tensor: Tensor, sizes: list[int]) -> Tensor:
+    """Rows of all processes in order of rank, with a gradient back to every one of them.
+
+    Args:
+        tensor: (n, ...) this process's rows.
+        sizes: rows of every process; they may differ. One entry means a single process.
+
+    Returns:
+        (sum(sizes), ...), the same on every process.
+    """
+    return tensor if len(sizes) == 1 else _GatherWithGradient.apply(tensor, sizes)
+
+
+def gather_outputs(outputs: Outputs, sizes: list[int]) -> Outputs:
+    """`gather` for every tensor of a head's outputs."""
+    return {name: gather(tensor.contiguous(), sizes) for name, tensor in outputs.items()}
+
+
+class MicroBatches:
+    """Encode a share of the batch, whole or in micro-batches, and bring the loss's gradient back to the encoder.
+
+    With micro-batches: encode each without a graph, let head and loss run once on all features, keep
+    d loss / d features, then encode each again with a graph and feed it its slice of that gradient. Only the last
+    one synchronises. One extra forward of the encoder buys the memory of a single micro-batch.
+    """
+
+    def __init__(self, accelerator: Accelerator, encoder: nn.Module, noises: list[SampleNoise], size: int | None):
+        self.accelerator, self.encoder, self.noises, self.size = accelerator, encoder, noises, size
+        self.trains = any(parameter.requires_grad for parameter in encoder.parameters())
+
+    def encode(self, pixels: Tensor, positions: Tensor) -> Tensor:
+        """(b, 3, H, W) pixels and their (b,) stream positions -> (b, D) features to run the head on."""
+        if self.size is None or len(pixels) <= self.size:
+            self.pieces: list[tuple[Tensor, Tensor]] = []
+            with nullcontext() if self.trains else torch.no_grad():
+                return self._forward(pixels, positions)
+        self.pieces = list(zip(pixels.split(self.size), positions.split(self.size), strict=True))
+        with torch.no_grad():
+            features = torch.cat([self._forward(*piece) for piece in self.pieces])
+        self.features = features.requires_grad_(self.trains)
+        return self.features
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward through loss and head, then through the encoder's micro-batches."""
+        self.accelerator.backward(loss)
+        if not self.pieces or not self.trains:
+            return
+        assert self.features.grad is not None
+        gradients = self.features.grad.split(self.size or 1)
+        for number, (piece, gradient) in enumerate(zip(self.pieces, gradients, strict=True)):
+            last = number == len(self.pieces) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.encoder):
+                self._forward(*piece).backward(gradient)
+
+    def _forward(self, pixels: Tensor, positions: Tensor) -> Tensor:
+        for noise in self.noises:
+            noise.positions = positions
+        return self.encoder(pixels)
+
+
+def check_batch_norm(encoder: nn.Module, mode: str, num_processes: int, micro_batched: bool) -> None:
+    """Refuse what would not be exact: see `Encoder.train` for `frozen`, which always is.
+
+    `sync` is exact over processes, without micro-batches. `local` takes the statistics of what one process encodes
+    at once, which is exact for a single process without micro-batches.
+
+    Raises:
+        ValueError: `sync` or `local` with micro-batches, `local` with several processes, `sync` without GPUs.
+    """
+    has_norms = any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in encoder.modules())
+    if mode == "frozen" or not has_norms:
+        return
+    if micro_batched:
+        raise ValueError(
+            f"model.batch_norm={mode} is not exact with train.micro_batch_size; use model.batch_norm=frozen"
+        )
+    if num_processes > 1 and mode == "local":
+        raise ValueError("model.batch_norm=local is not exact over processes; use frozen or sync")
+    if num_processes > 1 and not torch.cuda.is_available():
+        raise ValueError("model.batch_norm=sync needs GPUs; use model.batch_norm=frozen on CPU processes")

@@ -1,0 +1,152 @@
+"""Predict a part once, score it whole, and keep every prediction."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ordinalclip.backbones import PixelSpec
+from ordinalclip.data import Part
+from ordinalclip.heads import (
+    Decoding,
+    Outputs,
+    Prediction,
+    PrototypeHead,
+    Targets,
+    at_least_float32,
+    decode,
+    nearest_rank,
+)
+from ordinalclip.images import crop, normalise
+from ordinalclip.metrics import METRICS, cumulative_score, ordinality
+from ordinalclip.model import OrdinalModel
+from ordinalclip.progress import Progress
+from ordinalclip.ranks import Ranks
+from ordinalclip.training.distributed import gather_outputs
+from ordinalclip.training.sampling import shares
+
+
+class EvaluationDataset(Dataset):
+    """The pixels of a part's images, by row."""
+
+    def __init__(self, part: Part, spec: PixelSpec):
+        self.part, self.spec = part, spec
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return normalise(crop(self.part.resized(index, self.spec), self.spec.size), self.spec)
+
+
+@torch.no_grad()
+def outputs_of(
+    model: OrdinalModel,
+    part: Part,
+    accelerator: Accelerator,
+    batch_size: int = 256,
+    workers: int = 0,
+    title: str = "",
+    quiet: bool = False,
+) -> Outputs:
+    """The head's outputs on a whole part, in order, on the CPU and the same on every process.
+
+    Args:
+        model: a model in evaluation mode, on the accelerator's device.
+        batch_size: images at once in one process.
+    """
+    sizes = shares(len(part), accelerator.num_processes)
+    start, size = sum(sizes[: accelerator.process_index]), sizes[accelerator.process_index]
+    rows = list(range(start, start + size)) or [0]  # a process without rows computes one and gives none
+    images = torch.utils.data.Subset(EvaluationDataset(part, model.config.pixel_spec), rows)
+    loader = DataLoader(images, batch_size=batch_size, num_workers=workers)
+    dtype = next(model.encoder.parameters()).dtype
+    collected: list[Outputs] = []
+    progress: Progress = Progress(None, title, total=len(rows), unit="images", quiet=quiet or not title)
+    for pixels in loader:
+        with accelerator.autocast():
+            outputs = model.head(model.encoder(pixels.to(accelerator.device, dtype)))
+        collected.append({name: at_least_float32(tensor) for name, tensor in outputs.items()})
+        progress.advance(len(pixels))
+    progress.close()
+    joined = {name: torch.cat([outputs[name] for outputs in collected])[:size] for name in collected[0]}
+    return {name: tensor.cpu() for name, tensor in gather_outputs(joined, sizes).items()}
+
+
+def targets_of(part: Part) -> Targets:
+    """All labels of a part."""
+    return Targets(torch.from_numpy(part.values), torch.from_numpy(part.ranks))
+
+
+def predictions_of(model: OrdinalModel, outputs: Outputs) -> dict[str, np.ndarray]:
+    """What a head answers, under every decoding.
+
+    Returns:
+        "median", "argmax" and "expectation": (N,) float64 values in the label's unit (all the same for heads without
+        a distribution), "rank": (N,) likeliest or nearest rank, and "probabilities": (N, R) where there are some.
+    """
+    head = model.head
+    with torch.no_grad():
+        prediction = head.predict({name: tensor.to(head.label_mean.device) for name, tensor in outputs.items()})
+    prediction = Prediction(*(None if tensor is None else tensor.cpu() for tensor in prediction))
+    if prediction.probabilities is None:
+        value = prediction.value.double().numpy()
+        return {**dict.fromkeys(get_args(Decoding), value), "rank": prediction.rank.numpy()}
+    probabilities = prediction.probabilities.double()
+    decoded = {how: decode(probabilities, head.ranks, how) for how in get_args(Decoding)}
+    values = {how: each.value.numpy() for how, each in decoded.items()}
+    return {**values, "rank": decoded["argmax"].rank.numpy(), "probabilities": probabilities.numpy()}
+
+
+def score(predictions: dict[str, np.ndarray], part: Part, ranks: Ranks, cs: list[float]) -> dict[str, Any]:
+    """Figures of a part: headline ones, and all of them under each decoding.
+
+    The headline is fixed in advance: everything by `median`, accuracy by `argmax`.
+    """
+    table: dict[str, Any] = {}
+    anchors = ranks.tensor().double()
+    for how in get_args(Decoding):
+        values = predictions[how]
+        nearest = nearest_rank(torch.from_numpy(values), anchors).numpy()
+        figures = {name: METRICS[name](values, part.values) for name in METRICS if name not in ("accuracy", "cs")}
+        figures["accuracy"] = METRICS["accuracy"](nearest, part.ranks)
+        figures.update({f"cs@{k:g}": cumulative_score(values, part.values, k) for k in cs})
+        table[how] = {name: None if math.isnan(value) else value for name, value in figures.items()}
+    return {"num": len(part), **table["median"], "accuracy": table["argmax"]["accuracy"], **table}
+
+
+def model_ordinality(model: OrdinalModel) -> float | None:
+    """Ordinality of the prototypes of a deployed model; None for heads without prototypes."""
+    return ordinality(model.head.prototypes) if isinstance(model.head, PrototypeHead) else None
+
+
+def write_predictions(path: Path, parts: dict[str, tuple[Part, dict[str, np.ndarray]]], ranks: Ranks) -> None:
+    """One row per image: part, row, label, label_rank, rank, median, argmax, expectation, probabilities (or null)."""
+    tables = []
+    for name, (part, predictions) in parts.items():
+        probabilities = predictions.get("probabilities")
+        columns = {
+            "part": pa.array([name] * len(part)),
+            "row": pa.array(list(part.names)),
+            "label": pa.array(part.values),
+            "label_rank": pa.array(part.ranks),
+            "rank": pa.array(predictions["rank"].astype(np.int64)),
+            **{how: pa.array(predictions[how].astype(np.float64)) for how in get_args(Decoding)},
+            "probabilities": pa.array(
+                [None] * len(part) if probabilities is None else list(probabilities.astype(np.float32)),
+                type=pa.list_(pa.float32()),
+            ),
+        }
+        tables.append(pa.table(columns))
+    temporary = path.with_suffix(".partial")
+    pq.write_table(pa.concat_tables(tables), temporary)
+    temporary.replace(path)

@@ -1,0 +1,145 @@
+"""Which sample is seen when, and in which view: pure functions of (seed, position), whatever the machine.
+
+The samples form an endless stream of epoch permutations. Batch k is positions [k B, (k + 1) B) of that stream, so
+there is no partial batch, small sets work, and resuming needs one integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ordinalclip.backbones import PixelSpec
+from ordinalclip.data import Part
+from ordinalclip.images import Augmentation
+
+ORDER, VIEW, NOISE = range(3)  # what a generator is for, so that equal numbers in other roles never coincide
+
+
+@lru_cache(maxsize=4)
+def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of samples in an epoch, (N,) int64: a pure function of its arguments."""
+    return np.random.default_rng([seed, ORDER, epoch]).permutation(num_samples)
+
+
+def sample_at(position: int, num_samples: int, seed: int) -> int:
+    """Index of the sample at a position of the endless stream.
+
+    >>> sorted(sample_at(p, 4, seed=7) for p in range(4, 8))
+    [0, 1, 2, 3]
+    """
+    epoch, offset = divmod(position, num_samples)
+    return int(permutation(num_samples, seed, epoch)[offset])
+
+
+def shares(batch_size: int, num_processes: int) -> list[int]:
+    """How many samples of the global batch each process takes: as equal as can be, the first ones one more.
+
+    >>> shares(32, 3)
+    [11, 11, 10]
+    """
+    return [batch_size // num_processes + (rank < batch_size % num_processes) for rank in range(num_processes)]
+
+
+class StreamSampler:
+    """The positions of one process's share of every batch, from a given step on."""
+
+    def __init__(self, batch_size: int, first_step: int, last_step: int, rank: int = 0, num_processes: int = 1):
+        sizes = shares(batch_size, num_processes)
+        self.batch_size, self.first_step, self.last_step = batch_size, first_step, last_step
+        self.start, self.size = sum(sizes[:rank]), sizes[rank]
+
+    def __len__(self) -> int:
+        return max(0, self.last_step - self.first_step)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.last_step):
+            begin = step * self.batch_size + self.start
+            yield list(range(begin, begin + self.size))
+
+
+class StreamDataset(Dataset):
+    """Training samples by position in the stream: (pixels, value, rank, position)."""
+
+    def __init__(self, part: Part, spec: PixelSpec, augmentation: Augmentation, seed: int):
+        self.part, self.spec, self.augmentation, self.seed = part, spec, augmentation, seed
+
+    def __getitem__(self, position: int) -> tuple[Tensor, float, int, int]:
+        index = sample_at(position, len(self.part), self.seed)
+        image = self.part.resized(index, self.spec, self.augmentation.input_size(self.spec))
+        rng = np.random.default_rng([self.seed, VIEW, position])
+        pixels = self.augmentation(image, self.spec, rng)
+        return pixels, float(self.part.values[index]), int(self.part.ranks[index]), position
+
+
+class SampleNoise(nn.Module):
+    """Dropout or drop-path whose mask is a function of (seed, position in the stream, layer).
+
+    Stock dropout draws from the global random state, so that a batch of 32 and 4 batches of 8 differ; here every
+    sample takes its mask along, into any micro-batch on any process.
+
+    Args:
+        probability: share of elements (dropout) or of samples (drop-path) set to zero; the rest is scaled up.
+        layer: number of the layer.
+        whole_sample: drop-path.
+    """
+
+    def __init__(self, probability: float, layer: int, seed: int, whole_sample: bool):
+        super().__init__()
+        self.p, self.layer, self.seed, self.whole_sample = probability, layer, seed, whole_sample
+        self.positions: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if self.positions is None or len(self.positions) != len(x):
+            raise RuntimeError("SampleNoise needs the stream position of every sample: wrap the call in with_positions")
+        elements = 1 if self.whole_sample else x[0].numel()
+        keep = _uniform(self.positions, elements, self.seed * 1009 + self.layer) >= self.p
+        keep = keep.view(len(x), *([1] * (x.ndim - 1) if self.whole_sample else x.shape[1:]))
+        return x * keep.to(x.dtype) / (1 - self.p)
+
+
+def _uniform(positions: Tensor, elements: int, stream: int) -> Tensor:
+    """(B, elements) numbers in [0, 1), a hash of (stream, position, element): two rounds of SplitMix64."""
+    element = torch.arange(elements, device=positions.device, dtype=torch.int64)
+    state = _mix(_mix(positions.to(torch.int64) * 0x2545F491 + stream)[:, None] + element * 0x61C88647)
+    return ((state >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+
+
+def _mix(state: Tensor) -> Tensor:
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return state ^ ((state >> 31) & ((1 << 33) - 1))
+
+
+def use_sample_noise(module: nn.Module, seed: int) -> list[SampleNoise]:
+    """Replace every dropout and drop-path below `module` by `SampleNoise`, in place, and return them."""
+    from timm.layers import DropPath
+
+    noises = []
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Dropout | DropPath):
+                whole = isinstance(child, DropPath)
+                probability = float((child.drop_prob if whole else child.p) or 0.0)
+                noises.append(SampleNoise(probability, len(noises), seed, whole))
+                setattr(parent, name, noises[-1])
+    return noises
+
+
+def attention_dropout(module: nn.Module) -> list[str]:
+    """Names of attention layers whose dropout happens inside a fused kernel, out of reach of `SampleNoise`."""
+    inside = []
+    for name, child in module.named_modules():
+        probability = child.dropout if isinstance(child, nn.MultiheadAttention) else 0.0
+        if getattr(child, "fused_attn", False):
+            probability = getattr(getattr(child, "attn_drop", None), "p", 0.0)
+        if probability:
+            inside.append(name)
+    return inside

@@ -1,0 +1,406 @@
+"""The one trainer: every method, one process or many, read from top to bottom in `Trainer.run`.
+
+ordinalclip train configs/demo.yaml train.lr=1e-3
+accelerate launch -m ordinalclip train configs/demo.yaml
+torchrun --nproc_per_node 2 -m ordinalclip train configs/demo.yaml
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ordinalclip.config import RunConfig
+from ordinalclip.data import Parts, load_parts
+from ordinalclip.heads import Targets
+from ordinalclip.images import Augmentation
+from ordinalclip.model import OrdinalModel
+from ordinalclip.progress import Progress
+from ordinalclip.training import checkpoint
+from ordinalclip.training.distributed import MicroBatches, check_batch_norm, gather, gather_outputs
+from ordinalclip.training.evaluation import (
+    model_ordinality,
+    outputs_of,
+    predictions_of,
+    score,
+    targets_of,
+    write_predictions,
+)
+from ordinalclip.training.sampling import (
+    StreamDataset,
+    StreamSampler,
+    attention_dropout,
+    shares,
+    use_sample_noise,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) -> Path:
+    """Train and evaluate as a configuration says.
+
+    Args:
+        config: from `load_config`.
+        parts: data in memory instead of what `config.data` names.
+        quiet: show no progress.
+
+    Returns:
+        the run folder: config.yaml, log.jsonl, metrics.json, predictions.parquet, model/, checkpoints/.
+
+    Raises:
+        ValueError: bad configuration or data; the message names the key or row.
+    """
+    return Trainer(config, parts, quiet).run()
+
+
+def make_accelerator(mixed_precision: str, log_with: list[str] | None = None, folder: str = ".") -> Accelerator:
+    """An Accelerator; a single process may make several, one after the other, with different settings."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that torchrun's CPU processes find each other
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("train.mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        log_with=log_with or None,
+        project_dir=folder,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise RuntimeError(
+            f"launched as one of {os.environ['WORLD_SIZE']} processes, but Accelerate runs {accelerator.num_processes}"
+        )
+    return accelerator
+
+
+class Trainer:
+    """State of one training run; `run` does the work."""
+
+    def __init__(self, config: RunConfig, parts: Parts | None = None, quiet: bool = False):
+        self.config, options = config, config.train
+        self.folder = Path(config.output_dir)
+        self.accelerator = make_accelerator(options.mixed_precision, options.trackers, config.output_dir)
+        self.main = self.accelerator.is_main_process
+        self.quiet = quiet or not self.main
+        if options.batch_size < self.accelerator.num_processes:
+            raise ValueError(
+                f"train.batch_size={options.batch_size} is less than the {self.accelerator.num_processes} processes"
+            )
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config.save(self.folder / "config.yaml")
+        with self.accelerator.main_process_first():
+            self.parts = parts or load_parts(config.data, config.ranks, config.seed)
+        self.model = self._build_model()
+        self.learns = any(p.requires_grad for p in self.model.head.parameters()) and self._max_steps() > 0
+        self.step, self.stale = 0, 0
+        self.best_step: int | None = None
+        self.best_value = math.inf
+        self.train_seconds = 0.0
+        if self.learns:
+            self._prepare()
+
+    def _max_steps(self) -> int:
+        options = self.config.train
+        if options.epochs is None:
+            return options.max_steps
+        return math.ceil(options.epochs * len(self.parts.train) / options.batch_size)
+
+    def _build_model(self) -> OrdinalModel:
+        config, labels = self.config, self.parts.train.values
+        torch.manual_seed(config.seed)
+        model = OrdinalModel.build(
+            config.model.backbone,
+            self.parts.ranks,
+            config.method,
+            config.head,
+            text=config.model.text,
+            load_weights=config.model.load_weights,
+            label_mean=float(labels.mean()),
+            label_std=float(labels.std()) or 1.0,
+            decoding=config.evaluation.decoding,
+            dropout=config.model.dropout,
+        )
+        return model.to(self.accelerator.device, getattr(torch, config.train.precision)).eval()
+
+    def _prepare(self) -> None:
+        """Frozen parts, exact BatchNorm and dropout, optimiser, DDP."""
+        config, options, model = self.config, self.config.train, self.model
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in options.freeze:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(
+                    f"train.freeze: {pattern!r} matches no parameter; there are {', '.join(names[:10])}, ..."
+                )
+        for name, parameter in model.named_parameters():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in options.freeze):
+                parameter.requires_grad_(False)
+
+        self.shares = shares(options.batch_size, self.accelerator.num_processes)
+        micro_batched = options.micro_batch_size is not None and options.micro_batch_size < max(self.shares)
+        check_batch_norm(model.encoder, config.model.batch_norm, self.accelerator.num_processes, micro_batched)
+        model.encoder.frozen_statistics = config.model.batch_norm == "frozen"
+        if config.model.batch_norm == "sync" and self.accelerator.num_processes > 1:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
+        if inside := attention_dropout(model.encoder):
+            logger.warning("dropout inside fused attention depends on the micro-batch: %s", ", ".join(inside))
+        noises = use_sample_noise(model.encoder, config.seed)
+
+        groups = self._parameter_groups()
+        make = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[options.optimizer]
+        extra = {"decoupled_weight_decay": True} if options.optimizer == "radam" else {}
+        self.optimizer = self.accelerator.prepare(make(groups, lr=options.lr, **extra))
+        self.encoder, self.head = (
+            self.accelerator.prepare(module) if any(p.requires_grad for p in module.parameters()) else module
+            for module in (model.encoder, model.head)
+        )
+        self.micro_batches = MicroBatches(self.accelerator, self.encoder, noises, options.micro_batch_size)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Encoder, prompts and the rest of the head, each with its learning rate; no decay on biases and norms."""
+        options, model = self.config.train, self.model
+        prompts = {id(parameter) for parameter in model.head.prompt_parameters()}
+        rates = {"encoder": options.lr_encoder, "prompts": options.lr_prompts, "head": options.lr_head}
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                kind = "encoder" if name.startswith("encoder.") else "prompts" if id(parameter) in prompts else "head"
+                groups.setdefault((kind, parameter.ndim > 1), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": options.lr if rates[kind] is None else rates[kind],
+                "peak_lr": options.lr if rates[kind] is None else rates[kind],
+                "weight_decay": options.weight_decay if decays else 0.0,
+                "name": kind,
+            }
+            for (kind, decays), parameters in groups.items()
+        ]
+
+    def _lr_factor(self, step: int) -> float:
+        """Share of the peak learning rate in (0-based) step: linear warm-up, then cosine to 0 or constant."""
+        options, total = self.config.train, self._max_steps()
+        if step < options.warmup_steps:
+            return (step + 1) / options.warmup_steps
+        if options.schedule == "constant":
+            return 1.0
+        done = (step - options.warmup_steps) / max(1, total - options.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    def run(self) -> Path:
+        """Train, pick the model, evaluate, save."""
+        if self.learns:
+            self._resume()
+            self._train()
+            self._load_selected()
+        elif self.main:
+            (self.folder / "log.jsonl").touch()
+        self._finish()
+        self.accelerator.end_training()
+        return self.folder
+
+    def _train(self) -> None:
+        config, options = self.config, self.config.train
+        total = self._max_steps()
+        every = options.eval_every or max(1, math.ceil(total / 10))
+        if options.trackers:
+            self.accelerator.init_trackers("ordinalclip", {"method": config.method, "seed": config.seed})
+        augmentation = Augmentation(**config.data.augment.model_dump())
+        loader = DataLoader(
+            StreamDataset(self.parts.train, self.model.config.pixel_spec, augmentation, config.seed),
+            batch_sampler=StreamSampler(
+                options.batch_size, self.step, total, self.accelerator.process_index, self.accelerator.num_processes
+            ),
+            num_workers=config.data.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            persistent_workers=False,
+        )
+        title = f"training {config.method}"
+        progress: Progress = Progress(None, title, (total - self.step) * options.batch_size, "images", self.quiet)
+        rows: list[dict[str, Any]] = []
+        started = time.monotonic()
+        for batch in loader:
+            row = self._step(batch, total)
+            self.step += 1
+            rows.append({"step": self.step, **row, "seconds": time.monotonic() - started})
+            last = self.step == total
+            stop = False
+            if self.step % every == 0 or last:
+                rows[-1].update(self._validate())
+                stop = options.patience is not None and self.stale >= options.patience
+            if self.step % options.log_every == 0 or last or stop or "validation_mae" in rows[-1]:
+                self._write_log(rows)
+                progress.note = f"loss {rows[-1]['loss']:.3f}"
+                rows = []
+            if self.step % every == 0 or last or stop:
+                self._save_checkpoint()
+            progress.advance(options.batch_size)
+            if stop:
+                break
+        progress.close()
+        self.train_seconds += time.monotonic() - started
+
+    def _step(self, batch: list[Tensor], total: int) -> dict[str, Any]:
+        """One optimiser step on the global batch; returns the logged terms as tensors, to be read later."""
+        device, options = self.accelerator.device, self.config.train
+        pixels, values, ranks, positions = (tensor.to(device, non_blocking=True) for tensor in batch)
+        factor = self._lr_factor(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self.encoder.train()
+        self.head.train()
+
+        features = self.micro_batches.encode(pixels.to(getattr(torch, options.precision)), positions)
+        outputs = gather_outputs(self.head(features), self.shares)
+        values, ranks = gather(values, self.shares), gather(ranks, self.shares)
+        values = values.to(next(iter(outputs.values())).dtype) if options.precision == "float64" else values.float()
+        terms = self.model.head.loss(outputs, Targets(values, ranks, progress=self.step / total))
+        self.micro_batches.backward(terms["loss"])
+        if options.clip_grad_norm is not None:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.accelerator.clip_grad_norm_(trained, options.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**{name: term.detach() for name, term in terms.items()}, "lr": options.lr * factor}
+
+    def _write_log(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to log.jsonl and the trackers; this is where the device is waited for."""
+        for row in rows:
+            for name, value in row.items():
+                row[name] = value.item() if isinstance(value, Tensor) else value
+        if self.main:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.config.train.trackers:
+            for row in rows:
+                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def _deployed(self) -> OrdinalModel:
+        """The model as it is served, its head fitted on training and validation outputs if it wants that."""
+        self.model.eval()
+        if self.model.head.needs_fit:
+            train = self._outputs(self.model, self.parts.train), targets_of(self.parts.train)
+            validation = None
+            if self.parts.validation is not None:
+                validation = self._outputs(self.model, self.parts.validation), targets_of(self.parts.validation)
+            self.model.head.fit(train, validation)
+        return self.model.deploy()
+
+    def _outputs(self, model: OrdinalModel, part: Any, title: str = "") -> dict[str, Tensor]:
+        options = self.config.evaluation
+        return outputs_of(
+            model, part, self.accelerator, options.batch_size, self.config.data.workers, title, self.quiet
+        )
+
+    def _validate(self) -> dict[str, float]:
+        """Validation MAE by the chosen decoding; remembers the best step."""
+        if self.parts.validation is None:
+            self.best_step = self.step
+            return {}
+        model = self._deployed()
+        predictions = predictions_of(model, self._outputs(model, self.parts.validation))
+        figures = score(predictions, self.parts.validation, self.parts.ranks, self.config.evaluation.cs)
+        value = figures[self.config.evaluation.decoding]["mae"]
+        if value < self.best_value:
+            self.best_value, self.best_step, self.stale = value, self.step, 0
+        else:
+            self.stale += 1
+        return {"validation_mae": value, "validation_accuracy": figures["accuracy"]}
+
+    def _save_checkpoint(self) -> None:
+        if self.main:
+            scaler = self.accelerator.scaler
+            state = {
+                "best_step": self.best_step,
+                "best_value": None if math.isinf(self.best_value) else self.best_value,
+                "stale": self.stale,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "config": self.config.model_dump(mode="json"),
+            }
+            folder = self.folder / "checkpoints"
+            checkpoint.save_checkpoint(folder, self.step, self._weights(), self.optimizer.optimizer.state_dict(), state)
+            checkpoint.prune(folder, self.config.train.keep_checkpoints, self.best_step)
+        self.accelerator.wait_for_everyone()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """All that training changes; the frozen text tower is rebuilt from its own weights."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("head.text.")}
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if not name.startswith("head.text.")]
+        if missing or unexpected:
+            raise ValueError(f"checkpoint does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+
+    def _resume(self) -> None:
+        """Continue at the step after the checkpoint that `train.resume` names, or start with an empty log."""
+        found = checkpoint.find_checkpoint(self.folder / "checkpoints", self.config.train.resume)
+        if found is None:
+            if self.main:
+                (self.folder / "log.jsonl").write_text("", encoding="utf-8")
+                checkpoint.remove_all(self.folder / "checkpoints")
+            self.accelerator.wait_for_everyone()
+            return
+        weights, optimizer, state = checkpoint.load_checkpoint(found)
+        self._load_weights(weights)
+        self.optimizer.optimizer.load_state_dict(checkpoint.as_tensors(optimizer, self.accelerator.device))
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.best_step, self.stale = state["step"], state["best_step"], state["stale"]
+        self.best_value = math.inf if state["best_value"] is None else state["best_value"]
+        if self.main:
+            checkpoint.cut_log(self.folder / "log.jsonl", self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _load_selected(self) -> None:
+        """The weights of the best step become the model, unless the last are asked for or there is no other."""
+        best = self.folder / "checkpoints" / f"{checkpoint.PREFIX}{self.best_step or self.step:08d}"
+        if self.config.train.select == "best" and self.best_step not in (None, self.step):
+            if self.main:
+                self.model.save_pretrained(self.folder / "model-last")
+            self._load_weights(checkpoint.load_checkpoint(best)[0])
+
+    def _finish(self) -> None:
+        """Evaluate the chosen model, write metrics.json, predictions.parquet and model/."""
+        model = self._deployed()
+        wanted = {"validation": self.parts.validation, "test": self.parts.test if self.config.evaluation.test else None}
+        evaluated = {}
+        for name, part in wanted.items():
+            if part is not None:
+                outputs = self._outputs(model, part, f"evaluating {name}")
+                evaluated[name] = (part, predictions_of(model, outputs))
+        if self.main:
+            figures: dict[str, Any] = {
+                name: score(predictions, part, self.parts.ranks, self.config.evaluation.cs)
+                for name, (part, predictions) in evaluated.items()
+            }
+            figures.update(
+                method=self.config.method,
+                seed=self.config.seed,
+                ordinality=model_ordinality(model),
+                steps=self.step,
+                best_step=self.best_step,
+                num_train=len(self.parts.train),
+                parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad) if self.learns else 0,
+                train_seconds=self.train_seconds,
+            )
+            write_predictions(self.folder / "predictions.parquet", evaluated, self.parts.ranks)
+            model.save_pretrained(self.folder / "model")
+            (self.folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        self.accelerator.wait_for_everyone()
