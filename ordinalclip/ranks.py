@@ -24,8 +24,8 @@ class Ranks:
         values: strictly increasing rank values (R >= 2) in the label's unit.
         names: one word or phrase per rank, used in prompts and answers; default: the value, without ".0".
         unit: the unit of the values, e.g. "years"; only shown.
-        edges: R - 1 inner bin edges, or R + 1 edges that also bound the first and last bin. Bin k holds
-            edges[k] <= value < edges[k + 1]; the last outer edge belongs to the last bin.
+        edges: R - 1 inner bin edges, the outer bins being open, or R + 1 edges that bound them too. A value on an
+            edge belongs to the bin above it, on the last outer edge to the last bin.
         tolerance: how far outside the outermost rank values (or outer edges) a label may lie, in the label's
             unit. Default: the widest gap between neighbouring ranks.
 
@@ -119,12 +119,14 @@ class Ranks:
                 names the row and the allowed range.
         """
         labels = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
-        anchors = torch.tensor(self.values, dtype=torch.float64)
-        low, high = self.values[0], self.values[-1]
-        if self.edges is not None and len(self.edges) == len(self) + 1:
-            low, high = self.edges[0], self.edges[-1]
+        low, high, inner = self.values[0], self.values[-1], self.edges
+        if self.edges is not None:
+            outer = len(self.edges) == len(self) + 1
+            low, high = (self.edges[0], self.edges[-1]) if outer else (-math.inf, math.inf)
+            inner = self.edges[1:-1] if outer else self.edges
         assert self.tolerance is not None
-        bad = ~((labels >= low - self.tolerance) & (labels <= high + self.tolerance))  # catches NaN as well
+        inside = (labels >= low - self.tolerance) & (labels <= high + self.tolerance)
+        bad = ~(inside & labels.isfinite())
         if bad.any():
             first = int(bad.nonzero()[0])
             row = list(rows)[first] if rows is not None else first
@@ -133,11 +135,10 @@ class Ranks:
                 f"row {row}: label {labels[first].item():g} is outside the ranks {allowed} "
                 f"(tolerance {self.tolerance:g}); {int(bad.sum())} of {len(labels)} labels are"
             )
-        if self.edges is not None:
-            inner = self.edges[1:-1] if len(self.edges) == len(self) + 1 else self.edges
+        if inner is not None:
             return torch.bucketize(labels, torch.tensor(inner, dtype=torch.float64), right=True)
-        middles = (anchors[1:] + anchors[:-1]) / 2
-        return torch.bucketize(labels, middles)  # a label exactly in the middle goes down
+        anchors = torch.tensor(self.values, dtype=torch.float64)
+        return torch.bucketize(labels, (anchors[1:] + anchors[:-1]) / 2)  # a label exactly in the middle goes down
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `Ranks(**data)` restores it."""

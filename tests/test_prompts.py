@@ -10,7 +10,7 @@ import torch
 
 from ordinalclip.losses import alignment_loss
 from ordinalclip.metrics import ordinality
-from ordinalclip.prompts import PromptLearner
+from ordinalclip.prompts import PromptLearner, interpolation_weights
 from ordinalclip.ranks import Ranks
 from ordinalclip.text import TextTower
 
@@ -92,3 +92,189 @@ def test_golden_figures(golden_tower, number, packed):
     expected_rank = probabilities @ torch.arange(len(expected)).float()
     assert torch.allclose(expected_rank, torch.tensor(case["expected_rank"]), rtol=1e-3)
     assert probabilities.argmax(dim=1).tolist() == case["argmax_rank"]
+
+
+OPTIONS = [
+    {"rank_position": position, "rank_specific_context": specific, **more}
+    for position in ("tail", "middle", "front")
+    for specific in (False, True)
+    for more in (
+        {"num_base_ranks": 2, "interpolation": "inverse", "tokens_per_rank": 2},
+        {"num_base_ranks": 2, "interpolation": "gaussian", "context": "the age of the person is"},
+        {"num_base_ranks": None, "num_context": 3},
+        {"init_from_names": True, "num_base_ranks": 2, "interpolation": "piecewise"},
+        {"init_from_names": True, "num_base_ranks": None, "num_context": 0},
+    )
+]
+
+
+def packed_against_plain(tower, learner):
+    """Largest difference of features and of both gradients, relative to the largest entry."""
+    results = []
+    for encode in (tower.encode_packed, tower.encode_plain):
+        learner.zero_grad()
+        features = encode(learner())
+        draw = torch.randn(features.shape, generator=torch.Generator().manual_seed(0), dtype=features.dtype)
+        (features * draw).sum().backward()
+        results.append([features.detach(), learner.context.grad, learner.rank_embeddings.grad])
+    return [(a - b).abs().max() / b.abs().max() for a, b in zip(*results, strict=True) if b.numel()]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{v}" for v in o.values()))
+def test_packed_equals_plain(tower, options):
+    names = ("one", "twenty two", "three hundred and five", "4", "fifty")
+    torch.manual_seed(1)
+    learner = PromptLearner(tower, Ranks(tuple(range(5)), names), **options)
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    assert max(packed_against_plain(tower, learner)) < 1e-5
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 81, 100, 251])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_equals_plain_for_many_ranks(tower, num_ranks, checkpointing):
+    learner = PromptLearner(tower, num_ranks, num_base_ranks=2, num_context=4, interpolation="piecewise")
+    tower.activation_checkpointing = checkpointing
+    try:
+        assert max(packed_against_plain(tower, learner)) < 1e-5
+    finally:
+        tower.activation_checkpointing = False
+
+
+@pytest.mark.slow
+def test_packed_equals_plain_for_two_thousand_ranks(tower):
+    learner = PromptLearner(tower, 2000, num_base_ranks=7, num_context=4)
+    assert max(packed_against_plain(tower, learner)) < 1e-5
+
+
+def test_memory_grows_linearly_with_ranks(tower):
+    """What the backward pass holds, in bytes of saved tensors: doubling R must not quadruple it."""
+
+    def saved_bytes(num_ranks):
+        total = 0
+
+        def count(tensor):
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        learner = PromptLearner(tower, num_ranks, num_base_ranks=3)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            tower(learner())
+        return total
+
+    small, middle, large = saved_bytes(160), saved_bytes(320), saved_bytes(640)
+    assert 1.7 < (large - middle) / (middle - small) < 2.3  # the weights, saved once, drop out of the differences
+
+
+def test_tokens_of_a_prompt(tower):
+    """The prompt's tokens, written out by hand for each position of the rank."""
+    ranks = Ranks((0, 1), ("one", "twenty two"))
+    embed = tower.token_embedding.weight
+    start, end = tower.start_token, tower.end_token
+    (dot,) = tower.token_ids(".")
+    context, words = tower.token_ids("the age is"), tower.token_ids("twenty two")
+    for position, expected in {
+        "tail": [start, *context, *words, dot, end],
+        "middle": [start, context[0], *words, *context[1:], dot, end],
+        "front": [start, *words, *context, dot, end],
+    }.items():
+        learner = PromptLearner(tower, ranks, context="the age is", rank_position=position, init_from_names=True)
+        prefix, suffix, lengths = learner()
+        whole = torch.cat([prefix, suffix[1, : lengths[1]]])
+        assert torch.equal(whole, embed[expected])
+        assert torch.equal(tower(["the age is one.", "the age is twenty two."]), tower(learner())) == (position == "tail")
+
+
+def test_bases_start_from_the_names_of_their_nearest_rank(tower):
+    names = ("zero", "one", "two", "three", "four")
+    learner = PromptLearner(tower, Ranks(tuple(range(5)), names), num_base_ranks=3, init_from_names=True)
+    for base, name in enumerate(("zero", "two", "four")):
+        assert torch.equal(learner.rank_embeddings[base, 0], tower.embed(tower.token_ids(name))[0])
+
+
+@pytest.mark.parametrize("kind", ["linear", "inverse", "gaussian", "piecewise"])
+@pytest.mark.parametrize(("num_ranks", "num_bases"), [(9, 1), (9, 2), (100, 3), (7, 7), (2000, 5)])
+def test_interpolation_against_loops(kind, num_ranks, num_bases):
+    weights = interpolation_weights(num_ranks, num_bases, kind)
+    assert torch.isfinite(weights).all()
+    if num_bases == 1:
+        assert (weights == 1).all()
+        return
+    assert torch.allclose(weights.sum(dim=1), torch.ones(num_ranks))
+    gap = (num_ranks - 1) / (num_bases - 1)
+    for rank in range(0, num_ranks, max(1, num_ranks // 9)):
+        distances = [abs(rank - base * gap) for base in range(num_bases)]
+        shape = {
+            "linear": lambda d: 1 - d / (num_ranks - 1),
+            "inverse": lambda d: 1 / (d + 1e-5),
+            "gaussian": lambda d, nearest=min(distances): float(np.exp(nearest**2 - d**2)),
+            "piecewise": lambda d: max(0, 1 - d / gap),
+        }[kind]
+        expected = np.array([shape(d) for d in distances])
+        assert np.allclose(weights[rank], expected / expected.sum(), atol=1e-5)
+
+
+def test_piecewise_reproduces_a_base(tower):
+    learner = PromptLearner(tower, 9, num_base_ranks=3, interpolation="piecewise")
+    assert torch.allclose(learner.ranks_embedded()[[0, 4, 8]], learner.rank_embeddings)
+
+
+def test_transformers_tower_equals_packed_and_its_own_model():
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, projection_dim=32
+    )
+    model = CLIPTextModelWithProjection(config).eval()
+    tower = TextTower.from_transformers(model)
+    learner = PromptLearner(tower, 5, num_base_ranks=2, num_context=3)
+    assert max(packed_against_plain(tower, learner)) < 1e-5
+    ids = torch.tensor([[tower.start_token, *tower.token_ids("an age of 42."), tower.end_token]])
+    expected = model(input_ids=ids).text_embeds
+    assert torch.allclose(tower(["an age of 42."]), expected, atol=1e-5)
+
+
+def test_bidirectional_tower_is_encoded_at_full_length():
+    model = text_model(layers=2)
+    model.register_buffer("attn_mask", None)
+    model.text_pool_type = "last"
+    tower = TextTower.from_open_clip(model)
+    learner = PromptLearner(tower, 3, num_base_ranks=2, num_context=3)
+    assert torch.equal(tower(learner()), tower.encode_plain(learner()))
+    assert not torch.allclose(tower(learner()), tower.encode_packed(learner()), atol=1e-3)
+
+
+def test_frozen_tower_passes_gradient_through(tower):
+    learner = PromptLearner(tower.train(), 3, num_base_ranks=2)
+    tower(learner()).sum().backward()
+    assert not tower.training
+    assert all(parameter.grad is None for parameter in tower.parameters())
+    assert learner.rank_embeddings.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_base_ranks": 6}, "between 1 and the number of ranks 5, got 6"),
+        ({"num_base_ranks": 0}, "between 1 and the number of ranks 5, got 0"),
+        ({"num_base_ranks": 2, "interpolation": "cubic"}, "'cubic' is unknown; choices: linear"),
+        ({"rank_position": "end"}, "'end' is unknown; choices: tail"),
+        ({"num_context": -1}, "num_context must be at least 0"),
+        ({"tokens_per_rank": 0}, "tokens_per_rank must be at least 1"),
+        ({"context": "  "}, "holds no token"),
+        ({"num_context": 75}, "has 79 tokens .* at most 77"),
+    ],
+)
+def test_bad_options(tower, options, message):
+    with pytest.raises(ValueError, match=message):
+        PromptLearner(tower, 5, **options)
+
+
+def test_unsupported_models_are_named():
+    with pytest.raises(ValueError, match="Linear"):
+        TextTower.from_open_clip(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no CLIP text tower"):
+        TextTower.from_transformers(torch.nn.Linear(2, 2))

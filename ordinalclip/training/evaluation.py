@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ordinalclip.backbones import PixelSpec
+from ordinalclip.config import RunConfig
 from ordinalclip.data import Part
 from ordinalclip.heads import (
     Decoding,
@@ -129,24 +131,49 @@ def model_ordinality(model: OrdinalModel) -> float | None:
     return ordinality(model.head.prototypes) if isinstance(model.head, PrototypeHead) else None
 
 
-def write_predictions(path: Path, parts: dict[str, tuple[Part, dict[str, np.ndarray]]], ranks: Ranks) -> None:
+def evaluate_parts(
+    model: OrdinalModel, parts: dict[str, Part], accelerator: Accelerator, config: RunConfig, folder: Path, quiet: bool
+) -> dict[str, Any]:
+    """Predict and score parts, and keep every prediction in `folder/predictions.parquet`.
+
+    Args:
+        model: a deployed model.
+        parts: by name; predictions of parts that are in the file already are replaced.
+
+    Returns:
+        figures by part's name, see `score`.
+    """
+    figures, tables = {}, []
+    for name, part in parts.items():
+        options = config.evaluation
+        title = f"evaluating {name}"
+        outputs = outputs_of(model, part, accelerator, options.batch_size, config.data.workers, title, quiet)
+        predictions = predictions_of(model, outputs)
+        figures[name] = score(predictions, part, model.head.ranks, options.cs)
+        tables.append(predictions_table(name, part, predictions))
+    if accelerator.is_main_process and tables:
+        path, temporary = folder / "predictions.parquet", folder / "predictions.partial"
+        if path.is_file():
+            earlier = pq.read_table(path)
+            tables.insert(0, earlier.filter(pc.invert(pc.is_in(earlier["part"], pa.array(list(parts))))))
+        pq.write_table(pa.concat_tables(tables), temporary)
+        temporary.replace(path)
+    return figures
+
+
+def predictions_table(name: str, part: Part, predictions: dict[str, np.ndarray]) -> pa.Table:
     """One row per image: part, row, label, label_rank, rank, median, argmax, expectation, probabilities (or null)."""
-    tables = []
-    for name, (part, predictions) in parts.items():
-        probabilities = predictions.get("probabilities")
-        columns = {
-            "part": pa.array([name] * len(part)),
-            "row": pa.array(list(part.names)),
-            "label": pa.array(part.values),
-            "label_rank": pa.array(part.ranks),
-            "rank": pa.array(predictions["rank"].astype(np.int64)),
-            **{how: pa.array(predictions[how].astype(np.float64)) for how in get_args(Decoding)},
-            "probabilities": pa.array(
-                [None] * len(part) if probabilities is None else list(probabilities.astype(np.float32)),
-                type=pa.list_(pa.float32()),
-            ),
-        }
-        tables.append(pa.table(columns))
-    temporary = path.with_suffix(".partial")
-    pq.write_table(pa.concat_tables(tables), temporary)
-    temporary.replace(path)
+    probabilities = predictions.get("probabilities")
+    columns = {
+        "part": pa.array([name] * len(part)),
+        "row": pa.array(list(part.names)),
+        "label": pa.array(part.values),
+        "label_rank": pa.array(part.ranks),
+        "rank": pa.array(predictions["rank"].astype(np.int64)),
+        **{how: pa.array(predictions[how].astype(np.float64)) for how in get_args(Decoding)},
+        "probabilities": pa.array(
+            [None] * len(part) if probabilities is None else list(probabilities.astype(np.float32)),
+            type=pa.list_(pa.float32()),
+        ),
+    }
+    return pa.table(columns)

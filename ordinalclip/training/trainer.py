@@ -12,7 +12,9 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ordinalclip.config import RunConfig
+from ordinalclip.config import RunConfig, apply_overrides, parse_config, read_yaml
 from ordinalclip.data import Parts, load_parts
 from ordinalclip.heads import Targets
 from ordinalclip.images import Augmentation
@@ -32,12 +34,12 @@ from ordinalclip.progress import Progress
 from ordinalclip.training import checkpoint
 from ordinalclip.training.distributed import MicroBatches, check_batch_norm, gather, gather_outputs
 from ordinalclip.training.evaluation import (
+    evaluate_parts,
     model_ordinality,
     outputs_of,
     predictions_of,
     score,
     targets_of,
-    write_predictions,
 )
 from ordinalclip.training.sampling import (
     StreamDataset,
@@ -379,28 +381,63 @@ class Trainer:
     def _finish(self) -> None:
         """Evaluate the chosen model, write metrics.json, predictions.parquet and model/."""
         model = self._deployed()
-        wanted = {"validation": self.parts.validation, "test": self.parts.test if self.config.evaluation.test else None}
-        evaluated = {}
-        for name, part in wanted.items():
-            if part is not None:
-                outputs = self._outputs(model, part, f"evaluating {name}")
-                evaluated[name] = (part, predictions_of(model, outputs))
-        if self.main:
-            figures: dict[str, Any] = {
-                name: score(predictions, part, self.parts.ranks, self.config.evaluation.cs)
-                for name, (part, predictions) in evaluated.items()
-            }
-            figures.update(
-                method=self.config.method,
-                seed=self.config.seed,
-                ordinality=model_ordinality(model),
-                steps=self.step,
-                best_step=self.best_step,
-                num_train=len(self.parts.train),
-                parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad) if self.learns else 0,
-                train_seconds=self.train_seconds,
-            )
-            write_predictions(self.folder / "predictions.parquet", evaluated, self.parts.ranks)
-            model.save_pretrained(self.folder / "model")
-            (self.folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        (self.folder / "predictions.parquet").unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
+        wanted = {"validation": self.parts.validation, "test": self.parts.test if self.config.evaluation.test else None}
+        present = {name: part for name, part in wanted.items() if part is not None}
+        figures = evaluate_parts(model, present, self.accelerator, self.config, self.folder, self.quiet)
+        figures.update(
+            method=self.config.method,
+            seed=self.config.seed,
+            ordinality=model_ordinality(model),
+            steps=self.step,
+            best_step=self.best_step,
+            num_train=len(self.parts.train),
+            parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad) if self.learns else 0,
+            train_seconds=self.train_seconds,
+        )
+        if self.main:
+            model.save_pretrained(self.folder / "model")
+            write_json(self.folder / "metrics.json", figures)
+        self.accelerator.wait_for_everyone()
+
+
+def evaluate_run(
+    folder: Path, parts: Parts | None = None, overrides: Sequence[str] = (), quiet: bool = False
+) -> dict[str, Any]:
+    """Score a run's saved model on its test part.
+
+    Args:
+        folder: the run folder; its metrics.json and predictions.parquet take up the test part.
+        parts: the run's data, if it is in memory already.
+        overrides: dotted "key=value" for another place or kind of data; then nothing is written.
+
+    Returns:
+        the run's figures with those of the test part.
+
+    Raises:
+        FileNotFoundError: no finished run there; ValueError: no test part.
+    """
+    metrics = folder / "metrics.json"
+    if not metrics.is_file():
+        raise FileNotFoundError(f"{folder}: no finished run (metrics.json is missing)")
+    config = parse_config(apply_overrides(read_yaml(folder / "config.yaml"), overrides), str(folder / "config.yaml"))
+    accelerator = make_accelerator(config.train.mixed_precision)
+    parts = parts or load_parts(config.data, config.ranks, config.seed)
+    if parts.test is None:
+        raise ValueError(f"{folder}: the configuration has no test part")
+    model = OrdinalModel.from_pretrained(folder / "model").to(accelerator.device)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        target = Path(elsewhere) if overrides else folder
+        figures = evaluate_parts(model, {"test": parts.test}, accelerator, config, target, quiet)
+    figures = {**json.loads(metrics.read_text(encoding="utf-8")), **figures}
+    if accelerator.is_main_process and not overrides:
+        write_json(metrics, figures)
+    return figures
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,217 @@
+"""`ordinalclip compare`: methods x settings x seeds on the same data, encoder and budget, in one table.
+
+A comparison is a YAML file:
+
+    output_dir: runs/compare/demo
+    seeds: [1, 2, 3]
+    base: {data: ..., ranks: ..., model: ..., train: ...}   # keys of a run, shared by all methods
+    methods:
+      OrdinalCLIP:                                          # a row of the table
+        base: {method: ordinalclip, head: {...}}            # keys of a run, for this method
+        settings: [{train.lr: 1e-3}, {train.lr: 3e-3}]      # tried; validation chooses one for all seeds
+
+Every method must bring the same number of settings, unless nothing of it learns. Runs that are complete are not
+run again, so an interrupted comparison goes on where it was. The test part is predicted once: by the runs of the
+chosen setting, after the choice.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from ordinalclip.config import RunConfig, Section, apply_overrides, parse_config, read_yaml
+from ordinalclip.data import Parts, load_parts
+from ordinalclip.progress import Progress
+from ordinalclip.training.trainer import evaluate_run, train
+
+FIXED = {"zero_shot", "constant"}  # nothing learns: one setting is all there is
+COLUMNS = {"mae": "MAE", "rmse": "RMSE", "r2": "R2", "accuracy": "accuracy", "spearman": "Spearman"}
+
+
+class MethodConfig(Section):
+    base: dict[str, Any] = Field({}, description="keys of a run for this method")
+    settings: list[dict[str, Any]] = Field([{}], min_length=1, description="dotted keys to try; validation chooses")
+
+
+class CompareConfig(Section):
+    output_dir: str = Field("runs/compare/default", description="folder of the table and of all runs")
+    title: str = Field("", description="a sentence above the table")
+    seeds: list[int] = Field([1, 2, 3], min_length=1, description="one run per method, setting and seed")
+    base: dict[str, Any] = Field({}, description="keys of a run, shared by all methods")
+    methods: dict[str, MethodConfig] = Field(description="a row of the table each")
+
+
+class Comparison:
+    """A comparison read from a file: its runs, and what becomes of them.
+
+    Args:
+        config: the comparison.
+        source: its name in errors.
+
+    Raises:
+        ValueError: a run's configuration that is wrong, or methods with unequal numbers of settings.
+    """
+
+    def __init__(self, config: CompareConfig, source: str):
+        self.config = config
+        self.folder = Path(config.output_dir)
+        tried: dict[str, int] = {}
+        self.runs: dict[tuple[str, int, int], RunConfig] = {}
+        for name, method in config.methods.items():
+            for number, setting in enumerate(method.settings):
+                for seed in config.seeds:
+                    run = self._run_config(name, method, number, setting, seed, source)
+                    self.runs[name, number, seed] = run
+                    if run.method not in FIXED:
+                        tried[name] = len(method.settings)
+        if len(set(tried.values())) > 1:
+            raise ValueError(f"{source}: every method needs the same number of settings to try, got {tried}")
+
+    def _run_config(
+        self, name: str, method: MethodConfig, number: int, setting: dict[str, Any], seed: int, source: str
+    ) -> RunConfig:
+        label = "".join(c if c.isalnum() else "-" for c in name.lower())
+        content = _merged(self.config.base, method.base)
+        overrides = [f"{key}={json.dumps(value)}" for key, value in setting.items()]
+        content = apply_overrides(content, [*overrides, f"seed={seed}", "evaluation.test=false"])
+        content["output_dir"] = str(self.folder / "runs" / f"{label}-{number}-seed{seed}")
+        return parse_config(content, f"{source}, method {name!r}, setting {number}")
+
+    def run(self, quiet: bool = False) -> list[dict[str, Any]]:
+        """Train what is missing, choose settings by validation, read the test part, write the tables.
+
+        Returns:
+            a row per method: its figures with mean and standard deviation over seeds.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        parts: dict[str, Parts] = {}
+        progress: Progress = Progress(None, "comparing", len(self.runs), "runs", quiet)
+        for (name, number, seed), run in self.runs.items():
+            if not _is_complete(run):
+                train(run, self._parts(parts, run), quiet=True)
+            progress.advance(1, f"{name}, setting {number}, seed {seed}")
+        progress.close()
+        rows = []
+        for name, method in self.config.methods.items():
+            chosen = min(range(len(method.settings)), key=lambda number: self._validation(name, number))
+            for seed in self.config.seeds:
+                run = self.runs[name, chosen, seed]
+                if "test" not in _metrics(run):
+                    evaluate_run(Path(run.output_dir), self._parts(parts, run), quiet=True)
+            rows.append(self._row(name, chosen))
+        self._write(rows)
+        return rows
+
+    def _parts(self, cache: dict[str, Parts], run: RunConfig) -> Parts:
+        """The data of a run, loaded once for all runs that share it."""
+        key = json.dumps([run.data.model_dump(mode="json"), run.ranks.model_dump(mode="json"), run.seed])
+        if key not in cache:
+            cache[key] = load_parts(run.data, run.ranks, run.seed)
+        return cache[key]
+
+    def _validation(self, name: str, number: int) -> float:
+        """Mean validation MAE of a setting over the seeds."""
+        return float(np.mean([_metrics(self.runs[name, number, s])["validation"]["mae"] for s in self.config.seeds]))
+
+    def _row(self, name: str, chosen: int) -> dict[str, Any]:
+        results = [_metrics(self.runs[name, chosen, seed]) for seed in self.config.seeds]
+        row: dict[str, Any] = {"method": name, "setting": json.dumps(self.config.methods[name].settings[chosen])}
+        figures = {key: [result["test"][key] for result in results] for key in COLUMNS}
+        figures["mae_expectation"] = [result["test"]["expectation"]["mae"] for result in results]
+        figures["ordinality"] = [result["ordinality"] for result in results]
+        figures["train_seconds"] = [result["train_seconds"] for result in results]
+        for key, values in figures.items():
+            known = [value for value in values if value is not None]
+            row[key] = float(np.mean(known)) if known else None
+            row[f"{key}_std"] = float(np.std(known, ddof=1)) if len(known) > 1 else None
+        row["validation_mae"] = self._validation(name, chosen)
+        row["settings_tried"] = len(self.config.methods[name].settings)
+        return row
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        (self.folder / "table.md").write_text(self.table(rows), encoding="utf-8")
+        with (self.folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def table(self, rows: list[dict[str, Any]]) -> str:
+        """The rows as Markdown: mean +- standard deviation over the seeds, best MAE first."""
+        heads = [*COLUMNS.values(), "ordinality", "s / run", "setting chosen"]
+        lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1) + "---|"]
+        for row in sorted(rows, key=lambda row: row["mae"]):
+            cells = [_cell(row, key) for key in [*COLUMNS, "ordinality"]]
+            seconds = f"{row['train_seconds']:.0f}" if row["train_seconds"] else "-"
+            lines.append(f"| {row['method']} | {' | '.join(cells)} | {seconds} | `{row['setting']}` |")
+        unit = self.config.base.get("ranks", {}).get("unit", "")
+        note = (
+            f"Test part, mean and standard deviation over seeds {', '.join(map(str, self.config.seeds))}"
+            f"{f'; MAE and RMSE in {unit}' if unit else ''}. MAE, RMSE, R2 and Spearman by median, accuracy by argmax. "
+            f"Settings chosen by the mean validation MAE."
+        )
+        title = f"{self.config.title}\n\n" if self.config.title else ""
+        return title + "\n".join(lines) + f"\n\n{note}\n"
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read a comparison file.
+
+    Args:
+        overrides: dotted "key=value"; keys of a run (data.root, train.max_steps, ...) apply to all runs, keys of
+            the comparison itself (seeds, output_dir, title) to it.
+
+    Raises:
+        ValueError: unknown keys or wrong values, with file, method and key.
+    """
+    own = set(CompareConfig.model_fields)
+    shared = [
+        f"base.{override}" if override.split(".")[0].split("=")[0] not in own else override for override in overrides
+    ]
+    return Comparison(parse_config(apply_overrides(read_yaml(path), shared), str(path), CompareConfig), str(path))
+
+
+def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False) -> str:
+    """Run a comparison file and return its table as Markdown."""
+    started = time.monotonic()
+    comparison = load_comparison(path, overrides)
+    table = comparison.table(comparison.run(quiet))
+    elapsed = time.monotonic() - started
+    return f"{table}\n{len(comparison.runs)} runs in {comparison.folder}/runs, {elapsed:.0f} s this time.\n"
+
+
+def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in more.items():
+        merged[key] = (
+            _merged(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
+    return merged
+
+
+def _metrics(run: RunConfig) -> dict[str, Any]:
+    return json.loads((Path(run.output_dir) / "metrics.json").read_text(encoding="utf-8"))
+
+
+def _is_complete(run: RunConfig) -> bool:
+    """Whether a finished run of exactly this configuration is there."""
+    folder = Path(run.output_dir)
+    if not ((folder / "metrics.json").is_file() and (folder / "config.yaml").is_file()):
+        return False
+    return read_yaml(folder / "config.yaml") == run.model_dump(mode="json")
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    mean, spread = row[key], row[f"{key}_std"]
+    if mean is None or math.isnan(mean):
+        return "-"
+    digits = 2 if abs(mean) >= 1 else 3
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")

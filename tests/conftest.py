@@ -1,0 +1,60 @@
+"""Shared parts: small towers, real image files, quick run configurations."""
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from ordinalclip.config import load_config
+from ordinalclip.text import TextTower
+
+QUICK = (
+    "ranks.low=0",
+    "ranks.high=100",
+    "ranks.num=21",
+    "data.num_train=24",
+    "data.num_validation=12",
+    "data.num_test=12",
+    "train.max_steps=4",
+    "train.batch_size=8",
+    "train.lr=1e-3",
+)
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """A function (overrides) -> configuration of a run of a second."""
+    return lambda *overrides: load_config(None, [f"output_dir={tmp_path}/run", *QUICK, *overrides])
+
+
+def small_clip(width=64, layers=2, heads=2, output=32, **text):
+    """A random open_clip model with a 77-token text tower."""
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": width, "heads": heads, "layers": layers, **text}
+    torch.manual_seed(0)
+    return open_clip.CLIP(output, vision, text)
+
+
+@pytest.fixture(scope="session")
+def tower():
+    """A random text tower whose weights are large enough that wrong masks show."""
+    model = small_clip()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.startswith("visual"):
+                parameter.normal_(std=0.1)
+    return TextTower.from_open_clip(model)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Six PNG files whose brightness is their label 0, 1, 2, and a CSV."""
+    rows = ["file,grade,kind,subject"]
+    for number in range(6):
+        grade = number % 3
+        noise = np.random.default_rng(number).integers(0, 60, (40, 48, 3))
+        Image.fromarray((noise + 80 * grade).astype(np.uint8)).save(tmp_path / f"cell{number}.png")
+        rows.append(f"cell{number}.png,{grade},{'ab'[number % 2]},s{number // 2}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path

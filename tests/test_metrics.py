@@ -1,0 +1,64 @@
+"""Metrics against scipy and loops; the evaluate modules against the functions."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ordinalclip.metrics import METRICS, cumulative_score, load_metric, ordinality
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 10, 50).astype(float)
+    return true + rng.normal(0, 2, 50).round(), true
+
+
+def test_against_oracles(pair):
+    predicted, true = pair
+    assert METRICS["mae"](*pair) == pytest.approx(sum(abs(p - t) for p, t in zip(*pair, strict=True)) / 50)
+    assert METRICS["rmse"](*pair) == pytest.approx((sum((p - t) ** 2 for p, t in zip(*pair, strict=True)) / 50) ** 0.5)
+    unexplained, total = sum((true - predicted) ** 2), sum((true - true.mean()) ** 2)
+    assert METRICS["r2"](*pair) == pytest.approx(1 - unexplained / total)
+    assert METRICS["pearson"](*pair) == pytest.approx(stats.pearsonr(*pair).statistic)
+    assert METRICS["spearman"](*pair) == pytest.approx(stats.spearmanr(*pair).statistic)
+    assert METRICS["accuracy"](*pair) == pytest.approx(sum(p == t for p, t in zip(*pair, strict=True)) / 50)
+    assert cumulative_score(*pair, k=2) == pytest.approx(sum(abs(p - t) <= 2 for p, t in zip(*pair, strict=True)) / 50)
+
+
+def test_constant_predictions_have_no_correlation():
+    assert np.isnan(METRICS["pearson"]([1, 1], [0, 1]))
+    assert np.isnan(METRICS["spearman"]([1, 1], [0, 1]))
+    assert np.isnan(METRICS["r2"]([0, 1], [3, 3]))
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_evaluate_modules_score_the_whole_not_the_mean_of_batches(pair, name):
+    predicted, true = pair
+    metric = load_metric(name)
+    for begin, end in ((0, 7), (7, 50)):
+        metric.add_batch(predictions=predicted[begin:end], references=true[begin:end])
+    assert metric.compute() == {name: pytest.approx(METRICS[name](predicted, true))}
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="nothing was added"):
+        load_metric("mae").compute()
+    with pytest.raises(ValueError, match="unknown; choices: mae"):
+        load_metric("mse")
+    with pytest.raises(ValueError, match="part is empty"):
+        METRICS["mae"]([], [])
+    with pytest.raises(ValueError, match=r"\(N,\), got \(2,\) and \(3,\)"):
+        METRICS["mae"]([1, 2], [1, 2, 3])
+
+
+def test_ordinality_against_loops():
+    prototypes = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    unit = prototypes / prototypes.norm(dim=1, keepdim=True)
+    hits = [unit[i] @ unit[j] > unit[i] @ unit[j + 1] for i in range(7) for j in range(i, 7)]
+    assert ordinality(prototypes) == pytest.approx(sum(hits).item() / len(hits))
+    angles = torch.linspace(0, 1.5, 8)
+    assert ordinality(torch.stack([angles.cos(), angles.sin()], dim=1)) == 1.0
+    with pytest.raises(ValueError, match="R >= 2"):
+        ordinality(torch.zeros(1, 3))

@@ -1,0 +1,56 @@
+"""The label space: nearest ranks, bins, names, and errors that name the row."""
+
+import pytest
+
+from ordinalclip.ranks import Ranks
+
+
+def test_nearest_rank_with_ties_going_down():
+    ranks = Ranks((0, 10, 30))
+    values = [-3, 0, 5, 5.1, 19.9, 20, 20.1, 30, 41]
+    expected = [min(range(3), key=lambda k: (abs(ranks.values[k] - v), k)) for v in values]
+    assert ranks.rank_of(values).tolist() == expected
+
+
+@pytest.mark.parametrize("edges", [(10, 20), (0, 10, 20, 40)])
+def test_bins(edges):
+    ranks = Ranks((5, 15, 25), edges=edges)
+    assert ranks.rank_of([0, 9.99, 10, 19.99, 20, 40]).tolist() == [0, 0, 1, 1, 2, 2]
+    if len(edges) == 2:
+        assert ranks.rank_of([-1e6, 1e6]).tolist() == [0, 2]
+    with pytest.raises(ValueError, match="label (nan|51) is outside"):
+        ranks.rank_of([51.0] if len(edges) == 4 else [float("nan")])
+
+
+def test_names_default_to_values_and_round_trip():
+    assert Ranks((0.5, 1, 20)).names == ("0.5", "1", "20")
+    ranks = Ranks((1930, 1940), ("thirties", "forties"), unit="year", tolerance=4)
+    assert Ranks(**ranks.to_dict()) == ranks
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ((1,), {}, "at least 2 rank values"),
+        ((1, 1), {}, "strictly increasing, got 1 before 1"),
+        ((1, float("nan")), {}, "strictly increasing|finite"),
+        ((1, float("inf")), {}, "finite"),
+        ((1, 2), {"names": ("a",)}, "2 rank values need as many names"),
+        ((1, 2), {"names": ("a", "a")}, "unique"),
+        ((1, 2), {"names": ("a", " ")}, "not empty"),
+        ((1, 2), {"edges": (1.5, 1.7)}, "1 inner or 3 bin edges, got 2"),
+        ((1, 2), {"edges": (2.5,)}, "outside its bin"),
+        ((1, 2), {"tolerance": -1}, "tolerance"),
+    ],
+)
+def test_bad_label_spaces(values, options, message):
+    with pytest.raises(ValueError, match=message):
+        Ranks(values, **options)
+
+
+@pytest.mark.parametrize("label", [22.1, -2.1, float("nan"), float("inf")])
+def test_labels_far_outside_name_their_row(label):
+    ranks = Ranks((0, 2, 20), tolerance=2)
+    assert ranks.rank_of([22, -2]).tolist() == [2, 0]
+    with pytest.raises(ValueError, match=r"row b\.png: label .* outside the ranks 0 to 20 .*tolerance 2.*1 of 2"):
+        ranks.rank_of([3, label], rows=["a.png", "b.png"])
