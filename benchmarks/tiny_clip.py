@@ -1,7 +1,29 @@
 """Pre-train the small CLIP that ships with the package, on generated gauges, and measure it zero-shot.
 
-python benchmarks/tiny_clip.py               # train, write ordinalclip/assets/tiny-clip, evaluate
-python benchmarks/tiny_clip.py --evaluate    # evaluate what is there
+    python benchmarks/tiny_clip.py               # train, write ordinalclip/assets/tiny-clip, evaluate
+    python benchmarks/tiny_clip.py --evaluate    # evaluate what is there: 1 minute
+
+Settings: 1,800 steps of 256 pairs (56,000 images of six kinds, fresh captions at every step), AdamW, learning rate
+0.002 with 50 steps of warm-up and a cosine to 0, weight decay 0.05, seed 1000001. Two otherwise idle CPU cores take
+16 minutes: 1 to draw the images, then 0.5 s a step.
+
+Zero-shot MAE to expect, in units of the reading (0 to 100), on 1,000 new images a kind, decoded by the median or the
+expectation over the ranks 0, 1, ... 100 (x86-64, Python 3.11.7, torch 2.15.0, open_clip 3.3.0, numpy 2.4.6):
+
+    kind                 median  expectation  constant 50
+    dial         seen      1.33         1.32        23.58
+    tank         seen      0.88         0.86        24.34
+    bar          seen      1.14         1.13        25.02
+    pie          seen      1.09         1.08        25.35
+    clock        seen      0.87         0.86        24.60
+    counter      seen      0.40         0.76        24.73
+    thermometer  unseen   17.04        16.58        24.51
+    slider       unseen   38.93        38.27        24.75
+    average      seen      0.95         1.00        24.60
+
+The two unseen kinds are what remains to be learnt: the thermometer is read a little (correlation 0.7), the slider not
+at all. On one machine, with one number of threads and these versions, a second training gives the same weights bit for
+bit (checked over 12 steps); elsewhere rounding differs from the first steps on, and expect figures like these instead.
 """
 
 from __future__ import annotations
@@ -19,7 +41,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 
 import ordinalclip
 from ordinalclip import gauges
@@ -121,6 +143,7 @@ class Pool:
 
 
 def draw_pool(seed: int) -> Pool:
+    """Draw the training images; unlike `make_gauges` this keeps the colour, for the captions."""
     images, kinds, values, colours = [], [], [], []
     for kind, num_images in NUM_IMAGES.items():
         for index in range(num_images):
@@ -166,6 +189,7 @@ def normalise(images: np.ndarray) -> torch.Tensor:
 
 
 def train(steps: int) -> open_clip.CLIP:
+    """Train a new model for `steps` batches and return it in evaluation mode."""
     torch.manual_seed(TRAIN_SEED)
     torch.use_deterministic_algorithms(True)
     model = open_clip.CLIP(**CONFIG["model_cfg"])
@@ -207,9 +231,10 @@ def train(steps: int) -> open_clip.CLIP:
 
 
 def save(model: open_clip.CLIP, folder: Path) -> None:
+    """Write the folder that open_clip reads as `local-dir:`; weights and statistics as fp16, counters as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(to_safetensors({k: v.contiguous() for k, v in state.items()}))
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
 

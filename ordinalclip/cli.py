@@ -16,7 +16,14 @@ from ordinalclip.config import describe, head_section, load_config
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 1 for broken data, 2 for a wrong call."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, more = parser.parse_known_args(argv)
+    if more:  # argparse drops positional arguments that follow an option
+        wrong = [
+            word for word in more if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")
+        ]
+        if wrong:
+            parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        arguments.overrides += more
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     from transformers.utils import logging as transformers_logging
 
@@ -143,7 +150,8 @@ def _check_data(arguments: argparse.Namespace) -> int:
             print(problem)
         broken += len(problems)
         low, high = part.values.min(), part.values.max()
-        print(f"{name}: {len(part)} images, labels {low:g} to {high:g} {parts.ranks.unit}, {len(problems)} broken")
+        labels = f"labels {low:g} to {high:g} {parts.ranks.unit}".rstrip()
+        print(f"{name}: {len(part)} images, {labels}, {len(problems)} broken")
     print(f"ranks: {len(parts.ranks)}, {parts.ranks.name(0)} to {parts.ranks.name(len(parts.ranks) - 1)}")
     return 1 if broken else 0
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ordinalclip.backbones import near_matches
 from ordinalclip.heads import Decoding, head_class, head_options
@@ -152,8 +152,8 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up: cosine to 0, or constant")
     clip_grad_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
     freeze: list[str] = Field([], description="patterns of parameter names that stay as they are, e.g. encoder.*")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="autocast dtype; logits and losses stay float32"
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = (
+        Field("no", description="autocast dtype; logits and losses stay float32")
     )
     precision: Literal["float32", "float64"] = Field("float32", description="dtype of the weights")
     eval_every: int | None = Field(None, ge=1, description="steps between validations; default: a tenth of the run")

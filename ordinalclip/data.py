@@ -125,6 +125,7 @@ def load_parts(config: DataConfig, ranks: RanksConfig, seed: int) -> Parts:
     elif config.source == "hub":
         loaded = datasets.load_dataset(config.hub)
         raw = {part: loaded[part] for part in PARTS if part in loaded}
+        raw = {"all": raw["train"]} if set(raw) == {"train"} else raw
     elif config.table:
         raw = {"all": _read_table(_under(config.root, config.table), config)}
     else:
@@ -134,15 +135,14 @@ def load_parts(config: DataConfig, ranks: RanksConfig, seed: int) -> Parts:
 
 
 def make_parts(raw: dict[str, datasets.Dataset], config: DataConfig, ranks: RanksConfig, seed: int) -> Parts:
-    """`Parts` from datasets in memory: {"train": ..., "validation": ..., "test": ...}, or one dataset to be split.
+    """`Parts` from datasets in memory: {"train": ..., "validation": ..., "test": ...}, or {"all": ...} to be split.
 
     Images may be of any kind that `load_image` takes; labels are numbers.
     """
     root = config.root or (str(Path(config.table or config.train_table).parent) if config.source == "table" else "")
     loose = {name: _part(rows, config, name, root) for name, rows in raw.items()}
-    if len(loose) == 1:
-        (whole,) = loose.values()
-        loose = {part: whole.select(rows) for part, rows in split_rows(whole, config, seed).items()}
+    if "all" in loose:
+        loose = {part: loose["all"].select(rows) for part, rows in split_rows(loose["all"], config, seed).items()}
     if "train" not in loose or len(loose["train"]) == 0:
         raise ValueError(f"no training rows; parts found: { {name: len(part) for name, part in loose.items()} }")
     label_space = ranks.build(loose["train"].values.tolist())
@@ -170,7 +170,7 @@ def split_rows(part: Part, config: DataConfig, seed: int) -> dict[str, np.ndarra
     """
     if config.split_column:
         given = np.asarray([str(value) for value in part.rows[_column(part.rows, config.split_column)]])
-        unknown = sorted(set(given) - set(PARTS))
+        unknown = sorted(set(given.tolist()) - set(PARTS))
         if unknown:
             raise ValueError(f"column {config.split_column!r} holds {unknown}; allowed are {', '.join(PARTS)}")
         return {name: np.flatnonzero(given == name) for name in PARTS}

@@ -284,7 +284,7 @@ def _choose_look(colour: str, rng: np.random.Generator) -> _Look:
 
 def _draw_background(width: int, rng: np.random.Generator) -> Image.Image:
     """Plain, gradient or texture: a random grid of 1, 2 or many colours a side, enlarged; then up to five shapes."""
-    cells = int(rng.choice([1, 2, rng.integers(6, 20)]))
+    cells = int(rng.choice([1, 2, int(rng.integers(6, 20))]))
     grid = rng.uniform(0, 255, 3) + rng.uniform(-1, 1, (cells, cells, 3)) * (90 if cells == 2 else 35)
     tiles = Image.fromarray(grid.clip(0, 255).astype(np.uint8))
     scene = tiles.resize((width, width), Image.Resampling.BILINEAR if rng.random() < 0.7 else Image.Resampling.NEAREST)

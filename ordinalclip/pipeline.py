@@ -51,8 +51,9 @@ class OrdinalRegressionPipeline(Pipeline):
         rank = int(model_outputs.rank[0])
         answer = {"value": float(model_outputs.value[0]), "rank": rank, "name": ranks.name(rank), "unit": ranks.unit}
         top = []
-        if model_outputs.probabilities is not None:
-            likeliest = torch.topk(model_outputs.probabilities[0].float(), min(top_k, len(ranks)))
+        probabilities = model_outputs.get("probabilities")
+        if probabilities is not None:
+            likeliest = torch.topk(probabilities[0].float(), min(top_k, len(ranks)))
             for probability, index in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
                 top.append({"name": ranks.name(index), "value": ranks.values[index], "probability": probability})
         return {**answer, "top": top}

@@ -98,12 +98,13 @@ def test_the_reading_has_the_colour_that_was_asked_for(colour):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_do_not_give_the_reading_away(kind):
-    """The nearest of 1,000 pictures has a reading that is off by 15 or more on average (at random: 33)."""
-    dataset = make_gauges(kind, 1_300, seed=3)
+    """The nearest of 999 other pictures has a reading that is off by 15 or more on average (at random: 33)."""
+    dataset = make_gauges(kind, 1_000, seed=3)
     images, values = np.stack([pixels(image) for image in dataset["image"]]), np.array(dataset["value"])
-    bank, queries = images[:1_000], images[1_000:]
-    nearest = (np.square(bank).sum(axis=1) - 2 * queries @ bank.T).argmin(axis=1)
-    assert np.abs(values[nearest] - values[1_000:]).mean() >= 15
+    squares = np.square(images).sum(axis=1)
+    distances = squares[:, None] + squares[None] - 2 * images @ images.T
+    np.fill_diagonal(distances, np.inf)
+    assert np.abs(values[distances.argmin(axis=1)] - values).mean() >= 15
 
 
 @pytest.mark.parametrize(
@@ -169,22 +170,22 @@ def test_open_clip_loads_the_folder(clip):
 
 
 @torch.no_grad()
-def test_zero_shot_reads_every_kind_of_the_pre_training(clip):
+def test_zero_shot_reads_every_kind_of_the_pre_training(clip, script):
     _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{ASSET}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{ASSET}")
     errors = {}
     for kind in SEEN:
         dataset = make_gauges(kind, 100, seed=77)
         prototypes = sum(
-            clip.encode_text(tokenizer([template.format(kind=kind, name=name) for name in range(101)]), normalize=True)
+            script.encode_text(clip, tokenizer([template.format(kind=kind, name=name) for name in range(101)]))
             for template in TEMPLATES
         )
         images = clip.encode_image(torch.stack([preprocess(image) for image in dataset["image"]]), normalize=True)
         logits = clip.logit_scale.exp() * images @ torch.nn.functional.normalize(prototypes, dim=-1).T
         median = (logits.softmax(dim=-1).cumsum(dim=-1) < 0.5).sum(dim=-1)
         errors[kind] = float((median - torch.tensor(dataset["value"][:])).abs().mean())
-    assert max(errors.values()) <= 5, errors
-    assert sum(errors.values()) / len(errors) <= 3, errors
+    assert max(errors.values()) <= 2.5, errors
+    assert sum(errors.values()) / len(errors) <= 1.5, errors
 
 
 @torch.no_grad()

@@ -184,7 +184,9 @@ def test_tokens_of_a_prompt(tower):
         prefix, suffix, lengths = learner()
         whole = torch.cat([prefix, suffix[1, : lengths[1]]])
         assert torch.equal(whole, embed[expected])
-        assert torch.equal(tower(["the age is one.", "the age is twenty two."]), tower(learner())) == (position == "tail")
+        assert torch.equal(tower(["the age is one.", "the age is twenty two."]), tower(learner())) == (
+            position == "tail"
+        )
 
 
 def test_bases_start_from_the_names_of_their_nearest_rank(tower):

@@ -1,0 +1,102 @@
+"""Spec strings: what they build, what they say when they cannot."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ordinalclip.backbones import TINY_FOLDER, load_backbone
+from ordinalclip.heads import HeadContext, build_head
+from ordinalclip.model import OrdinalModel
+from ordinalclip.ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory):
+    """A small architecture registered with open_clip under a name of its own, and a file of weights."""
+    folder = tmp_path_factory.mktemp("architectures")
+    config = json.loads((TINY_FOLDER / "open_clip_config.json").read_text())["model_cfg"]
+    config["text_cfg"].update(width=32, heads=2, layers=1)
+    (folder / "micro-test.json").write_text(json.dumps({**config, "quick_gelu": False}))
+    open_clip.add_model_config(folder)
+    model = open_clip.create_model("micro-test")
+    save_file(model.state_dict(), folder / "micro.safetensors")
+    return folder / "micro.safetensors", model.eval()
+
+
+def test_open_clip_file(architecture):
+    path, model = architecture
+    backbone = load_backbone(f"open_clip:micro-test/{path}")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(backbone.encoder.eval()(images), model.encode_image(images))
+    expected = model.encode_text(open_clip.tokenize(["an age of 7."]))
+    assert torch.allclose(backbone.text(["an age of 7."]), expected, atol=1e-5)
+    assert backbone.pixels.mean == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
+    assert backbone.pixels.size == 64
+    assert backbone.logit_scale == pytest.approx(model.logit_scale.item())
+
+
+def test_tiny_is_the_shipped_model():
+    from safetensors.torch import load_file
+
+    backbone = load_backbone("tiny")
+    shipped = load_file(TINY_FOLDER / "model.safetensors")
+    for name, tensor in backbone.encoder.state_dict().items():
+        assert torch.equal(tensor, shipped[f"visual.{name}"].to(tensor.dtype))
+    assert not torch.equal(
+        load_backbone("tiny", load_weights=False).encoder.conv1.weight, backbone.encoder.conv1.weight
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet10t", 176), ("test_convnext", 160), ("test_vit", 160), ("test_nfnet", 160)],
+)
+def test_timm_with_a_projection_to_another_text_tower(name, size):
+    """As the paper's VGG-16 beside CLIP's text tower, with small members of the families."""
+    model = OrdinalModel.build(f"timm:{name}", Ranks.linear(0, 4, 5), text="tiny")
+    spec = model.config.pixel_spec
+    outputs = model(torch.randn(2, 3, spec.size, spec.size), labels=torch.tensor([1.0, 3.0]))
+    outputs.loss.backward()
+    assert not model.config.shared_space
+    assert model.head.projection.weight.shape == (model.head.text.output_dim, model.config.input_dim)
+    assert model.head.projection.weight.grad.abs().sum() > 0
+    assert model.head.learner.rank_embeddings.grad.abs().sum() > 0
+    assert model.encoder.tower(torch.randn(1, 3, size, size)).shape == (1, model.config.input_dim)
+
+
+@pytest.mark.slow
+def test_vgg16_as_in_the_paper():
+    model = OrdinalModel.build("timm:vgg16", Ranks.linear(16, 77, 62), text="tiny")
+    assert model(torch.randn(2, 3, 224, 224)).value.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("clip:RN50", "family 'clip' is unknown; choices: tiny, open_clip, timm"),
+        ("open_clip:RN5", "open_clip:RN5 is unknown; nearest: .*RN50"),
+        ("open_clip:RN50/openia", "neither a local file nor a tag; nearest: openai"),
+        ("timm:vgg61", "timm:vgg61 is unknown; nearest: .*vgg"),
+        ("timm:vgg16/imagenet", "write timm:vgg16 .* or timm:vgg16/pretrained"),
+        ("tiny:small", "'tiny' takes no name"),
+    ],
+)
+def test_unknown_specs(spec, message):
+    with pytest.raises(ValueError, match=message):
+        load_backbone(spec)
+
+
+def test_methods_that_need_text_say_so():
+    with pytest.raises(ValueError, match="'ordinalclip' needs a text tower: set model.text"):
+        build_head("ordinalclip", HeadContext(Ranks.of(3), 8), {})
+    with pytest.raises(ValueError, match="same CLIP"):
+        OrdinalModel.build("timm:resnet10t", Ranks.of(3), "zero_shot", text="tiny")
+    with pytest.raises(ValueError, match="has no text tower"):
+        OrdinalModel.build("tiny", Ranks.of(3), text="timm:resnet10t")
+    with pytest.raises(ValueError, match="lacks the place {name}"):
+        OrdinalModel.build("tiny", Ranks.of(3), "zero_shot", {"templates": ["a photo"]})
+    with pytest.raises(ValueError, match=r"head\.scales is not an option of method 'cnn'; nearest: scale"):
+        OrdinalModel.build("tiny", Ranks.of(3), "cnn", {"scales": 3})

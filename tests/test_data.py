@@ -1,0 +1,143 @@
+"""Tables, lists, hub folders and memory -> parts; splits; errors that name file and row."""
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from ordinalclip.config import DataConfig, RanksConfig
+from ordinalclip.data import check_images, load_parts, make_parts
+
+
+def parts_of(root, ranks=None, seed=1, **options):
+    options = {"source": "table", "root": str(root), "image_column": "file", "label_column": "grade", **options}
+    return load_parts(DataConfig(**options), RanksConfig(**(ranks or {})), seed)
+
+
+def test_csv_with_a_split_column(image_folder):
+    table = image_folder / "labels.csv"
+    lines = table.read_text().splitlines()
+    names = ["part", "train", "train", "train", "validation", "test", "test"]
+    table.write_text("\n".join(f"{line},{name}" for line, name in zip(lines, names, strict=True)))
+    parts = parts_of(image_folder, table="labels.csv", split_column="part")
+    assert [len(parts.train), len(parts.validation), len(parts.test)] == [3, 1, 2]
+    assert parts.ranks.values == (0, 1, 2)
+    assert parts.test.ranks.tolist() == [1, 2]
+    assert np.asarray(parts.test.image(1)).mean() == pytest.approx(160 + 30, abs=4)
+    with pytest.raises(ValueError, match=r"'part' holds \['dev'\]; allowed are train"):
+        table.write_text(table.read_text().replace("validation", "dev"))
+        parts_of(image_folder, table="labels.csv", split_column="part")
+
+
+def test_parquet_list_file_and_hub_folder_agree_with_csv(image_folder):
+    rows = datasets.Dataset.from_csv(str(image_folder / "labels.csv"))
+    rows.to_parquet(str(image_folder / "labels.parquet"))
+    lines = [f"{row['file']} {row['grade']} {row['grade']} 2" for row in rows]
+    (image_folder / "list.txt").write_text("\n".join(lines) + "\n")
+    (image_folder / "metadata.csv").write_text((image_folder / "labels.csv").read_text().replace("file,", "file_name,"))
+    from_csv = parts_of(image_folder, table="labels.csv", split=(1, 0, 0))
+    for part in (
+        parts_of(image_folder, table="labels.parquet", split=(1, 0, 0)).train,
+        parts_of(image_folder, train_table="list.txt").train,  # the median of (g, g, 2) is g
+        load_parts(
+            DataConfig(source="hub", hub=str(image_folder), label_column="grade", split=(1, 0, 0)), RanksConfig(), 1
+        ).train,
+    ):
+        assert part.values.tolist() == from_csv.train.values.tolist()
+        assert (np.asarray(part.image(4)) == np.asarray(from_csv.train.image(4))).all()
+
+
+def test_stratified_split_keeps_shares_and_is_a_function_of_the_seed(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = ["file,grade,kind"] + [f"a.png,{number % 4},{'xyz'[number % 3]}" for number in range(240)]
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    options = {"table": "labels.csv", "stratify": ["grade", "kind"], "split": (0.6, 0.15, 0.25)}
+    parts = parts_of(tmp_path, **options)
+    assert [len(parts.train), len(parts.validation), len(parts.test)] == [144, 36, 60]
+    assert np.bincount(parts.test.ranks).tolist() == [15] * 4
+    drawn = [[n for part in (p.train, p.validation, p.test) for n in part.rows["grade"]] for p in (parts,)]
+    assert len(drawn[0]) == 240
+    again, other = parts_of(tmp_path, **options), parts_of(tmp_path, seed=2, **options)
+    assert again.train.rows["kind"][:] == parts.train.rows["kind"][:]
+    assert other.train.rows["kind"][:] != parts.train.rows["kind"][:]
+    fixed = [parts_of(tmp_path, seed=s, split_seed=5, **options).train.rows["kind"][:] for s in (1, 2)]
+    assert fixed[0] == fixed[1]
+
+
+def test_groups_stay_whole(image_folder):
+    parts = parts_of(image_folder, table="labels.csv", group="subject", split=(1 / 3, 1 / 3, 1 / 3))
+    groups = [set(part.rows["subject"]) for part in (parts.train, parts.validation, parts.test)]
+    assert sorted(len(group) for group in groups) == [1, 1, 1]
+    assert len(set.union(*groups)) == 3
+
+
+def test_few_shot_draws_by_rank(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = ["file,grade,id"] + [f"a.png,{number % 5},{number}" for number in range(100)]
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    options = {"table": "labels.csv", "split": (0.8, 0.1, 0.1)}
+    few = parts_of(tmp_path, shots=3, **options)
+    assert np.bincount(few.train.ranks).tolist() == [3] * 5
+    whole = parts_of(tmp_path, **options)
+    assert set(few.train.rows["id"]) < set(whole.train.rows["id"])
+    assert few.test.rows["id"][:] == whole.test.rows["id"][:]
+
+
+def test_gauges_test_part_does_not_depend_on_the_number_of_training_images():
+    def test_values(num_train):
+        config = DataConfig(num_train=num_train, num_validation=3, num_test=5, kinds=["tank", "dial"])
+        return load_parts(config, RanksConfig(low=0, high=100, num=11), 3).test
+
+    assert test_values(2).values.tolist() == test_values(8).values.tolist()
+    assert set(test_values(2).rows["kind"]) == {"tank", "dial"}
+
+
+def test_datasets_in_memory():
+    config = DataConfig(image_column="picture", label_column="age", split=(0.5, 0.0, 0.5))
+    images = [Image.fromarray(np.full((4, 4), 40 * k, np.uint8)) for k in range(6)]
+    rows = datasets.Dataset.from_dict({"picture": images, "age": list(range(6))})
+    parts = make_parts({"all": rows}, config, RanksConfig(low=0, high=5, num=6), 1)
+    assert parts.validation is None
+    assert [parts.train.image(i).getpixel((0, 0))[0] // 40 for i in range(3)] == parts.train.values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda text: text.replace("cell3.png,0", "cell3.png,soft"), ValueError, r"labels\.csv, row 4: label 'soft'"),
+        (lambda text: text.replace("cell3.png,0", "cell3.png,"), ValueError, r"labels\.csv, row 4: label None"),
+        (lambda text: text.replace("cell3.png", "cell9.png"), FileNotFoundError, r"1 of 6 images .*cell9\.png"),
+        (lambda text: text.replace("grade", "level"), ValueError, r"column 'grade' is missing; .*level"),
+        (lambda text: text.replace("cell5.png,2", "cell5.png,9"), ValueError, r"row cell5\.png: label 9 is outside"),
+    ],
+)
+def test_bad_tables(image_folder, damage, error, message):
+    table = image_folder / "labels.csv"
+    table.write_text(damage(table.read_text()))
+    with pytest.raises(error, match=message):
+        parts_of(image_folder, {"values": [0, 1, 2]}, table="labels.csv")
+
+
+def test_bad_places(image_folder):
+    with pytest.raises(FileNotFoundError, match=r"none\.csv: no such table"):
+        parts_of(image_folder, table="none.csv")
+    (image_folder / "list.txt").write_text("cell0.png 1\ncell1.png old\n")
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: write `path label"):
+        parts_of(image_folder, train_table="list.txt")
+    with pytest.raises(ValueError, match="column 'site' is missing"):
+        parts_of(image_folder, table="labels.csv", stratify=["site"])
+    rows = ["file,grade"] + [f"cell0.png,{number / 10}" for number in range(400)]
+    (image_folder / "many.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="distinct values; set ranks"):
+        parts_of(image_folder, table="many.csv")
+
+
+def test_check_images_names_every_broken_file(image_folder):
+    parts = parts_of(image_folder, table="labels.csv", split=(1, 0, 0))
+    assert check_images(parts.train, quiet=True) == []
+    (image_folder / "cell1.png").write_text("no image")
+    (image_folder / "cell4.png").write_bytes((image_folder / "cell0.png").read_bytes()[:300])
+    broken = check_images(parts.train, quiet=True)
+    assert len(broken) == 2
+    assert "cell1.png" in broken[0]
+    assert "cell4.png" in broken[1]

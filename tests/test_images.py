@@ -1,0 +1,133 @@
+"""Real files of every kind become the right RGB picture, or an error that names them."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from ordinalclip.backbones import PixelSpec
+from ordinalclip.images import Augmentation, BrokenImageError, crop, find_images, load_image, prepare, resize
+
+SPEC = PixelSpec(16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+
+
+def picture(size=(40, 30)):
+    image = Image.new("RGB", size, (200, 40, 90))
+    ImageDraw.Draw(image).rectangle((0, 0, size[0] // 4, size[1] // 4), (10, 240, 30))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [("RGB", "a.png"), ("RGB", "a.jpg"), ("P", "a.png"), ("RGBA", "a.png"), ("CMYK", "a.jpg"), ("CMYK", "a.tif")],
+)
+def test_colour_files(tmp_path, mode, name):
+    picture().convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / name, quality=95)
+    pixels = np.asarray(load_image(tmp_path / name)).astype(int)
+    assert pixels.shape == (30, 40, 3)
+    assert abs(pixels[25, 35] - (200, 40, 90)).max() < 8
+    assert abs(pixels[2, 2] - (10, 240, 30)).max() < 12
+
+
+def test_grey_and_sixteen_bit_files(tmp_path):
+    grey = np.linspace(0, 255, 64).reshape(8, 8)
+    Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "8.png")
+    Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / "16.tif")
+    Image.fromarray((grey > 127).astype(np.uint8) * 255).convert("1").save(tmp_path / "1.png")
+    eight = np.asarray(load_image(tmp_path / "8.png")).astype(int)
+    for name in ("16.png", "16.tif"):
+        assert abs(np.asarray(load_image(tmp_path / name)).astype(int) - eight).max() <= 1
+    assert (np.asarray(load_image(tmp_path / "1.png"))[..., 0] == (grey > 127) * 255).all()
+
+
+def test_transparent_pixels_lie_on_white(tmp_path):
+    image = picture().convert("RGBA")
+    image.putpixel((39, 29), (0, 0, 0, 0))
+    image.save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").getpixel((39, 29)) == (255, 255, 255)
+    palette = picture().convert("P")
+    palette.save(tmp_path / "p.png", transparency=palette.getpixel((39, 29)))
+    assert load_image(tmp_path / "p.png").getpixel((39, 29)) == (255, 255, 255)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show rotated by 90 degrees clockwise
+    picture().save(tmp_path / "a.jpg", exif=exif, quality=95)
+    image = load_image(tmp_path / "a.jpg")
+    assert image.size == (30, 40)
+    assert abs(np.array(image.getpixel((28, 2))).astype(int) - (10, 240, 30)).max() < 20
+
+
+def test_arrays_bytes_and_images(tmp_path):
+    picture().save(tmp_path / "a.png")
+    expected = np.asarray(picture())
+    for source in (
+        (tmp_path / "a.png").read_bytes(),
+        {"bytes": (tmp_path / "a.png").read_bytes(), "path": None},
+        {"bytes": None, "path": str(tmp_path / "a.png")},
+        picture(),
+        expected,
+        expected / 255,
+        expected.astype(np.uint16) * 257,
+    ):
+        assert (np.asarray(load_image(source)) == expected).all()
+    assert load_image(expected[..., :1]).mode == "RGB"
+
+
+def test_broken_images_are_named(tmp_path):
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    (tmp_path / "text.png").write_text("hello")
+    for name in ("cut.png", "text.png", "none.png"):
+        with pytest.raises(BrokenImageError, match=name):
+            load_image(tmp_path / name)
+    with pytest.raises(BrokenImageError, match=r"row 7: .*\(2, 3, 4, 5\)"):
+        load_image(np.zeros((2, 3, 4, 5)), "row 7")
+    with pytest.raises(BrokenImageError, match="int64"):
+        load_image(np.zeros((4, 4), dtype=np.int64))
+
+
+def test_prepare_is_resize_centre_crop_normalise():
+    pixels = prepare(picture((60, 30)), SPEC)
+    expected = np.asarray(crop(picture((60, 30)).resize((32, 16), Image.Resampling.BICUBIC), 16)) / 255
+    expected = (expected - np.array(SPEC.mean)) / np.array(SPEC.std)
+    assert np.allclose(pixels.numpy(), expected.transpose(2, 0, 1), atol=1e-6)
+    assert resize(picture(), PixelSpec(16, SPEC.mean, SPEC.std, resize="squash")).size == (16, 16)
+
+
+def test_augmentation_is_a_function_of_its_generator():
+    every = Augmentation(1.2, True, True, True, 20, 0.1, (0.8, 1.2), 0.5, 0.5)
+    image = resize(picture(), SPEC, every.input_size(SPEC))
+    views = [every(image, SPEC, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert (views[0] == views[1]).all()
+    assert (views[0] != views[2]).any()
+    plain = Augmentation(crop_ratio=1.0)
+    square = picture((16, 16))
+    assert (plain(square, SPEC, np.random.default_rng(0)) == prepare(square, SPEC)).all()
+
+
+def test_rotation_and_zoom_move_what_they_should():
+    dot = Image.new("RGB", (33, 33))
+    dot.putpixel((26, 16), (255, 255, 255))  # ten pixels right of the centre
+    spec = PixelSpec(33, (0, 0, 0), (1, 1, 1))
+    from ordinalclip.images import _affine
+
+    turned = np.asarray(_affine(dot, 90, 1.0, (0, 0), Image.Resampling.NEAREST))[..., 0]
+    assert np.argwhere(turned == 255).tolist() in ([[6, 16]], [[26, 16]])
+    closer = np.asarray(_affine(dot, 0, 0.5, (0, 0), Image.Resampling.BICUBIC))[..., 0]
+    assert abs(np.argwhere(closer > 60).mean(axis=0) - (16, 21)).max() <= 1
+    shifted = np.asarray(_affine(dot, 0, 1.0, (0, 5 / 33), Image.Resampling.NEAREST))[..., 0]
+    assert np.argwhere(shifted == 255).tolist() == [[21, 26]]
+    assert spec.size == 33
+
+
+def test_find_images(tmp_path):
+    picture().save(tmp_path / "b.png")
+    picture().save(tmp_path / "a.JPG")
+    assert [p.name for p in find_images([str(tmp_path), str(tmp_path / "b.png")])] == ["a.JPG", "b.png", "b.png"]
+    with pytest.raises(FileNotFoundError, match="none"):
+        find_images([str(tmp_path / "none")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images in this folder"):
+        find_images([str(tmp_path / "empty")])

@@ -1,0 +1,149 @@
+"""Saving, loading and serving: equal outputs and buffers, no text tower, nothing unpickled."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
+
+from ordinalclip import OrdinalConfig, OrdinalModel, Ranks
+from ordinalclip.gauges import make_gauges
+from ordinalclip.heads import available_heads, decode
+
+RANKS = Ranks.linear(0, 100, 21, unit="%")
+METHODS = sorted(set(available_heads()) - {"prototypes"})
+
+
+def perturbed(method, backbone="tiny", **options):
+    """A model none of whose tensors is at its initial value."""
+    torch.manual_seed(0)
+    model = OrdinalModel.build(backbone, RANKS, method, text="tiny", label_mean=40, label_std=30, **options).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and "text." not in name and name != "head.frequencies":
+                tensor.mul_(1 + 0.05 * torch.rand_like(tensor))
+    return model
+
+
+def same(a, b, exact):
+    close = torch.equal if exact else (lambda x, y: torch.allclose(x, y, atol=2e-5, rtol=1e-4))
+    return all((a[key] is None) == (b[key] is None) and (a[key] is None or close(a[key], b[key])) for key in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", ["deployed", "trainable"])
+@pytest.mark.parametrize("backbone", ["tiny", "timm:test_vit", "timm:resnet10t"])
+def test_round_trip(tmp_path, method, form, backbone):
+    if method == "zero_shot" and backbone != "tiny":
+        pytest.skip("zero-shot needs image and text tower of the same CLIP")
+    model = perturbed(method, backbone)
+    model.save_pretrained(tmp_path, form=form)
+    loaded = OrdinalModel.from_pretrained(tmp_path)
+    size = model.config.pixel_spec.size
+    pixels, labels = torch.randn(3, 3, size, size), torch.tensor([5.0, 50.0, 77.0])
+    before, after = dict(model(pixels, labels)), dict(loaded(pixels, labels))
+    assert same({k: before.get(k) for k in after}, after, exact=form == "trainable")
+
+    reference = model if form == "trainable" else model.deploy()
+    buffers = dict(loaded.named_buffers())
+    assert buffers.keys() == dict(reference.named_buffers()).keys()
+    for name, buffer in reference.named_buffers():  # those that are not saved too
+        assert torch.equal(buffer, buffers[name]), name
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    if form == "deployed":
+        assert not [name for name in loaded.state_dict() if "text." in name]
+
+
+def test_trainable_form_goes_on_learning(tmp_path):
+    model = perturbed("ordinalclip")
+    model.save_pretrained(tmp_path, form="trainable")
+    loaded = OrdinalModel.from_pretrained(tmp_path)
+    loss = loaded(torch.randn(2, 3, 64, 64), torch.tensor([5.0, 50.0])).loss
+    loss.backward()
+    assert loaded.head.learner.rank_embeddings.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in loaded.head.text.parameters())
+    with pytest.raises(ValueError, match="form 'small' is unknown; choices: deployed, trainable"):
+        model.save_pretrained(tmp_path, form="small")
+
+
+def test_auto_classes_and_config(tmp_path):
+    model = perturbed("ordinalclip")
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), OrdinalModel)
+    assert config.label_space == RANKS
+    assert config.num_labels == 21
+    assert config.id2label[20] == "100"
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    image = make_gauges("dial", 1)[0]["image"]
+    assert torch.equal(processor(image)["pixel_values"], model.image_processor([image])["pixel_values"])
+    with pytest.raises(ValueError, match="no field bakbone"):
+        OrdinalConfig(bakbone="tiny")
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    perturbed("l1").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("head.linear.bias")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"head\.linear\.bias"):
+        OrdinalModel.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="takes no option dytpe"):
+        OrdinalModel.from_pretrained(tmp_path, dytpe="auto")
+
+
+def test_dtype_of_a_loaded_model(tmp_path):
+    perturbed("ordinalclip").save_pretrained(tmp_path)
+    model = OrdinalModel.from_pretrained(tmp_path, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert model(torch.randn(1, 3, 64, 64).bfloat16()).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ["ordinalclip", "l1"])
+def test_pipeline(tmp_path, method):
+    perturbed(method).save_pretrained(tmp_path / "model")
+    pipe = pipeline("image-ordinal-regression", model=str(tmp_path / "model"))
+    images = [row["image"] for row in make_gauges("tank", 5)]
+    images[0].save(tmp_path / "a.png")
+    alone = [pipe(image, top_k=2) for image in images]
+    for batch_size in (1, 2, 5):
+        mixed = [str(tmp_path / "a.png"), np.asarray(images[1]), *images[2:]]
+        for one, other in zip(alone, pipe(mixed, top_k=2, batch_size=batch_size), strict=True):
+            assert other["value"] == pytest.approx(one["value"], abs=1e-3)
+            assert other["name"] == RANKS.name(other["rank"])
+            assert [entry["name"] for entry in other["top"]] == [entry["name"] for entry in one["top"]]
+    assert alone[0]["unit"] == "%"
+    if method == "l1":
+        assert alone[0]["top"] == []
+    else:
+        top = alone[0]["top"]
+        assert len(top) == 2
+        assert 1 >= top[0]["probability"] >= top[1]["probability"] > 0
+    with pytest.raises(ValueError, match=r"b\.png: not a readable image"):
+        pipe(str(tmp_path / "b.png"))
+    with pytest.raises(ValueError, match="no option topk"):
+        pipe(images[0], topk=3)
+
+
+def test_decoding_against_loops():
+    ranks = Ranks((0, 1, 5, 10))
+    probabilities = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.1, 0.1, 0.3], [0.0, 0.0, 0.0, 1.0]])
+    for row, one in enumerate(probabilities.tolist()):
+        cost = [sum(p * abs(v - w) for p, w in zip(one, ranks.values, strict=True)) for v in ranks.values]
+        assert cost[decode(probabilities, ranks, "median").rank[row]] == pytest.approx(min(cost))
+        assert decode(probabilities, ranks, "argmax").rank[row] == one.index(max(one))
+        mean = sum(p * v for p, v in zip(one, ranks.values, strict=True))
+        assert decode(probabilities, ranks, "expectation").value[row].item() == pytest.approx(mean)
+    with pytest.raises(ValueError, match="'mode' is unknown; choices: median"):
+        decode(probabilities, ranks, "mode")
+
+
+def test_grey_and_large_images_are_served(tmp_path):
+    model = perturbed("ordinalclip")
+    pixels = model.image_processor([Image.new("L", (300, 200), 90), np.zeros((70, 64), np.uint8)])["pixel_values"]
+    assert pixels.shape == (2, 3, 64, 64)

@@ -1,0 +1,365 @@
+"""The trainer: exact batches whatever the execution, checkpoints, run folder, and that it learns."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from ordinalclip import OrdinalModel
+from ordinalclip.heads import available_heads
+from ordinalclip.metrics import METRICS
+from ordinalclip.model import Encoder
+from ordinalclip.training import train
+from ordinalclip.training import trainer as trainer_module
+from ordinalclip.training.checkpoint import load_checkpoint
+from ordinalclip.training.distributed import check_batch_norm
+from ordinalclip.training.sampling import (
+    SampleNoise,
+    StreamSampler,
+    attention_dropout,
+    permutation,
+    sample_at,
+    shares,
+    use_sample_noise,
+)
+from ordinalclip.training.trainer import evaluate_run
+
+TRAINABLE = sorted(set(available_heads()) - {"prototypes", "zero_shot", "constant"})
+NOISY = ("data.augment.flip=true", "data.augment.crop_ratio=1.2", "model.dropout=0.1")
+EXACT = ("train.precision=float64", "train.eval_every=100", *NOISY)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder):
+    return np.array([row["loss"] for row in log_of(folder)])
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_stream_is_endless_permutations():
+    order = [sample_at(position, 5, seed=3) for position in range(15)]
+    for epoch in range(3):
+        assert sorted(order[5 * epoch : 5 * epoch + 5]) == list(range(5))
+        assert order[5 * epoch : 5 * epoch + 5] == permutation(5, 3, epoch).tolist()
+    assert order[:5] != order[5:10]
+    assert order[:5] != [sample_at(position, 5, seed=4) for position in range(5)]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+def test_shares_cover_every_batch_once(num_processes):
+    assert sum(shares(32, num_processes)) == 32
+    assert max(shares(32, num_processes)) - min(shares(32, num_processes)) <= 1
+    pieces = [list(StreamSampler(32, 2, 5, rank, num_processes)) for rank in range(num_processes)]
+    joined = [sum((piece[step] for piece in pieces), []) for step in range(3)]
+    assert joined == [list(range(32 * step, 32 * step + 32)) for step in (2, 3, 4)]
+
+
+@pytest.mark.parametrize("method", TRAINABLE)
+def test_micro_batches_do_not_change_the_curve(quick, tmp_path, method):
+    """In float64, with crop, flip and dropout: the losses of all steps and the final weights agree."""
+    curves, weights = [], []
+    for number, micro in enumerate(("null", "3", "1")):
+        folder = train(
+            quick(f"method={method}", f"output_dir={tmp_path}/{number}", f"train.micro_batch_size={micro}", *EXACT),
+            quiet=True,
+        )
+        curves.append(losses_of(folder))
+        weights.append(load_checkpoint(folder / "checkpoints" / "step-00000004")[0])
+    for curve, weight in zip(curves[1:], weights[1:], strict=True):
+        assert np.abs(curve / curves[0] - 1).max() < 1e-10
+        for name, tensor in weight.items():
+            assert torch.allclose(tensor, weights[0][name], atol=1e-7), name
+
+
+def test_stock_dropout_would_change_the_curve(quick, tmp_path, monkeypatch):
+    """The test above can fail: with stock dropout in place of `SampleNoise` the curves part."""
+    monkeypatch.setattr(trainer_module, "use_sample_noise", lambda module, seed: [])
+    curves = [
+        losses_of(
+            train(
+                quick(f"output_dir={tmp_path}/{micro}", f"train.micro_batch_size={micro}", "method=l1", *EXACT),
+                quiet=True,
+            )
+        )
+        for micro in ("null", "3")
+    ]
+    assert np.abs(curves[1] / curves[0] - 1).max() > 1e-6
+
+
+def launch(num_processes, *arguments, port=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command += ["-m", "ordinalclip", "train", "default", "--quiet", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_processes_do_not_change_the_curve(quick, tmp_path, num_processes):
+    """torchrun with gloo, unequal shares (8 over 3), a micro-batch, crop, flip and dropout, against one process."""
+    config = quick(*EXACT, f"output_dir={tmp_path}/one")
+    single = train(config, quiet=True)
+    several = tmp_path / "several"
+    config.model_copy(update={"output_dir": str(several)}).save(tmp_path / "config.yaml")
+    overrides = [
+        f"{key}={json.dumps(value)}" for key, value in _flat(yaml.safe_load((tmp_path / "config.yaml").read_text()))
+    ]
+    launch(num_processes, *overrides, "train.micro_batch_size=2")
+    assert np.abs(losses_of(several) / losses_of(single) - 1).max() < 1e-8
+    for name in ("validation", "test"):
+        one, other = (json.loads((folder / "metrics.json").read_text())[name]["mae"] for folder in (single, several))
+        assert other == pytest.approx(one, rel=1e-6)
+    weights = [load_checkpoint(folder / "checkpoints" / "step-00000004")[0] for folder in (single, several)]
+    difference = sum((weights[0][name] - weights[1][name]).double().norm() ** 2 for name in weights[0]) ** 0.5
+    assert difference / sum(tensor.double().norm() ** 2 for tensor in weights[0].values()) ** 0.5 < 1e-8
+    assert (
+        (pq.read_table(several / "predictions.parquet")["row"]) == pq.read_table(single / "predictions.parquet")["row"]
+    )
+
+
+def _flat(content, prefix=""):
+    for key, value in content.items():
+        if isinstance(value, dict) and value and prefix + key != "head":
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None and value != {}:
+            yield prefix + key, value
+
+
+def test_run_folder_holds_what_is_promised(quick):
+    folder = train(quick("evaluation.cs=[5, 10]", "train.log_every=3"), quiet=True)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "log.jsonl", "metrics.json", "predictions.parquet", "model", "checkpoints"} <= names
+    assert [path.name for path in folder.rglob("*.jsonl")] == ["log.jsonl"]
+    rows = log_of(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all({"loss", "contrastive", "alignment", "lr"} <= row.keys() for row in rows)
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["contrastive"] + row["alignment"], rel=1e-5)
+
+    figures = json.loads((folder / "metrics.json").read_text())
+    table = pq.read_table(folder / "predictions.parquet").to_pandas()
+    assert table["part"].value_counts().to_dict() == {"validation": 12, "test": 12}
+    test = table[table["part"] == "test"]
+    for how in ("median", "argmax", "expectation"):
+        assert figures["test"][how]["mae"] == pytest.approx(METRICS["mae"](test[how], test["label"]))
+        assert {"rmse", "r2", "pearson", "spearman", "cs@5", "cs@10"} <= figures["test"][how].keys()
+    assert figures["test"]["accuracy"] == pytest.approx((test["rank"] == test["label_rank"]).mean())
+    assert figures["test"]["mae"] == figures["test"]["median"]["mae"]
+    probabilities = np.stack(test["probabilities"])
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert 0 <= figures["ordinality"] <= 1
+
+
+def test_saved_model_gives_the_predictions_of_the_run(quick):
+    config = quick()
+    folder = train(config, quiet=True)
+    from ordinalclip.data import load_parts
+
+    part = load_parts(config.data, config.ranks, config.seed).test
+    model = OrdinalModel.from_pretrained(folder / "model")
+    prediction = model.predict(model.image_processor([part.image(i) for i in range(len(part))])["pixel_values"])
+    table = pq.read_table(folder / "predictions.parquet").to_pandas()
+    assert np.allclose(prediction.value, table[table["part"] == "test"]["median"])
+
+
+@pytest.mark.parametrize("method", ["ordinalclip", "l1"])
+def test_resume_is_bit_for_bit(quick, tmp_path, method):
+    options = (f"method={method}", "train.max_steps=6", "train.eval_every=2", "train.keep_checkpoints=9", *NOISY)
+    whole = train(quick(*options, f"output_dir={tmp_path}/whole"), quiet=True)
+
+    class Stopped(Exception):
+        pass
+
+    class Interrupted(trainer_module.Trainer):
+        def _step(self, batch, total):
+            if self.step == 5:
+                raise Stopped
+            return super()._step(batch, total)
+
+    with pytest.raises(Stopped):
+        Interrupted(quick(*options, f"output_dir={tmp_path}/cut", "train.log_every=1"), quiet=True).run()
+    assert len(log_of(tmp_path / "cut")) == 5
+    cut = train(quick(*options, f"output_dir={tmp_path}/cut", "train.resume=auto"), quiet=True)
+    assert without_times(log_of(cut)) == without_times(log_of(whole))
+    last = [load_checkpoint(folder / "checkpoints" / "step-00000006") for folder in (whole, cut)]
+    for name, tensor in last[0][0].items():
+        assert torch.equal(tensor, last[1][0][name]), name
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, cut)]
+    assert metrics[0]["test"] == metrics[1]["test"]
+
+
+def test_checkpoints_kept_and_best_model(quick):
+    folder = train(quick("train.max_steps=6", "train.eval_every=1", "train.keep_checkpoints=2"), quiet=True)
+    rows = log_of(folder)
+    best = min(rows, key=lambda row: (row["validation_mae"], row["step"]))["step"]
+    kept = {int(path.name[5:]) for path in (folder / "checkpoints").iterdir()}
+    assert kept == {5, 6, best}
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert figures["best_step"] == best
+    assert figures["validation"]["mae"] == pytest.approx(rows[best - 1]["validation_mae"])
+
+
+def test_early_stopping(quick):
+    folder = train(quick("train.max_steps=40", "train.eval_every=1", "train.patience=2", "train.lr=1e-9"), quiet=True)
+    assert len(log_of(folder)) == 3  # the first validation is the best; two more without a better one
+
+
+def test_learning_rates_and_freezing(quick):
+    options = (
+        "train.lr_prompts=1e-2",
+        "train.warmup_steps=2",
+        "train.freeze=[encoder.tower.layer1.*]",
+        "method=ordinalclip",
+    )
+    run = trainer_module.Trainer(quick(*options), quiet=True)
+    groups = {(g["name"], g["weight_decay"] > 0): g for g in run.optimizer.param_groups}
+    assert groups["prompts", True]["peak_lr"] == 1e-2
+    assert groups["encoder", True]["peak_lr"] == 1e-3
+    assert all(p.ndim > 1 for p in groups["encoder", True]["params"])
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run._resume()
+    run._train()
+    rates = [row["lr"] for row in log_of(run.folder)]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
+    for name, tensor in run.model.state_dict().items():
+        frozen = name.startswith(("encoder.tower.layer1.", "head.text.", "head.logit_scale")) or "running" in name
+        buffers = ("num_batches_tracked", "learner.special", "index", "lengths", "weights", "label_")
+        if not any(part in name for part in buffers):
+            assert torch.equal(tensor, before[name]) == frozen, name
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "constant"])
+def test_heads_without_parameters_are_not_trained(quick, method):
+    folder = train(quick(f"method={method}"), quiet=True)
+    assert log_of(folder) == []
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == 0
+
+
+def test_constant_is_the_best_constant(quick):
+    config = quick("method=constant", "data.num_train=60")
+    folder = train(config, quiet=True)
+    table = pq.read_table(folder / "predictions.parquet").to_pandas()
+    from ordinalclip.data import load_parts
+
+    parts = load_parts(config.data, config.ranks, config.seed)
+    (value,) = set(table["median"])
+    ranks = parts.ranks.values
+    best = min(ranks, key=lambda v: np.abs(np.array(ranks)[parts.train.ranks] - v).sum())
+    assert value == best
+
+
+@pytest.mark.parametrize("method", TRAINABLE)
+def test_learns(quick, method):
+    """On a kind the tiny CLIP has never seen, 64 images take every method well below the constant predictor."""
+    head = (
+        "head.prompt='a photo of a thermometer reading'",
+        "head.init_from_names=true",
+        "head.interpolation=piecewise",
+    )
+    head = (*head, "head.num_base_ranks=6") if method == "ordinalclip" else head[:1] if method == "coop" else ()
+    options = (
+        "data.num_train=64",
+        "data.num_test=100",
+        "train.max_steps=60",
+        "train.batch_size=32",
+        "train.warmup_steps=5",
+    )
+    folder = train(quick(f"method={method}", "data.augment.crop_ratio=1.06", *options, *head), quiet=True)
+    figures = json.loads((folder / "metrics.json").read_text())["test"]
+    assert figures["mae"] < 14  # a constant is at 25
+    assert figures["spearman"] > 0.7
+
+
+def test_evaluate_run_adds_the_test_part_once(quick, tmp_path):
+    folder = train(quick("evaluation.test=false"), quiet=True)
+    assert "test" not in json.loads((folder / "metrics.json").read_text())
+    figures = evaluate_run(folder, quiet=True)
+    assert json.loads((folder / "metrics.json").read_text()) == figures
+    evaluate_run(folder, quiet=True)
+    table = pq.read_table(folder / "predictions.parquet").to_pandas()
+    assert table["part"].value_counts().to_dict() == {"validation": 12, "test": 12}
+    direct = train(quick(f"output_dir={tmp_path}/direct"), quiet=True)
+    assert json.loads((direct / "metrics.json").read_text())["test"] == figures["test"]
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        evaluate_run(tmp_path, quiet=True)
+
+
+def test_bf16_keeps_logits_in_float32(quick, tmp_path):
+    runs = [
+        train(quick(f"output_dir={tmp_path}/{p}", f"train.mixed_precision={p}"), quiet=True) for p in ("no", "bf16")
+    ]
+    full, half = (losses_of(folder) for folder in runs)
+    assert 0 < np.abs(half / full - 1).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("train.mixed_precision=fp16",), "fp16 needs a GPU"),
+        (("train.freeze=[encodr.*]",), "'encodr.*' matches no parameter"),
+        (("model.batch_norm=local", "train.micro_batch_size=2"), "batch_norm=local is not exact with"),
+        (("train.resume=nowhere",), "train.resume=nowhere: no checkpoint there"),
+    ],
+)
+def test_what_is_refused(quick, options, message):
+    if "fp16" in options[0] and torch.cuda.is_available():
+        pytest.skip("this machine can do fp16")
+    with pytest.raises((ValueError, FileNotFoundError), match=message.replace("*", r"\*")):
+        train(quick(*options), quiet=True)
+
+
+def test_batch_norm_modes():
+    encoder = Encoder(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    assert not encoder.train().tower[1].training
+    encoder.frozen_statistics = False
+    assert encoder.train().tower[1].training
+    check_batch_norm(encoder, "local", 1, False)
+    for mode, processes, micro, message in (
+        ("sync", 1, True, "micro_batch_size"),
+        ("local", 2, False, "not exact over processes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_batch_norm(encoder, mode, processes, micro)
+
+
+def test_sample_noise_follows_the_sample():
+    noise = SampleNoise(0.3, layer=2, seed=7, whole_sample=False).train()
+    x = torch.ones(6, 50, 40)
+    noise.positions = torch.arange(6) + 1000
+    whole = noise(x)
+    noise.positions = torch.tensor([1004, 1001])
+    assert torch.equal(noise(x[:2]), whole[[4, 1]])
+    assert (whole == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert whole.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert not torch.equal(whole[0], whole[1])
+    other = SampleNoise(0.3, layer=3, seed=7, whole_sample=False).train()
+    other.positions = torch.arange(6) + 1000
+    agree = ((other(x) == 0) == (whole == 0)).float().mean().item()
+    assert agree == pytest.approx(0.3**2 + 0.7**2, abs=0.02)  # independent masks
+    noise.positions = None
+    with pytest.raises(RuntimeError, match="stream position"):
+        noise(x)
+    assert torch.equal(noise.eval()(x), x)
+
+
+def test_dropout_and_drop_path_are_replaced():
+    import timm
+
+    module = timm.create_model("test_vit", drop_path_rate=0.2, proj_drop_rate=0.1, num_classes=0)
+    noises = use_sample_noise(module, seed=1)
+    assert {noise.whole_sample for noise in noises if noise.p} == {True, False}
+    assert not [m for m in module.modules() if isinstance(m, nn.Dropout)]
+    assert attention_dropout(nn.MultiheadAttention(8, 2, dropout=0.1)) == [""]
