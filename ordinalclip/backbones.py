@@ -182,7 +182,7 @@ def _timm(name: str, pretrained: str | None, load_weights: bool, architecture: d
         raise ValueError(f"backbone timm:{name} is unknown; {near_matches(name, timm.list_models())}")
     if pretrained not in (None, "pretrained"):
         raise ValueError(f"backbone timm:{name}/{pretrained}: write timm:{name} (random) or timm:{name}/pretrained")
-    encoder = timm.create_model(name, pretrained=load_weights and pretrained is not None, num_classes=0)
+    encoder: Any = timm.create_model(name, pretrained=load_weights and pretrained is not None, num_classes=0)
     data = timm.data.resolve_model_data_config(encoder)
     pixels = PixelSpec(data["input_size"][1], tuple(data["mean"]), tuple(data["std"]), data["interpolation"])
     output_dim = getattr(encoder, "head_hidden_size", None) or encoder.num_features

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, check-data, compare."""
+"""The command line: train, evaluate, predict, check-data, compare, make-gauges."""
 
 from __future__ import annotations
 
@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     command = add("compare", _compare, "Run methods x settings x seeds and print one table.", _compare_help())
     command.add_argument("config", help="YAML file")
     command.add_argument("overrides", **overrides)
+    command = add("make-gauges", _make_gauges, "Write generated gauge pictures and their labels.csv to a folder.")
+    command.add_argument("folder", help="folder to write to")
+    command.add_argument("--kind", default="thermometer", help="kind of instrument (default thermometer)")
+    command.add_argument("--num", type=int, default=10, help="number of pictures (default 10)")
+    command.add_argument("--seed", type=int, default=0, help="seed (default 0)")
+    command.add_argument("--size", type=int, default=64, help="side in pixels (default 64)")
     return parser
 
 
@@ -160,6 +166,23 @@ def _compare(arguments: argparse.Namespace) -> int:
     from ordinalclip.compare import compare
 
     print(compare(arguments.config, arguments.overrides, arguments.quiet))
+    return 0
+
+
+def _make_gauges(arguments: argparse.Namespace) -> int:
+    from ordinalclip.gauges import make_gauges
+    from ordinalclip.progress import Progress
+
+    folder = Path(arguments.folder)
+    rows = make_gauges(arguments.kind, arguments.num, arguments.seed, arguments.size)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["image,label"]
+    for number, row in enumerate(Progress(rows, "writing", unit="images", quiet=arguments.quiet)):
+        name = f"{arguments.kind}-{number:04d}.png"
+        row["image"].save(folder / name)
+        lines.append(f"{name},{row['value']:.2f}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{arguments.num} pictures and labels.csv in {folder}")
     return 0
 
 

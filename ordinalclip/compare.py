@@ -10,16 +10,20 @@ A comparison is a YAML file:
         base: {method: ordinalclip, head: {...}}            # keys of a run, for this method
         settings: [{train.lr: 1e-3}, {train.lr: 3e-3}]      # tried; validation chooses one for all seeds
 
-Every method must bring the same number of settings, unless nothing of it learns. Runs that are complete are not
-run again, so an interrupted comparison goes on where it was. The test part is predicted once: by the runs of the
-chosen setting, after the choice.
+Every setting runs on the first `tuning_seeds` seeds; the one with the best mean validation MAE runs on the others
+too. Every method must bring the same number of settings, unless nothing of it learns. Runs that are complete are not
+run again, so an interrupted comparison goes on where it was. The test part is predicted once, by the runs of the
+chosen setting, after the choice. Written: table.md, results.csv, and model/, that of the method with the best
+validation MAE on the first seed.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +50,7 @@ class CompareConfig(Section):
     output_dir: str = Field("runs/compare/default", description="folder of the table and of all runs")
     title: str = Field("", description="a sentence above the table")
     seeds: list[int] = Field([1, 2, 3], min_length=1, description="one run per method, setting and seed")
+    tuning_seeds: int = Field(1, ge=1, description="how many of the seeds, the first ones, choose between settings")
     base: dict[str, Any] = Field({}, description="keys of a run, shared by all methods")
     methods: dict[str, MethodConfig] = Field(description="a row of the table each")
 
@@ -64,11 +69,12 @@ class Comparison:
     def __init__(self, config: CompareConfig, source: str):
         self.config = config
         self.folder = Path(config.output_dir)
+        self.seeds = config.seeds
         tried: dict[str, int] = {}
         self.runs: dict[tuple[str, int, int], RunConfig] = {}
         for name, method in config.methods.items():
             for number, setting in enumerate(method.settings):
-                for seed in config.seeds:
+                for seed in self.seeds:
                     run = self._run_config(name, method, number, setting, seed, source)
                     self.runs[name, number, seed] = run
                     if run.method not in FIXED:
@@ -94,22 +100,39 @@ class Comparison:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         parts: dict[str, Parts] = {}
-        progress: Progress = Progress(None, "comparing", len(self.runs), "runs", quiet)
-        for (name, number, seed), run in self.runs.items():
-            if not _is_complete(run):
-                train(run, self._parts(parts, run), quiet=True)
-            progress.advance(1, f"{name}, setting {number}, seed {seed}")
-        progress.close()
+        tuning, rest = self.seeds[: self.config.tuning_seeds], self.seeds[self.config.tuning_seeds :]
+        tuned = sum(len(method.settings) for method in self.config.methods.values()) * len(tuning)
+        self.num_runs = tuned + len(self.config.methods) * len(rest)
+        progress: Progress = Progress(None, "comparing", self.num_runs, "runs", quiet)
         rows = []
         for name, method in self.config.methods.items():
-            chosen = min(range(len(method.settings)), key=lambda number: self._validation(name, number))
-            for seed in self.config.seeds:
+            numbers = range(len(method.settings))
+            for number, seed in itertools.product(numbers, tuning):
+                self._train(self.runs[name, number, seed], parts)
+                progress.advance(1, f"{name}, setting {number}, seed {seed}")
+            validation = [self._mean(name, number, tuning, "validation", "mae") for number in numbers]
+            chosen = validation.index(min(validation))
+            for seed in rest:
+                self._train(self.runs[name, chosen, seed], parts)
+                progress.advance(1, f"{name}, setting {chosen}, seed {seed}")
+            for seed in self.seeds:
                 run = self.runs[name, chosen, seed]
                 if "test" not in _metrics(run):
                     evaluate_run(Path(run.output_dir), self._parts(parts, run), quiet=True)
             rows.append(self._row(name, chosen))
+        progress.close()
         self._write(rows)
+        best = min(rows, key=lambda row: row["validation_mae"])
+        number = [json.dumps(setting) for setting in self.config.methods[best["method"]].settings].index(
+            best["setting"]
+        )
+        chosen_run = Path(self.runs[best["method"], number, self.seeds[0]].output_dir)
+        shutil.copytree(chosen_run / "model", self.folder / "model", dirs_exist_ok=True)
         return rows
+
+    def _train(self, run: RunConfig, parts: dict[str, Parts]) -> None:
+        if not _is_complete(run):
+            train(run, self._parts(parts, run), quiet=True)
 
     def _parts(self, cache: dict[str, Parts], run: RunConfig) -> Parts:
         """The data of a run, loaded once for all runs that share it."""
@@ -118,12 +141,12 @@ class Comparison:
             cache[key] = load_parts(run.data, run.ranks, run.seed)
         return cache[key]
 
-    def _validation(self, name: str, number: int) -> float:
-        """Mean validation MAE of a setting over the seeds."""
-        return float(np.mean([_metrics(self.runs[name, number, s])["validation"]["mae"] for s in self.config.seeds]))
+    def _mean(self, name: str, number: int, seeds: Sequence[int], part: str, figure: str) -> float:
+        """Mean over seeds of a figure of a setting's runs."""
+        return float(np.mean([_metrics(self.runs[name, number, seed])[part][figure] for seed in seeds]))
 
     def _row(self, name: str, chosen: int) -> dict[str, Any]:
-        results = [_metrics(self.runs[name, chosen, seed]) for seed in self.config.seeds]
+        results = [_metrics(self.runs[name, chosen, seed]) for seed in self.seeds]
         row: dict[str, Any] = {"method": name, "setting": json.dumps(self.config.methods[name].settings[chosen])}
         figures = {key: [result["test"][key] for result in results] for key in COLUMNS}
         figures["mae_expectation"] = [result["test"]["expectation"]["mae"] for result in results]
@@ -133,7 +156,7 @@ class Comparison:
             known = [value for value in values if value is not None]
             row[key] = float(np.mean(known)) if known else None
             row[f"{key}_std"] = float(np.std(known, ddof=1)) if len(known) > 1 else None
-        row["validation_mae"] = self._validation(name, chosen)
+        row["validation_mae"] = self._mean(name, chosen, self.seeds, "validation", "mae")
         row["settings_tried"] = len(self.config.methods[name].settings)
         return row
 
@@ -154,9 +177,9 @@ class Comparison:
             lines.append(f"| {row['method']} | {' | '.join(cells)} | {seconds} | `{row['setting']}` |")
         unit = self.config.base.get("ranks", {}).get("unit", "")
         note = (
-            f"Test part, mean and standard deviation over seeds {', '.join(map(str, self.config.seeds))}"
+            f"Test part, mean and standard deviation over seeds {', '.join(map(str, self.seeds))}"
             f"{f'; MAE and RMSE in {unit}' if unit else ''}. MAE, RMSE, R2 and Spearman by median, accuracy by argmax. "
-            f"Settings chosen by the mean validation MAE."
+            f"Settings chosen by the validation MAE on seed {', '.join(map(str, self.seeds[: self.config.tuning_seeds]))}."
         )
         title = f"{self.config.title}\n\n" if self.config.title else ""
         return title + "\n".join(lines) + f"\n\n{note}\n"
@@ -185,7 +208,7 @@ def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False
     comparison = load_comparison(path, overrides)
     table = comparison.table(comparison.run(quiet))
     elapsed = time.monotonic() - started
-    return f"{table}\n{len(comparison.runs)} runs in {comparison.folder}/runs, {elapsed:.0f} s this time.\n"
+    return f"{table}\n{comparison.num_runs} runs in {comparison.folder}/runs, {elapsed:.0f} s this time.\n"
 
 
 def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

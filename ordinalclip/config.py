@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -231,7 +232,7 @@ def read_yaml(path: str | Path | None) -> dict[str, Any]:
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of nested `content` with dotted "key=value" overrides applied; values are parsed as YAML."""
-    content = yaml.safe_load(yaml.safe_dump(content))
+    content = deepcopy(content)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,9 @@ class Head(nn.Module):
     `forward` and `loss`; heads that give no `logits` (B, R) also define `predict`.
     """
 
+    label_mean: Tensor
+    label_std: Tensor
+
     def __init__(self, context: HeadContext):
         super().__init__()
         self.ranks = context.ranks
@@ -158,6 +161,7 @@ class PrototypeHead(Head):
 
     prototypes: Tensor
     logit_scale: Tensor
+    projection: nn.Module
 
     def __init__(
         self,
@@ -271,10 +275,10 @@ class OrdinalCLIP(PrototypeHead):
         return self.text(self.learner())
 
     def prompt_parameters(self) -> list[nn.Parameter]:
-        return [*self.learner.parameters(), self.logit_scale]
+        return [*self.learner.parameters(), cast(nn.Parameter, self.logit_scale)]
 
     def deploy(self) -> tuple[str, dict[str, Any], Head]:
-        options = {
+        options: dict[str, Any] = {
             "output_dim": self.output_dim,
             "alignment": self.alignment,
             "alignment_weight": self.alignment_weight,

@@ -75,7 +75,8 @@ class OrdinalConfig(PreTrainedConfig):
         """The pixel statistics as an object."""
         if self.pixels is None:
             raise ValueError("OrdinalConfig.pixels is not set; build models with OrdinalModel.build")
-        return PixelSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in self.pixels.items()})
+        pixels: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in self.pixels.items()}
+        return PixelSpec(**pixels)
 
 
 class OrdinalImageProcessor(BaseImageProcessor):
@@ -100,7 +101,6 @@ class OrdinalImageProcessor(BaseImageProcessor):
         self.image_mean = list(image_mean or (0.0, 0.0, 0.0))
         self.image_std = list(image_std or (1.0, 1.0, 1.0))
         self.interpolation = interpolation
-        self.resize_rule = resize
         self.resize = resize
 
     @classmethod
@@ -110,13 +110,8 @@ class OrdinalImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         if kwargs:
             raise ValueError(f"OrdinalImageProcessor takes no option {', '.join(kwargs)} at call time")
-        spec = PixelSpec(
-            self.size,
-            tuple(self.image_mean),
-            tuple(self.image_std),
-            self.interpolation,
-            self.resize,  # type: ignore[arg-type]
-        )
+        (r, g, b), (r_std, g_std, b_std) = self.image_mean, self.image_std
+        spec = PixelSpec(self.size, (r, g, b), (r_std, g_std, b_std), self.interpolation, self.resize)
         given = list(images) if isinstance(images, list | tuple) else [images]
         pixels = torch.stack([prepare(load_image(image, f"image {i}"), spec) for i, image in enumerate(given)])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
@@ -158,7 +153,7 @@ class OrdinalModel(PreTrainedModel):
             shared_space=config.shared_space,
             label_mean=config.label_mean,
             label_std=config.label_std,
-            decoding=config.decoding,  # type: ignore[arg-type]
+            decoding=config.decoding,
         )
         self.head: Head = build_head(config.method, context, config.head or {})
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -250,7 +245,7 @@ class OrdinalModel(PreTrainedModel):
         """The image processor that belongs to the encoder."""
         return OrdinalImageProcessor.from_spec(self.config.pixel_spec)
 
-    def save_pretrained(self, save_directory: str | Path, form: Form = "deployed", **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, form: Form = "deployed", **kwargs: Any) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json.
 
         Args:
@@ -263,7 +258,7 @@ class OrdinalModel(PreTrainedModel):
         self.image_processor.save_pretrained(save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> OrdinalModel:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> OrdinalModel:
         """Load a saved model, from a folder or the hub.
 
         Builds the architecture for real and loads the weights strictly: transformers' own loading builds on the

@@ -62,7 +62,7 @@ class Progress(Generic[Item]):
         self.bar.close()
 
     def __iter__(self) -> Iterator[Item]:
-        for item in self.items or ():
+        for item in () if self.items is None else self.items:
             yield item
             self.advance()
         self.close()

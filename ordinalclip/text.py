@@ -106,7 +106,7 @@ class TextTower(nn.Module):
         return _OpenClipTower(*parts, text.text_projection, tokenizer, causal)
 
     @classmethod
-    def from_transformers(cls, model: nn.Module, tokenizer: Any = None) -> TextTower:
+    def from_transformers(cls, model: Any, tokenizer: Any = None) -> TextTower:
         """The text tower of a `transformers.CLIPModel` or `CLIPTextModelWithProjection`, sharing its weights.
 
         Args:
@@ -135,7 +135,9 @@ class TextTower(nn.Module):
         """D, the width of the text features."""
         if isinstance(self.projection, nn.Linear):
             return self.projection.out_features
-        return self.width if self.projection is None else self.projection.shape[1]  # type: ignore[return-value,union-attr,index]
+        if isinstance(self.projection, Tensor):
+            return self.projection.shape[1]
+        return self.width
 
     @property
     def start_token(self) -> int | None:

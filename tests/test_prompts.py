@@ -208,10 +208,11 @@ def test_interpolation_against_loops(kind, num_ranks, num_bases):
     gap = (num_ranks - 1) / (num_bases - 1)
     for rank in range(0, num_ranks, max(1, num_ranks // 9)):
         distances = [abs(rank - base * gap) for base in range(num_bases)]
+        nearest = min(distances)
         shape = {
             "linear": lambda d: 1 - d / (num_ranks - 1),
             "inverse": lambda d: 1 / (d + 1e-5),
-            "gaussian": lambda d, nearest=min(distances): float(np.exp(nearest**2 - d**2)),
+            "gaussian": lambda d, nearest=nearest: float(np.exp(nearest**2 - d**2)),
             "piecewise": lambda d: max(0, 1 - d / gap),
         }[kind]
         expected = np.array([shape(d) for d in distances])

@@ -18,7 +18,7 @@ def test_bins(edges):
     assert ranks.rank_of([0, 9.99, 10, 19.99, 20, 40]).tolist() == [0, 0, 1, 1, 2, 2]
     if len(edges) == 2:
         assert ranks.rank_of([-1e6, 1e6]).tolist() == [0, 2]
-    with pytest.raises(ValueError, match="label (nan|51) is outside"):
+    with pytest.raises(ValueError, match=r"label (nan|51) is outside"):
         ranks.rank_of([51.0] if len(edges) == 4 else [float("nan")])
 
 

@@ -63,7 +63,7 @@ def test_shares_cover_every_batch_once(num_processes):
     assert sum(shares(32, num_processes)) == 32
     assert max(shares(32, num_processes)) - min(shares(32, num_processes)) <= 1
     pieces = [list(StreamSampler(32, 2, 5, rank, num_processes)) for rank in range(num_processes)]
-    joined = [sum((piece[step] for piece in pieces), []) for step in range(3)]
+    joined = [[position for piece in pieces for position in piece[step]] for step in range(3)]
     assert joined == [list(range(32 * step, 32 * step + 32)) for step in (2, 3, 4)]
 
 

@@ -24,7 +24,7 @@ class _GatherWithGradient(torch.autograd.Function):
     """All-gather forward; backward sums the gradients of all processes and keeps this process's slice."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tensor: Tensor, sizes: list[int]) -> Tensor:
         ctx.begin, ctx.size = sum(sizes[: dist.get_rank()]), sizes[dist.get_rank()]
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
@@ -33,7 +33,7 @@ class _GatherWithGradient(torch.autograd.Function):
         return torch.cat([piece[:size] for piece, size in zip(gathered, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient[ctx.begin : ctx.begin + ctx.size], None
@@ -63,6 +63,13 @@ class MicroBatches:
     With micro-batches: encode each without a graph, let head and loss run once on all features, keep
     d loss / d features, then encode each again with a graph and feed it its slice of that gradient. Only the last
     one synchronises. One extra forward of the encoder buys the memory of a single micro-batch.
+
+    Args:
+        encoder: the prepared encoder.
+        noises: its dropout layers, to be told which samples come.
+        size: largest micro-batch, or None for whole shares. All processes must get the same answer to "is anybody's
+            share larger?", since DDP talks to the others inside forward: whoever took the other path would wait
+            for ever. So pass None unless the largest share exceeds the micro-batch.
     """
 
     def __init__(self, accelerator: Accelerator, encoder: nn.Module, noises: list[SampleNoise], size: int | None):
@@ -71,7 +78,7 @@ class MicroBatches:
 
     def encode(self, pixels: Tensor, positions: Tensor) -> Tensor:
         """(b, 3, H, W) pixels and their (b,) stream positions -> (b, D) features to run the head on."""
-        if self.size is None or len(pixels) <= self.size:
+        if self.size is None:
             self.pieces: list[tuple[Tensor, Tensor]] = []
             with nullcontext() if self.trains else torch.no_grad():
                 return self._forward(pixels, positions)

@@ -21,7 +21,6 @@ from ordinalclip.data import Part
 from ordinalclip.heads import (
     Decoding,
     Outputs,
-    Prediction,
     PrototypeHead,
     Targets,
     at_least_float32,
@@ -99,11 +98,10 @@ def predictions_of(model: OrdinalModel, outputs: Outputs) -> dict[str, np.ndarra
     head = model.head
     with torch.no_grad():
         prediction = head.predict({name: tensor.to(head.label_mean.device) for name, tensor in outputs.items()})
-    prediction = Prediction(*(None if tensor is None else tensor.cpu() for tensor in prediction))
     if prediction.probabilities is None:
-        value = prediction.value.double().numpy()
-        return {**dict.fromkeys(get_args(Decoding), value), "rank": prediction.rank.numpy()}
-    probabilities = prediction.probabilities.double()
+        value = prediction.value.double().cpu().numpy()
+        return {**dict.fromkeys(get_args(Decoding), value), "rank": prediction.rank.cpu().numpy()}
+    probabilities = prediction.probabilities.double().cpu()
     decoded = {how: decode(probabilities, head.ranks, how) for how in get_args(Decoding)}
     values = {how: each.value.numpy() for how, each in decoded.items()}
     return {**values, "rank": decoded["argmax"].rank.numpy(), "probabilities": probabilities.numpy()}

@@ -122,12 +122,12 @@ def use_sample_noise(module: nn.Module, seed: int) -> list[SampleNoise]:
     """Replace every dropout and drop-path below `module` by `SampleNoise`, in place, and return them."""
     from timm.layers import DropPath
 
-    noises = []
+    noises: list[SampleNoise] = []
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Dropout | DropPath):
                 whole = isinstance(child, DropPath)
-                probability = float((child.drop_prob if whole else child.p) or 0.0)
+                probability = float(getattr(child, "drop_prob" if whole else "p") or 0.0)
                 noises.append(SampleNoise(probability, len(noises), seed, whole))
                 setattr(parent, name, noises[-1])
     return noises

@@ -166,13 +166,14 @@ class Trainer:
 
         groups = self._parameter_groups()
         make = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[options.optimizer]
-        extra = {"decoupled_weight_decay": True} if options.optimizer == "radam" else {}
+        extra = {"decoupled_weight_decay": True} if options.optimizer == "radam" else {"fused": True}
         self.optimizer = self.accelerator.prepare(make(groups, lr=options.lr, **extra))
         self.encoder, self.head = (
             self.accelerator.prepare(module) if any(p.requires_grad for p in module.parameters()) else module
             for module in (model.encoder, model.head)
         )
-        self.micro_batches = MicroBatches(self.accelerator, self.encoder, noises, options.micro_batch_size)
+        size = options.micro_batch_size if micro_batched else None
+        self.micro_batches = MicroBatches(self.accelerator, self.encoder, noises, size)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Encoder, prompts and the rest of the head, each with its learning rate; no decay on biases and norms."""

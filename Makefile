@@ -1,0 +1,43 @@
+# make demo    set up, train OrdinalCLIP and its simplest rivals on generated gauges, print the table, predict ten images
+# make test    set up, run the tests that take less than ten minutes on two cores
+# make lint    ruff and mypy
+# make bench   the measurements behind the README's figures that need no data of yours
+# make clean   remove environment, caches and demo runs
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+unexport PYTHONDONTWRITEBYTECODE  # without bytecode the libraries take twice as long to import
+
+.PHONY: demo test slow-test lint bench clean
+.DELETE_ON_ERROR:
+
+# One installation, repeated only when pyproject.toml changes; uv when it is there, pip when not.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if command -v uv >/dev/null; then uv pip install -q --python $(BIN)/python -e '.[dev,bench]'; \
+	else $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,bench]'; fi
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/ordinalclip compare configs/compare/demo.yaml
+	$(BIN)/ordinalclip make-gauges runs/demo-images --kind thermometer --num 10 --quiet
+	$(BIN)/ordinalclip predict runs/demo-images --model runs/compare/demo --quiet
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+slow-test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/text_tower.py
+	$(BIN)/python benchmarks/tiny_clip.py --evaluate
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs/compare/demo runs/demo-images .pytest_cache .ruff_cache .mypy_cache
