@@ -4,7 +4,8 @@
     open_clip:NAME[/PRETRAINED]        PRETRAINED is open_clip's tag or a local file; without it: random weights
     timm:NAME[/pretrained]             image tower only; its features are projected to the text width
 
-A family is a function `(name, pretrained, load_weights, architecture) -> Backbone` and one line in `FAMILIES`.
+A family is a function `(name, pretrained, load_weights, architecture, image_size) -> Backbone` and one line in
+`FAMILIES`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ordinalclip.text import TextTower
@@ -68,13 +70,16 @@ class Backbone:
     architecture: dict[str, Any] = field(default_factory=dict)
 
 
-def load_backbone(spec: str, load_weights: bool = True, architecture: dict[str, Any] | None = None) -> Backbone:
+def load_backbone(
+    spec: str, load_weights: bool = True, architecture: dict[str, Any] | None = None, image_size: int | None = None
+) -> Backbone:
     """Build a backbone from its spec (module docstring).
 
     Args:
         spec: "family:name" or "family:name/pretrained".
         load_weights: False builds the architecture with random weights, to be restored from a saved model.
         architecture: a `Backbone.architecture`, so that restoring needs no file or hub.
+        image_size: another input size than the encoder's own; position embeddings are interpolated.
 
     Raises:
         ValueError: an unknown family, model or weights tag; the message lists near matches.
@@ -83,7 +88,7 @@ def load_backbone(spec: str, load_weights: bool = True, architecture: dict[str, 
     name, _, pretrained = rest.partition("/")
     if family not in FAMILIES:
         raise ValueError(f"backbone {spec!r}: family {family!r} is unknown; choices: {', '.join(FAMILIES)}")
-    backbone = FAMILIES[family](name, pretrained or None, load_weights, architecture or {})
+    backbone = FAMILIES[family](name, pretrained or None, load_weights, architecture or {}, image_size)
     backbone.spec = spec
     return backbone
 
@@ -95,7 +100,9 @@ def near_matches(given: str, choices: Iterable[str]) -> str:
     return ("nearest: " if near else "choices: ") + ", ".join(near or choices[:20])
 
 
-def _open_clip(name: str, pretrained: str | None, load_weights: bool, architecture: dict[str, Any]) -> Backbone:
+def _open_clip(
+    name: str, pretrained: str | None, load_weights: bool, architecture: dict[str, Any], image_size: int | None
+) -> Backbone:
     import open_clip
 
     if not architecture:
@@ -118,10 +125,13 @@ def _open_clip(name: str, pretrained: str | None, load_weights: bool, architectu
     model = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu)
     if quick_gelu:
         architecture["model_cfg"]["quick_gelu"] = True
-    return _from_open_clip_model(model, architecture, open_clip.get_tokenizer(name))
+    tokenizer = open_clip.get_tokenizer(name)
+    return _from_open_clip_model(*_at_size(model, architecture, image_size), tokenizer)
 
 
-def _tiny(name: str, pretrained: str | None, load_weights: bool, architecture: dict[str, Any]) -> Backbone:
+def _tiny(
+    name: str, pretrained: str | None, load_weights: bool, architecture: dict[str, Any], image_size: int | None
+) -> Backbone:
     if name or pretrained:
         raise ValueError(f"backbone 'tiny' takes no name, got {name!r}")
     architecture = architecture or json.loads((TINY_FOLDER / "open_clip_config.json").read_text())
@@ -133,7 +143,27 @@ def _tiny(name: str, pretrained: str | None, load_weights: bool, architecture: d
         model.load_state_dict(
             {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
         )
-    return _from_open_clip_model(model, architecture)
+    return _from_open_clip_model(*_at_size(model, architecture, image_size))
+
+
+def _at_size(model: Any, architecture: dict[str, Any], size: int | None) -> tuple[Any, dict[str, Any]]:
+    """The same weights in an architecture for another input size, its position embeddings interpolated."""
+    if size is None or size == architecture["model_cfg"]["vision_cfg"]["image_size"]:
+        return model, architecture
+    architecture = deepcopy(architecture)
+    architecture["model_cfg"]["vision_cfg"]["image_size"] = size
+    architecture.setdefault("preprocess_cfg", dict(getattr(model.visual, "preprocess_cfg", {})))["size"] = size
+    resized = _build_open_clip(architecture["model_cfg"])
+    state, expected = model.state_dict(), resized.state_dict()
+    for key in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):  # ViT, ResNet
+        if key in state:
+            first, grid = state[key][:1], state[key][1:]
+            old, new = math.isqrt(len(grid)), math.isqrt(len(expected[key]) - 1)
+            grid = grid.T.reshape(1, -1, old, old)
+            grid = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
+            state[key] = torch.cat([first, grid.flatten(2)[0].T])
+    resized.load_state_dict(state)
+    return resized, architecture
 
 
 def _build_open_clip(model_cfg: dict[str, Any]) -> nn.Module:
@@ -175,21 +205,30 @@ def _from_open_clip_model(model: Any, architecture: dict[str, Any], tokenizer: A
     )
 
 
-def _timm(name: str, pretrained: str | None, load_weights: bool, architecture: dict[str, Any]) -> Backbone:
+def _timm(
+    name: str, pretrained: str | None, load_weights: bool, architecture: dict[str, Any], image_size: int | None
+) -> Backbone:
     import timm
 
     if not timm.is_model(name):
         raise ValueError(f"backbone timm:{name} is unknown; {near_matches(name, timm.list_models())}")
     if pretrained not in (None, "pretrained"):
         raise ValueError(f"backbone timm:{name}/{pretrained}: write timm:{name} (random) or timm:{name}/pretrained")
-    encoder: Any = timm.create_model(name, pretrained=load_weights and pretrained is not None, num_classes=0)
-    data = timm.data.resolve_model_data_config(encoder)
-    pixels = PixelSpec(data["input_size"][1], tuple(data["mean"]), tuple(data["std"]), data["interpolation"])
+    image_size = image_size or architecture.get("image_size")
+    options: dict[str, Any] = {}
+    published: Any = timm.get_pretrained_cfg(name)
+    data = timm.data.resolve_data_config(published.to_dict())
+    size = image_size or data["input_size"][1]
+    if image_size is not None and published.fixed_input_size:  # its position embeddings depend on the size
+        options["img_size"] = size
+    encoder: Any = timm.create_model(name, load_weights and pretrained is not None, num_classes=0, **options)
+    architecture = {"image_size": image_size} if image_size else {}
+    pixels = PixelSpec(size, tuple(data["mean"]), tuple(data["std"]), data["interpolation"])
     output_dim = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     return Backbone(encoder, output_dim, pixels, spec="", architecture=architecture)
 
 
-FAMILIES: dict[str, Callable[[str, str | None, bool, dict[str, Any]], Backbone]] = {
+FAMILIES: dict[str, Callable[[str, str | None, bool, dict[str, Any], int | None], Backbone]] = {
     "tiny": _tiny,
     "open_clip": _open_clip,
     "timm": _timm,

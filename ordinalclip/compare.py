@@ -176,10 +176,12 @@ class Comparison:
             seconds = f"{row['train_seconds']:.0f}" if row["train_seconds"] else "-"
             lines.append(f"| {row['method']} | {' | '.join(cells)} | {seconds} | `{row['setting']}` |")
         unit = self.config.base.get("ranks", {}).get("unit", "")
+        seeds = ", ".join(map(str, self.seeds))
+        tuning = ", ".join(map(str, self.seeds[: self.config.tuning_seeds]))
         note = (
-            f"Test part, mean and standard deviation over seeds {', '.join(map(str, self.seeds))}"
-            f"{f'; MAE and RMSE in {unit}' if unit else ''}. MAE, RMSE, R2 and Spearman by median, accuracy by argmax. "
-            f"Settings chosen by the validation MAE on seed {', '.join(map(str, self.seeds[: self.config.tuning_seeds]))}."
+            f"Test part, mean and standard deviation over seeds {seeds}{f'; MAE and RMSE in {unit}' if unit else ''}. "
+            f"MAE, RMSE, R2 and Spearman by median, accuracy by argmax. "
+            f"Settings chosen by the validation MAE on seed {tuning}."
         )
         title = f"{self.config.title}\n\n" if self.config.title else ""
         return title + "\n".join(lines) + f"\n\n{note}\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -153,7 +153,7 @@ class OrdinalModel(PreTrainedModel):
             shared_space=config.shared_space,
             label_mean=config.label_mean,
             label_std=config.label_std,
-            decoding=config.decoding,
+            decoding=cast(Decoding, config.decoding),
         )
         self.head: Head = build_head(config.method, context, config.head or {})
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -171,17 +171,19 @@ class OrdinalModel(PreTrainedModel):
         label_std: float = 1.0,
         decoding: Decoding = "median",
         dropout: float = 0.0,
+        image_size: int | None = None,
     ) -> OrdinalModel:
         """A trainable model from specs, with the backbones' pretrained weights.
 
         Args:
             backbone: spec of the image encoder, see `ordinalclip.backbones`.
             text: spec of the text tower; default: the backbone's own.
+            image_size: another input size than the backbone's own.
 
         Raises:
             ValueError: unknown specs, methods or options.
         """
-        image = load_backbone(backbone, load_weights)
+        image = load_backbone(backbone, load_weights, image_size=image_size)
         other = load_backbone(text, load_weights) if text and text != backbone else None
         if other is not None and other.text is None:
             raise ValueError(f"model.text {text!r} has no text tower; use an open_clip spec or tiny")

@@ -67,6 +67,26 @@ def test_timm_with_a_projection_to_another_text_tower(name, size):
     assert model.encoder.tower(torch.randn(1, 3, size, size)).shape == (1, model.config.input_dim)
 
 
+@pytest.mark.parametrize("spec", ["tiny", "open_clip:ViT-test", "timm:test_vit", "timm:resnet10t"])
+def test_another_input_size(spec, tmp_path):
+    if "ViT-test" in spec:
+        vision = {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+        text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+        (tmp_path / "ViT-test.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+        open_clip.add_model_config(tmp_path)
+    model = OrdinalModel.build(spec, Ranks.of(4), text="tiny", image_size=96).eval()
+    assert model.config.pixel_spec.size == 96
+    pixels = torch.randn(2, 3, 96, 96)
+    model.save_pretrained(tmp_path / "model")
+    loaded = OrdinalModel.from_pretrained(tmp_path / "model")
+    assert torch.allclose(loaded(pixels).logits, model(pixels).logits, atol=1e-4)
+    if spec == "tiny":  # a picture with a border is not foreign to the larger grid
+        own = load_backbone("tiny").encoder.attnpool.positional_embedding
+        larger = model.encoder.tower.attnpool.positional_embedding
+        assert torch.equal(own[0], larger[0])
+        assert torch.allclose(own[1:].mean(0), larger[1:].mean(0), atol=0.02)
+
+
 @pytest.mark.slow
 def test_vgg16_as_in_the_paper():
     model = OrdinalModel.build("timm:vgg16", Ranks.linear(16, 77, 62), text="tiny")

@@ -138,6 +138,7 @@ class Trainer:
             label_std=float(labels.std()) or 1.0,
             decoding=config.evaluation.decoding,
             dropout=config.model.dropout,
+            image_size=config.model.image_size,
         )
         return model.to(self.accelerator.device, getattr(torch, config.train.precision)).eval()
 
