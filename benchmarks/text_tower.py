@@ -102,7 +102,7 @@ def main() -> None:
     print(
         f"Python {platform.python_version()}, torch {torch.__version__}, open_clip {open_clip.__version__}, seed {SEED}"
     )
-    print(f"{arguments.ranks} ranks, batch {arguments.batch_size}, {arguments.repeats} repetitions, float32;", end=" ")
+    print(f"{arguments.ranks} ranks, batch {arguments.batch_size}, repetitions: {arguments.repeats}, float32;", end=" ")
     print("median seconds (least to most) of forward + backward")
     for architecture in arguments.architectures:
         measure(architecture, arguments.ranks, arguments.batch_size, arguments.repeats)

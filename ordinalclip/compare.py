@@ -20,19 +20,23 @@ validation MAE on the first seed.
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import Field
 
-from ordinalclip.config import RunConfig, Section, apply_overrides, parse_config, read_yaml
+from ordinalclip.config import DataConfig, RanksConfig, RunConfig, Section, apply_overrides, parse_config, read_yaml
 from ordinalclip.data import Parts, load_parts
 from ordinalclip.progress import Progress
 from ordinalclip.training.trainer import evaluate_run, train
@@ -51,6 +55,7 @@ class CompareConfig(Section):
     title: str = Field("", description="a sentence above the table")
     seeds: list[int] = Field([1, 2, 3], min_length=1, description="one run per method, setting and seed")
     tuning_seeds: int = Field(1, ge=1, description="how many of the seeds, the first ones, choose between settings")
+    jobs: int = Field(1, ge=1, description="runs at a time, each in its own process with its share of the cores")
     base: dict[str, Any] = Field({}, description="keys of a run, shared by all methods")
     methods: dict[str, MethodConfig] = Field(description="a row of the table each")
 
@@ -99,47 +104,43 @@ class Comparison:
             a row per method: its figures with mean and standard deviation over seeds.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        parts: dict[str, Parts] = {}
+        methods = self.config.methods
         tuning, rest = self.seeds[: self.config.tuning_seeds], self.seeds[self.config.tuning_seeds :]
-        tuned = sum(len(method.settings) for method in self.config.methods.values()) * len(tuning)
-        self.num_runs = tuned + len(self.config.methods) * len(rest)
+        tuned = [run for (_, _, seed), run in self.runs.items() if seed in tuning]
+        self.num_runs = len(tuned) + len(methods) * len(rest)
         progress: Progress = Progress(None, "comparing", self.num_runs, "runs", quiet)
-        rows = []
-        for name, method in self.config.methods.items():
-            numbers = range(len(method.settings))
-            for number, seed in itertools.product(numbers, tuning):
-                self._train(self.runs[name, number, seed], parts)
-                progress.advance(1, f"{name}, setting {number}, seed {seed}")
-            validation = [self._mean(name, number, tuning, "validation", "mae") for number in numbers]
-            chosen = validation.index(min(validation))
-            for seed in rest:
-                self._train(self.runs[name, chosen, seed], parts)
-                progress.advance(1, f"{name}, setting {chosen}, seed {seed}")
-            for seed in self.seeds:
-                run = self.runs[name, chosen, seed]
-                if "test" not in _metrics(run):
-                    evaluate_run(Path(run.output_dir), self._parts(parts, run), quiet=True)
-            rows.append(self._row(name, chosen))
+        self._train(tuned, progress)
+        chosen = {}
+        for name, method in methods.items():
+            validation = [self._mean(name, k, tuning, "validation", "mae") for k in range(len(method.settings))]
+            chosen[name] = validation.index(min(validation))
+        self._train([self.runs[name, number, seed] for name, number in chosen.items() for seed in rest], progress)
         progress.close()
+        for name, number in chosen.items():
+            for seed in self.seeds:
+                run = self.runs[name, number, seed]
+                if "test" not in _metrics(run):
+                    evaluate_run(Path(run.output_dir), _parts_of(run), quiet=True)
+        rows = [self._row(name, number) for name, number in chosen.items()]
         self._write(rows)
-        best = min(rows, key=lambda row: row["validation_mae"])
-        number = [json.dumps(setting) for setting in self.config.methods[best["method"]].settings].index(
-            best["setting"]
-        )
-        chosen_run = Path(self.runs[best["method"], number, self.seeds[0]].output_dir)
-        shutil.copytree(chosen_run / "model", self.folder / "model", dirs_exist_ok=True)
+        best = min(rows, key=lambda row: row["validation_mae"])["method"]
+        model = Path(self.runs[best, chosen[best], self.seeds[0]].output_dir) / "model"
+        shutil.copytree(model, self.folder / "model", dirs_exist_ok=True)
         return rows
 
-    def _train(self, run: RunConfig, parts: dict[str, Parts]) -> None:
-        if not _is_complete(run):
-            train(run, self._parts(parts, run), quiet=True)
-
-    def _parts(self, cache: dict[str, Parts], run: RunConfig) -> Parts:
-        """The data of a run, loaded once for all runs that share it."""
-        key = json.dumps([run.data.model_dump(mode="json"), run.ranks.model_dump(mode="json"), run.seed])
-        if key not in cache:
-            cache[key] = load_parts(run.data, run.ranks, run.seed)
-        return cache[key]
+    def _train(self, runs: list[RunConfig], progress: Progress) -> None:
+        """Train the runs that are not complete, `jobs` at a time, each in a process of its own when several."""
+        missing = [run for run in runs if not _is_complete(run)]
+        progress.advance(len(runs) - len(missing))
+        if self.config.jobs == 1:
+            for run in missing:
+                progress.advance(1, _train_run(run))
+            return
+        threads = max(1, (os.cpu_count() or 1) // self.config.jobs)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.config.jobs, context, torch.set_num_threads, (threads,)) as pool:
+            for done in as_completed([pool.submit(_train_run, run) for run in missing]):
+                progress.advance(1, done.result())
 
     def _mean(self, name: str, number: int, seeds: Sequence[int], part: str, figure: str) -> float:
         """Mean over seeds of a figure of a setting's runs."""
@@ -211,6 +212,21 @@ def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False
     table = comparison.table(comparison.run(quiet))
     elapsed = time.monotonic() - started
     return f"{table}\n{comparison.num_runs} runs in {comparison.folder}/runs, {elapsed:.0f} s this time.\n"
+
+
+def _train_run(run: RunConfig) -> str:
+    """Train one run; returns the name of its folder."""
+    return train(run, _parts_of(run), quiet=True).name
+
+
+def _parts_of(run: RunConfig) -> Parts:
+    return _load_parts_once(run.data.model_dump_json(), run.ranks.model_dump_json(), run.seed)
+
+
+@lru_cache(maxsize=8)
+def _load_parts_once(data: str, ranks: str, seed: int) -> Parts:
+    """The data of all runs that share it, with one cache of decoded images."""
+    return load_parts(DataConfig.model_validate_json(data), RanksConfig.model_validate_json(ranks), seed)
 
 
 def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

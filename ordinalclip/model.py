@@ -339,4 +339,5 @@ def _towers(config: OrdinalConfig, load_weights: bool) -> tuple[Backbone, Backbo
 
 AutoConfig.register(OrdinalConfig.model_type, OrdinalConfig, exist_ok=True)
 AutoModel.register(OrdinalConfig, OrdinalModel, exist_ok=True)
-AutoImageProcessor.register(OrdinalConfig, slow_image_processor_class=OrdinalImageProcessor, exist_ok=True)
+_BACKENDS = {"pil": OrdinalImageProcessor, "torchvision": OrdinalImageProcessor}  # one code for both: equal pixels
+AutoImageProcessor.register(OrdinalConfig, image_processor_classes=_BACKENDS, exist_ok=True)

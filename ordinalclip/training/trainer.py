@@ -163,6 +163,8 @@ class Trainer:
             nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
         if inside := attention_dropout(model.encoder):
             logger.warning("dropout inside fused attention depends on the micro-batch: %s", ", ".join(inside))
+        if options.channels_last:
+            model.encoder.to(memory_format=torch.channels_last)
         noises = use_sample_noise(model.encoder, config.seed)
 
         groups = self._parameter_groups()
@@ -270,7 +272,9 @@ class Trainer:
         self.encoder.train()
         self.head.train()
 
-        features = self.micro_batches.encode(pixels.to(getattr(torch, options.precision)), positions)
+        order = torch.channels_last if options.channels_last else torch.contiguous_format
+        pixels = pixels.to(getattr(torch, options.precision), memory_format=order)
+        features = self.micro_batches.encode(pixels, positions)
         outputs = gather_outputs(self.head(features), self.shares)
         values, ranks = gather(values, self.shares), gather(ranks, self.shares)
         values = values.to(next(iter(outputs.values())).dtype) if options.precision == "float64" else values.float()
