@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", default=["RN50", "ViT-B-32"], help="names that open_clip knows")
     parser.add_argument("--ranks", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.architectures) - set(open_clip.list_models()))
     if unknown:
