@@ -109,7 +109,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from ordinalclip.training.trainer import evaluate_run
+    from ordinalclip.training import evaluate_run
 
     figures = evaluate_run(Path(arguments.run), overrides=arguments.overrides, quiet=arguments.quiet)
     if _is_main_process():

@@ -39,7 +39,7 @@ from pydantic import Field
 from ordinalclip.config import DataConfig, RanksConfig, RunConfig, Section, apply_overrides, parse_config, read_yaml
 from ordinalclip.data import Parts, load_parts
 from ordinalclip.progress import Progress
-from ordinalclip.training.trainer import evaluate_run, train
+from ordinalclip.training import evaluate_run, train
 
 FIXED = {"zero_shot", "constant"}  # nothing learns: one setting is all there is
 COLUMNS = {"mae": "MAE", "rmse": "RMSE", "r2": "R2", "accuracy": "accuracy", "spearman": "Spearman"}

@@ -164,11 +164,9 @@ class TrainConfig(Section):
         "best", description="which step becomes model/: best validation MAE, or the last"
     )
     keep_checkpoints: int = Field(1, ge=1, description="newest checkpoints to keep, besides the best one")
-    resume: str = Field("none", description="none, auto (newest checkpoint of output_dir) or a checkpoint folder")
+    resume: str = Field("none", description="none: replace what is there; auto: the newest checkpoint; or a folder")
     log_every: int = Field(10, ge=1, description="steps between writes to log.jsonl (one row per step all the same)")
-    channels_last: bool = Field(
-        False, description="channels-last memory order; faster on some machines"
-    )
+    channels_last: bool = Field(False, description="channels-last memory order; faster on some machines")
     trackers: list[str] = Field([], description="Accelerate trackers, e.g. tensorboard, wandb")
 
 

@@ -141,21 +141,12 @@ class OrdinalModel(PreTrainedModel):
     base_model_prefix = ""
     _supports_sdpa = True
 
-    def __init__(self, config: OrdinalConfig, towers: tuple[Backbone, Backbone | None] | None = None):
+    def __init__(self, config: OrdinalConfig, encoder: Encoder | None = None, head: Head | None = None):
         super().__init__(config)
-        backbone, text = towers or _towers(config, load_weights=False)
-        self.encoder = Encoder(backbone.encoder, config.dropout)
-        context = HeadContext(
-            ranks=config.label_space,
-            input_dim=config.input_dim,
-            text=text.text if text else None,
-            logit_scale=config.logit_scale,
-            shared_space=config.shared_space,
-            label_mean=config.label_mean,
-            label_std=config.label_std,
-            decoding=cast(Decoding, config.decoding),
-        )
-        self.head: Head = build_head(config.method, context, config.head or {})
+        if encoder is None or head is None:
+            image, tower = _towers(config)
+            encoder, head = Encoder(image.encoder, config.dropout), _head(config, tower)
+        self.encoder, self.head = encoder, head
         self.all_tied_weights_keys: dict[str, str] = {}
 
     @classmethod
@@ -205,7 +196,7 @@ class OrdinalModel(PreTrainedModel):
             decoding=decoding,
             dropout=dropout,
         )
-        return cls(config, (image, tower))
+        return cls(config, Encoder(image.encoder, dropout), _head(config, tower))
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> OrdinalOutput:
         """Predict.
@@ -229,18 +220,11 @@ class OrdinalModel(PreTrainedModel):
 
     def deploy(self) -> OrdinalModel:
         """The form that is served: a view on this model's encoder with a head that needs no text tower."""
-        deployed = self.head.deploy()
-        config = deepcopy(self.config)
+        config, head = deepcopy(self.config), self.head
         config.text, config.text_architecture = "", None
-        if deployed is not None:
+        if (deployed := head.deploy()) is not None:
             config.method, config.head, head = deployed
-        else:
-            head = self.head
-        model = OrdinalModel.__new__(OrdinalModel)
-        PreTrainedModel.__init__(model, config)
-        model.encoder, model.head = self.encoder, head
-        model.all_tied_weights_keys = {}
-        return model.eval()
+        return OrdinalModel(config, self.encoder, head).eval()
 
     @property
     def image_processor(self) -> OrdinalImageProcessor:
@@ -328,13 +312,26 @@ class Encoder(nn.Module):
         return self.dropout(self.tower(pixel_values))
 
 
-def _towers(config: OrdinalConfig, load_weights: bool) -> tuple[Backbone, Backbone | None]:
-    image = load_backbone(config.backbone, load_weights, config.backbone_architecture)
-    if not config.text:
-        return image, None
-    if config.text == config.backbone:
-        return image, image
-    return image, load_backbone(config.text, load_weights, config.text_architecture)
+def _towers(config: OrdinalConfig) -> tuple[Backbone, Backbone | None]:
+    """The image tower and the text tower of a configuration, or None, with random weights."""
+    image = load_backbone(config.backbone, False, config.backbone_architecture)
+    if config.text in ("", config.backbone):
+        return image, image if config.text else None
+    return image, load_backbone(config.text, False, config.text_architecture)
+
+
+def _head(config: OrdinalConfig, tower: Backbone | None) -> Head:
+    context = HeadContext(
+        ranks=config.label_space,
+        input_dim=config.input_dim,
+        text=tower.text if tower else None,
+        logit_scale=config.logit_scale,
+        shared_space=config.shared_space,
+        label_mean=config.label_mean,
+        label_std=config.label_std,
+        decoding=cast(Decoding, config.decoding),
+    )
+    return build_head(config.method, context, config.head or {})
 
 
 AutoConfig.register(OrdinalConfig.model_type, OrdinalConfig, exist_ok=True)

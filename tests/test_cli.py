@@ -111,6 +111,34 @@ def test_compare_is_resumable_and_reads_the_test_part_once(comparison, tmp_path,
     assert {folder: (folder / "config.yaml").stat().st_mtime_ns for folder in folders} != times
 
 
+def test_an_interrupted_run_is_not_complete(comparison, tmp_path, monkeypatch):
+    """A run that is started again with another configuration and dies must not pass for finished."""
+    from ordinalclip import compare
+    from ordinalclip.training import Trainer
+
+    load_comparison(comparison).run(quiet=True)
+    changed = load_comparison(comparison, ["train.max_steps=3"])
+
+    def die(self, batch, total):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            changed.run(quiet=True)
+    started = changed.runs["OrdinalCLIP", 0, 1]
+    assert not compare._is_complete(started)
+    changed.run(quiet=True)
+    assert json.loads((tmp_path / "out/runs/ordinalclip-0-seed1/metrics.json").read_text())["steps"] == 3
+
+
+def test_several_jobs_give_the_same_table(comparison, tmp_path):
+    rows = load_comparison(comparison).run(quiet=True)
+    again = load_comparison(comparison, ["jobs=2", f"output_dir={tmp_path}/again"]).run(quiet=True)
+    for row, other in zip(rows, again, strict=True):
+        assert other["mae"] == pytest.approx(row["mae"], rel=1e-3)
+
+
 def test_compare_chooses_by_validation_and_averages_over_seeds(comparison, tmp_path):
     rows = {row["method"]: row for row in load_comparison(comparison).run(quiet=True)}
     for name, label in (("OrdinalCLIP", "ordinalclip"), ("L1", "l1")):

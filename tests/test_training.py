@@ -17,7 +17,7 @@ from ordinalclip import OrdinalModel
 from ordinalclip.heads import available_heads
 from ordinalclip.metrics import METRICS
 from ordinalclip.model import Encoder
-from ordinalclip.training import train
+from ordinalclip.training import evaluate_run, train
 from ordinalclip.training import trainer as trainer_module
 from ordinalclip.training.checkpoint import load_checkpoint
 from ordinalclip.training.distributed import check_batch_norm
@@ -30,7 +30,6 @@ from ordinalclip.training.sampling import (
     shares,
     use_sample_noise,
 )
-from ordinalclip.training.trainer import evaluate_run
 
 TRAINABLE = sorted(set(available_heads()) - {"prototypes", "zero_shot", "constant"})
 NOISY = ("data.augment.flip=true", "data.augment.crop_ratio=1.2", "model.dropout=0.1")
@@ -295,6 +294,19 @@ def test_evaluate_run_adds_the_test_part_once(quick, tmp_path):
     assert json.loads((direct / "metrics.json").read_text())["test"] == figures["test"]
     with pytest.raises(FileNotFoundError, match="no finished run"):
         evaluate_run(tmp_path, quiet=True)
+
+
+def test_trackers(quick):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train(quick("train.trackers=[tensorboard]"), quiet=True)
+    (events,) = folder.rglob("events.out.tfevents.*.0")
+    reader = EventAccumulator(str(events)).Reload()
+    assert [event.value for event in reader.Scalars("loss")] == pytest.approx(losses_of(folder).tolist(), rel=1e-5)
+    with pytest.raises(
+        ValueError, match="train.trackers: tensorbord is not installed or not known; installed: .*tensorboard"
+    ):
+        train(quick("train.trackers=[tensorbord]"), quiet=True)
 
 
 def test_bf16_keeps_logits_in_float32(quick, tmp_path):

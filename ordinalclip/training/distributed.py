@@ -8,16 +8,46 @@ summed over processes and averaged by DDP, is exactly the gradient of the single
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ordinalclip.heads import Outputs
 from ordinalclip.training.sampling import SampleNoise
+
+
+def make_accelerator(mixed_precision: str, log_with: list[str] | None = None, folder: str = ".") -> Accelerator:
+    """An Accelerator; a single process may make several, one after the other, with different settings."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that torchrun's CPU processes find each other
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("train.mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
+    missing = [name for name in log_with or [] if name not in map(str, get_available_trackers())]
+    if missing:  # Accelerate itself would leave them out without a word
+        available = ", ".join(map(str, get_available_trackers())) or "none"
+        raise ValueError(f"train.trackers: {', '.join(missing)} is not installed or not known; installed: {available}")
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        log_with=log_with or None,
+        project_dir=folder,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise RuntimeError(
+            f"launched as one of {os.environ['WORLD_SIZE']} processes, but Accelerate runs {accelerator.num_processes}"
+        )
+    return accelerator
 
 
 class _GatherWithGradient(torch.autograd.Function):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ordinalclip.backbones import PixelSpec
-from ordinalclip.config import RunConfig
-from ordinalclip.data import Part
+from ordinalclip.config import RunConfig, apply_overrides, parse_config, read_yaml
+from ordinalclip.data import Part, Parts, load_parts
 from ordinalclip.heads import (
     Decoding,
     Outputs,
@@ -32,7 +35,7 @@ from ordinalclip.metrics import METRICS, cumulative_score, ordinality
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress
 from ordinalclip.ranks import Ranks
-from ordinalclip.training.distributed import gather_outputs
+from ordinalclip.training.distributed import gather_outputs, make_accelerator
 from ordinalclip.training.sampling import shares
 
 
@@ -175,3 +178,44 @@ def predictions_table(name: str, part: Part, predictions: dict[str, np.ndarray])
         ),
     }
     return pa.table(columns)
+
+
+def evaluate_run(
+    folder: Path, parts: Parts | None = None, overrides: Sequence[str] = (), quiet: bool = False
+) -> dict[str, Any]:
+    """Score a run's saved model on its test part.
+
+    Args:
+        folder: the run folder; its metrics.json and predictions.parquet take up the test part.
+        parts: the run's data, if it is in memory already.
+        overrides: dotted "key=value" for another place or kind of data; then nothing is written.
+
+    Returns:
+        the run's figures with those of the test part.
+
+    Raises:
+        FileNotFoundError: no finished run there; ValueError: no test part.
+    """
+    metrics = folder / "metrics.json"
+    if not metrics.is_file():
+        raise FileNotFoundError(f"{folder}: no finished run (metrics.json is missing)")
+    config = parse_config(apply_overrides(read_yaml(folder / "config.yaml"), overrides), str(folder / "config.yaml"))
+    accelerator = make_accelerator(config.train.mixed_precision)
+    parts = parts or load_parts(config.data, config.ranks, config.seed)
+    if parts.test is None:
+        raise ValueError(f"{folder}: the configuration has no test part")
+    model = OrdinalModel.from_pretrained(folder / "model").to(accelerator.device)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        target = Path(elsewhere) if overrides else folder
+        figures = evaluate_parts(model, {"test": parts.test}, accelerator, config, target, quiet)
+    figures = {**json.loads(metrics.read_text(encoding="utf-8")), **figures}
+    if accelerator.is_main_process and not overrides:
+        write_json(metrics, figures)
+    return figures
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

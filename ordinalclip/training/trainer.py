@@ -7,32 +7,25 @@ torchrun --nproc_per_node 2 -m ordinalclip train configs/demo.yaml
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import math
-import os
-import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ordinalclip.config import RunConfig, apply_overrides, parse_config, read_yaml
+from ordinalclip.config import RunConfig
 from ordinalclip.data import Parts, load_parts
 from ordinalclip.heads import Targets
 from ordinalclip.images import Augmentation
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress
 from ordinalclip.training import checkpoint
-from ordinalclip.training.distributed import MicroBatches, check_batch_norm, gather, gather_outputs
+from ordinalclip.training.distributed import MicroBatches, check_batch_norm, gather, gather_outputs, make_accelerator
 from ordinalclip.training.evaluation import (
     evaluate_parts,
     model_ordinality,
@@ -40,7 +33,9 @@ from ordinalclip.training.evaluation import (
     predictions_of,
     score,
     targets_of,
+    write_json,
 )
+from ordinalclip.training.optimization import freeze, lr_factor, make_optimizer
 from ordinalclip.training.sampling import (
     StreamDataset,
     StreamSampler,
@@ -67,28 +62,6 @@ def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) ->
         ValueError: bad configuration or data; the message names the key or row.
     """
     return Trainer(config, parts, quiet).run()
-
-
-def make_accelerator(mixed_precision: str, log_with: list[str] | None = None, folder: str = ".") -> Accelerator:
-    """An Accelerator; a single process may make several, one after the other, with different settings."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that torchrun's CPU processes find each other
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        AcceleratorState._reset_state(reset_partial_state=True)
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("train.mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        log_with=log_with or None,
-        project_dir=folder,
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-        raise RuntimeError(
-            f"launched as one of {os.environ['WORLD_SIZE']} processes, but Accelerate runs {accelerator.num_processes}"
-        )
-    return accelerator
 
 
 class Trainer:
@@ -145,16 +118,7 @@ class Trainer:
     def _prepare(self) -> None:
         """Frozen parts, exact BatchNorm and dropout, optimiser, DDP."""
         config, options, model = self.config, self.config.train, self.model
-        names = [name for name, _ in model.named_parameters()]
-        for pattern in options.freeze:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(
-                    f"train.freeze: {pattern!r} matches no parameter; there are {', '.join(names[:10])}, ..."
-                )
-        for name, parameter in model.named_parameters():
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in options.freeze):
-                parameter.requires_grad_(False)
-
+        freeze(model, options.freeze)
         self.shares = shares(options.batch_size, self.accelerator.num_processes)
         micro_batched = options.micro_batch_size is not None and options.micro_batch_size < max(self.shares)
         check_batch_norm(model.encoder, config.model.batch_norm, self.accelerator.num_processes, micro_batched)
@@ -167,10 +131,7 @@ class Trainer:
             model.encoder.to(memory_format=torch.channels_last)
         noises = use_sample_noise(model.encoder, config.seed)
 
-        groups = self._parameter_groups()
-        make = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[options.optimizer]
-        extra = {"decoupled_weight_decay": True} if options.optimizer == "radam" else {"fused": True}
-        self.optimizer = self.accelerator.prepare(make(groups, lr=options.lr, **extra))
+        self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
         self.encoder, self.head = (
             self.accelerator.prepare(module) if any(p.requires_grad for p in module.parameters()) else module
             for module in (model.encoder, model.head)
@@ -178,39 +139,10 @@ class Trainer:
         size = options.micro_batch_size if micro_batched else None
         self.micro_batches = MicroBatches(self.accelerator, self.encoder, noises, size)
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Encoder, prompts and the rest of the head, each with its learning rate; no decay on biases and norms."""
-        options, model = self.config.train, self.model
-        prompts = {id(parameter) for parameter in model.head.prompt_parameters()}
-        rates = {"encoder": options.lr_encoder, "prompts": options.lr_prompts, "head": options.lr_head}
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                kind = "encoder" if name.startswith("encoder.") else "prompts" if id(parameter) in prompts else "head"
-                groups.setdefault((kind, parameter.ndim > 1), []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr": options.lr if rates[kind] is None else rates[kind],
-                "peak_lr": options.lr if rates[kind] is None else rates[kind],
-                "weight_decay": options.weight_decay if decays else 0.0,
-                "name": kind,
-            }
-            for (kind, decays), parameters in groups.items()
-        ]
-
-    def _lr_factor(self, step: int) -> float:
-        """Share of the peak learning rate in (0-based) step: linear warm-up, then cosine to 0 or constant."""
-        options, total = self.config.train, self._max_steps()
-        if step < options.warmup_steps:
-            return (step + 1) / options.warmup_steps
-        if options.schedule == "constant":
-            return 1.0
-        done = (step - options.warmup_steps) / max(1, total - options.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * done))
-
     def run(self) -> Path:
         """Train, pick the model, evaluate, save."""
+        if self.main:  # from here on the folder holds no finished run, until there is one
+            (self.folder / "metrics.json").unlink(missing_ok=True)
         if self.learns:
             self._resume()
             self._train()
@@ -266,7 +198,7 @@ class Trainer:
         """One optimiser step on the global batch; returns the logged terms as tensors, to be read later."""
         device, options = self.accelerator.device, self.config.train
         pixels, values, ranks, positions = (tensor.to(device, non_blocking=True) for tensor in batch)
-        factor = self._lr_factor(self.step)
+        factor = lr_factor(self.step, total, options)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.encoder.train()
@@ -406,44 +338,3 @@ class Trainer:
             model.save_pretrained(self.folder / "model")
             write_json(self.folder / "metrics.json", figures)
         self.accelerator.wait_for_everyone()
-
-
-def evaluate_run(
-    folder: Path, parts: Parts | None = None, overrides: Sequence[str] = (), quiet: bool = False
-) -> dict[str, Any]:
-    """Score a run's saved model on its test part.
-
-    Args:
-        folder: the run folder; its metrics.json and predictions.parquet take up the test part.
-        parts: the run's data, if it is in memory already.
-        overrides: dotted "key=value" for another place or kind of data; then nothing is written.
-
-    Returns:
-        the run's figures with those of the test part.
-
-    Raises:
-        FileNotFoundError: no finished run there; ValueError: no test part.
-    """
-    metrics = folder / "metrics.json"
-    if not metrics.is_file():
-        raise FileNotFoundError(f"{folder}: no finished run (metrics.json is missing)")
-    config = parse_config(apply_overrides(read_yaml(folder / "config.yaml"), overrides), str(folder / "config.yaml"))
-    accelerator = make_accelerator(config.train.mixed_precision)
-    parts = parts or load_parts(config.data, config.ranks, config.seed)
-    if parts.test is None:
-        raise ValueError(f"{folder}: the configuration has no test part")
-    model = OrdinalModel.from_pretrained(folder / "model").to(accelerator.device)
-    with tempfile.TemporaryDirectory() as elsewhere:
-        target = Path(elsewhere) if overrides else folder
-        figures = evaluate_parts(model, {"test": parts.test}, accelerator, config, target, quiet)
-    figures = {**json.loads(metrics.read_text(encoding="utf-8")), **figures}
-    if accelerator.is_main_process and not overrides:
-        write_json(metrics, figures)
-    return figures
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

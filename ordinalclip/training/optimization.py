@@ -1,0 +1,64 @@
+"""Parameter groups and the learning rate of every step."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ordinalclip.config import TrainConfig
+from ordinalclip.model import OrdinalModel
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Take the gradient from parameters whose name matches a pattern.
+
+    Raises:
+        ValueError: a pattern that matches nothing; the message shows the first names there are.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"train.freeze: {pattern!r} matches no parameter; there are {', '.join(names[:10])}, ...")
+    for name, parameter in model.named_parameters():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
+def parameter_groups(model: OrdinalModel, options: TrainConfig) -> list[dict[str, Any]]:
+    """Encoder, prompts and the rest of the head, each with its learning rate; no decay on biases and norms."""
+    prompts = {id(parameter) for parameter in model.head.prompt_parameters()}
+    rates = {"encoder": options.lr_encoder, "prompts": options.lr_prompts, "head": options.lr_head}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "encoder" if name.startswith("encoder.") else "prompts" if id(parameter) in prompts else "head"
+            groups.setdefault((kind, parameter.ndim > 1), []).append(parameter)
+    found = []
+    for (kind, decays), parameters in groups.items():
+        rate = rates[kind]
+        peak = options.lr if rate is None else rate
+        decay = options.weight_decay if decays else 0.0
+        found.append({"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay, "name": kind})
+    return found
+
+
+def make_optimizer(model: OrdinalModel, options: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or RAdam over `parameter_groups`, both with decoupled weight decay."""
+    groups = parameter_groups(model, options)
+    if options.optimizer == "radam":
+        return torch.optim.RAdam(groups, lr=options.lr, decoupled_weight_decay=True)
+    return torch.optim.AdamW(groups, lr=options.lr, fused=True)
+
+
+def lr_factor(step: int, total: int, options: TrainConfig) -> float:
+    """Share of the peak learning rate in (0-based) step: linear warm-up, then cosine to 0 or constant."""
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return 1.0
+    done = (step - options.warmup_steps) / max(1, total - options.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
