@@ -179,10 +179,12 @@ class Comparison:
         unit = self.config.base.get("ranks", {}).get("unit", "")
         seeds = ", ".join(map(str, self.seeds))
         tuning = ", ".join(map(str, self.seeds[: self.config.tuning_seeds]))
+        choice = "One setting per method, fixed beforehand."
+        if any(len(method.settings) > 1 for method in self.config.methods.values()):
+            choice = f"Settings chosen by the validation MAE on seed {tuning}."
         note = (
             f"Test part, mean and standard deviation over seeds {seeds}{f'; MAE and RMSE in {unit}' if unit else ''}. "
-            f"MAE, RMSE, R2 and Spearman by median, accuracy by argmax. "
-            f"Settings chosen by the validation MAE on seed {tuning}."
+            f"MAE, RMSE, R2 and Spearman by median, accuracy by argmax. {choice}"
         )
         title = f"{self.config.title}\n\n" if self.config.title else ""
         return title + "\n".join(lines) + f"\n\n{note}\n"

@@ -304,7 +304,7 @@ def test_trackers(quick):
     reader = EventAccumulator(str(events)).Reload()
     assert [event.value for event in reader.Scalars("loss")] == pytest.approx(losses_of(folder).tolist(), rel=1e-5)
     with pytest.raises(
-        ValueError, match="train.trackers: tensorbord is not installed or not known; installed: .*tensorboard"
+        ValueError, match=r"train\.trackers: tensorbord is not installed or not known; installed: .*tensorboard"
     ):
         train(quick("train.trackers=[tensorbord]"), quiet=True)
 
