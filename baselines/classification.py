@@ -27,7 +27,7 @@ class CNNHead(Head):
     def forward(self, features: Tensor) -> Outputs:
         with torch.autocast(features.device.type, enabled=False):
             features = normalize(at_least_float32(features), dim=-1)
-            return {"logits": self.scale * features @ normalize(self.weight, dim=-1).t()}
+            return {"logits": self.scale * features @ normalize(at_least_float32(self.weight), dim=-1).t()}
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         return {"loss": cross_entropy(outputs["logits"], targets.ranks, targets.weights)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets
+from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets, at_least_float32
 from ordinalclip.losses import absolute_error
 
 
@@ -16,7 +18,9 @@ class L1(Head):
         self.linear = nn.Linear(context.input_dim, 1)
 
     def forward(self, features: Tensor) -> Outputs:
-        return {"standardised": self.linear(features).squeeze(-1)}
+        with torch.autocast(features.device.type, enabled=False):
+            weight, bias = at_least_float32(self.linear.weight), at_least_float32(self.linear.bias)
+            return {"standardised": linear(at_least_float32(features), weight, bias).squeeze(-1)}
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         standardised = (targets.values - self.label_mean) / self.label_std

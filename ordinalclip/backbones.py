@@ -111,7 +111,8 @@ def _open_clip(
             raise ValueError(f"backbone open_clip:{name} is unknown; {near_matches(name, open_clip.list_models())}")
         architecture = {"model_cfg": config}
     if not load_weights:
-        return _from_open_clip_model(_build_open_clip(architecture["model_cfg"]), architecture)
+        model = _build_open_clip(architecture["model_cfg"])
+        return _from_open_clip_model(*_at_size(model, architecture, image_size))
     if pretrained is None:
         logger.warning("open_clip:%s is built with RANDOM weights; name a tag or file: open_clip:%s/TAG", name, name)
     elif not Path(pretrained).is_file() and pretrained not in open_clip.list_pretrained_tags_by_model(name):
@@ -193,13 +194,18 @@ def _from_open_clip_model(model: Any, architecture: dict[str, Any], tokenizer: A
         stored.get("interpolation", "bicubic"),
         "squash" if stored.get("resize_mode") == "squash" else "shortest",
     )
+    try:
+        text: TextTower | None = TextTower.from_open_clip(model, tokenizer)
+    except ValueError as error:  # a head that needs it will say so
+        text = None
+        logger.warning("image tower only: %s", error)
     architecture = {**architecture, "preprocess_cfg": {**asdict(pixels), "resize_mode": pixels.resize}}
     return Backbone(
         encoder=visual,
         output_dim=architecture["model_cfg"]["embed_dim"],
         pixels=pixels,
         spec="",
-        text=TextTower.from_open_clip(model, tokenizer),
+        text=text,
         logit_scale=model.logit_scale.item(),
         architecture=architecture,
     )

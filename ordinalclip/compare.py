@@ -13,8 +13,8 @@ A comparison is a YAML file:
 Every setting runs on the first `tuning_seeds` seeds; the one with the best mean validation MAE runs on the others
 too. Every method must bring the same number of settings, unless nothing of it learns. Runs that are complete are not
 run again, so an interrupted comparison goes on where it was. The test part is predicted once, by the runs of the
-chosen setting, after the choice. Written: table.md, results.csv, and model/, that of the method with the best
-validation MAE on the first seed.
+chosen setting, after the choice. Written: table.md, results.csv, and model/: of the method with the best mean
+validation MAE, the run of the first seed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
@@ -84,6 +85,9 @@ class Comparison:
                     self.runs[name, number, seed] = run
                     if run.method not in FIXED:
                         tried[name] = len(method.settings)
+        folders = Counter(run.output_dir for run in self.runs.values())
+        if shared := [folder for folder, times in folders.items() if times > 1]:
+            raise ValueError(f"{source}: method names (or seeds) are too alike, runs would share {', '.join(shared)}")
         if len(set(tried.values())) > 1:
             raise ValueError(f"{source}: every method needs the same number of settings to try, got {tried}")
 
@@ -139,7 +143,11 @@ class Comparison:
         threads = max(1, (os.cpu_count() or 1) // self.config.jobs)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.config.jobs, context, torch.set_num_threads, (threads,)) as pool:
-            for done in as_completed([pool.submit(_train_run, run) for run in missing]):
+            waiting = {pool.submit(_train_run, run): run for run in missing}
+            for done in as_completed(waiting):
+                if done.exception() is not None:
+                    pool.shutdown(cancel_futures=True)
+                    raise ValueError(f"{waiting[done].output_dir}: {done.exception()}") from done.exception()
                 progress.advance(1, done.result())
 
     def _mean(self, name: str, number: int, seeds: Sequence[int], part: str, figure: str) -> float:
@@ -225,7 +233,7 @@ def _parts_of(run: RunConfig) -> Parts:
     return _load_parts_once(run.data.model_dump_json(), run.ranks.model_dump_json(), run.seed)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=3)
 def _load_parts_once(data: str, ranks: str, seed: int) -> Parts:
     """The data of all runs that share it, with one cache of decoded images."""
     return load_parts(DataConfig.model_validate_json(data), RanksConfig.model_validate_json(ranks), seed)

@@ -102,7 +102,7 @@ class DataConfig(Section):
     num_validation: int = Field(100, ge=1, description="gauges: validation images")
     num_test: int = Field(500, ge=1, description="gauges: test images")
     workers: int = Field(0, ge=0, description="processes that decode images")
-    cache_mb: int = Field(512, ge=0, description="memory for decoded, resized training images; 0 switches it off")
+    cache_mb: int = Field(512, ge=0, description="memory for the decoded, resized images of each part; 0: none")
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -164,7 +164,7 @@ class TrainConfig(Section):
         "best", description="which step becomes model/: best validation MAE, or the last"
     )
     keep_checkpoints: int = Field(1, ge=1, description="newest checkpoints to keep, besides the best one")
-    resume: str = Field("none", description="none: replace what is there; auto: the newest checkpoint; or a folder")
+    resume: str = Field("none", description="none: start anew; auto: newest checkpoint; or one of its checkpoints")
     log_every: int = Field(10, ge=1, description="steps between writes to log.jsonl (one row per step all the same)")
     channels_last: bool = Field(False, description="channels-last memory order; faster on some machines")
     trackers: list[str] = Field([], description="Accelerate trackers, e.g. tensorboard, wandb")
@@ -245,7 +245,10 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ValueError(f"override {override!r}: {parent} is a value, not a section")
-        place[last] = yaml.safe_load(text)
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from error
     return content
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -53,6 +52,7 @@ class Part:
         names: what a row is called in errors and prediction files: its path, or "row N".
         ranks: (N,) int64 rank of each label.
         root: folder that relative paths start from.
+        source: the table or data set, for errors.
         cache: decoded and resized images.
     """
 
@@ -62,10 +62,15 @@ class Part:
     names: Sequence[str]
     ranks: np.ndarray
     root: str = ""
+    source: str = ""
     cache: ImageCache = field(default_factory=lambda: ImageCache(0), compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def row_names(self) -> Iterator[str]:
+        """What to call each row in an error that leaves the part."""
+        return (f"{self.source}, {name}" for name in self.names)
 
     def image(self, index: int) -> Image.Image:
         """The decoded RGB image of a row.
@@ -76,7 +81,7 @@ class Part:
         source = self.rows[int(index)][self.image_column]
         if isinstance(source, str):
             source = os.path.join(self.root, source)
-        return load_image(source, self.names[index])
+        return load_image(source, f"{self.source}, {self.names[index]}")
 
     def resized(self, index: int, spec: PixelSpec, size: int | None = None) -> Image.Image:
         """The decoded image, resized to `size` (default: the encoder's) and kept in the cache while there is room."""
@@ -124,7 +129,10 @@ def load_parts(config: DataConfig, ranks: RanksConfig, seed: int) -> Parts:
         raw = _gauges(config, seed)
     elif config.source == "hub":
         loaded = datasets.load_dataset(config.hub)
-        raw = {part: loaded[part] for part in PARTS if part in loaded}
+        alias = {"val": "validation", "valid": "validation", "dev": "validation"}
+        raw = {alias.get(part, part): rows for part, rows in loaded.items()}
+        if not set(raw) <= set(PARTS):
+            raise ValueError(f"{config.hub}: splits {', '.join(loaded)}; allowed are {', '.join((*PARTS, *alias))}")
         raw = {"all": raw["train"]} if set(raw) == {"train"} else raw
     elif config.table:
         raw = {"all": _read_table(_under(config.root, config.table), config)}
@@ -147,7 +155,7 @@ def make_parts(raw: dict[str, datasets.Dataset], config: DataConfig, ranks: Rank
         raise ValueError(f"no training rows; parts found: { {name: len(part) for name, part in loose.items()} }")
     label_space = ranks.build(loose["train"].values.tolist())
     named = {
-        name: replace(part, ranks=label_space.rank_of(part.values, part.names).numpy())
+        name: replace(part, ranks=label_space.rank_of(part.values, part.row_names()).numpy())
         for name, part in loose.items()
         if len(part)
     }
@@ -270,7 +278,7 @@ def _part(rows: datasets.Dataset, config: DataConfig, name: str, root: str) -> P
             values[index] = float(label)
         if not np.isfinite(values[index]):
             raise ValueError(f"{where}, row {index + 1}: label {label!r} in column {label_column!r} is not a number")
-    names: Sequence[str] = [f"{where}, row {index + 1}" for index in range(len(labels))]
+    names: Sequence[str] = [f"row {index + 1}" for index in range(len(labels))]
     if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
         names = [str(path) for path in rows[image_column]]
         missing = [n for n in names if not os.path.isfile(os.path.join(root, n))]
@@ -280,9 +288,4 @@ def _part(rows: datasets.Dataset, config: DataConfig, name: str, root: str) -> P
                 f"{where}: {len(missing)} of {len(names)} images do not exist under {root!r}: {shown}"
             )
     cache = ImageCache(config.cache_mb << 20)
-    return Part(rows, image_column, values, names, np.zeros(len(labels), dtype=np.int64), root, cache)
-
-
-def column_values(part: Part, column: str) -> list[Any]:
-    """All values of a column of a part."""
-    return list(part.rows[_column(part.rows, column)])
+    return Part(rows, image_column, values, names, np.zeros(len(labels), dtype=np.int64), root, where, cache)

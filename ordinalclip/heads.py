@@ -79,7 +79,7 @@ def decode(probabilities: Tensor, ranks: Ranks, decoding: Decoding) -> Predictio
     values = ranks.tensor(probabilities.device).to(probabilities.dtype)
     if decoding == "expectation":
         value = probabilities @ values
-        return Prediction(value, nearest_rank(value, values), probabilities)
+        return Prediction(value, ranks.nearest(value), probabilities)
     if decoding == "median":
         below = probabilities.cumsum(dim=1) < 0.5
         rank = below.sum(dim=1).clamp(max=len(ranks) - 1)
@@ -88,11 +88,6 @@ def decode(probabilities: Tensor, ranks: Ranks, decoding: Decoding) -> Predictio
     else:
         raise ValueError(f"decoding {decoding!r} is unknown; choices: {', '.join(get_args(Decoding))}")
     return Prediction(values[rank], rank, probabilities)
-
-
-def nearest_rank(value: Tensor, rank_values: Tensor) -> Tensor:
-    """Index of the nearest rank value, ties going down; values beyond the ends take the end rank."""
-    return torch.bucketize(value.contiguous(), (rank_values[1:] + rank_values[:-1]) / 2)
 
 
 def at_least_float32(features: Tensor) -> Tensor:
@@ -107,15 +102,11 @@ class Head(nn.Module):
     `forward` and `loss`; heads that give no `logits` (B, R) also define `predict`.
     """
 
-    label_mean: Tensor
-    label_std: Tensor
-
     def __init__(self, context: HeadContext):
         super().__init__()
         self.ranks = context.ranks
         self.decoding: Decoding = context.decoding
-        self.register_buffer("label_mean", torch.tensor(float(context.label_mean)))
-        self.register_buffer("label_std", torch.tensor(float(context.label_std)))
+        self.label_mean, self.label_std = context.label_mean, context.label_std  # numbers: no cast rounds them
 
     def forward(self, features: Tensor) -> Outputs:
         """(B, D) features -> named tensors whose first dimension is B."""
@@ -148,7 +139,7 @@ class Head(nn.Module):
     def predict_value(self, standardised: Tensor) -> Prediction:
         """For regressors: (B,) predictions in standardised label units as a `Prediction`."""
         value = at_least_float32(standardised) * self.label_std + self.label_mean
-        return Prediction(value, nearest_rank(value, self.ranks.tensor(value.device).to(value.dtype)))
+        return Prediction(value, self.ranks.nearest(value))
 
 
 class PrototypeHead(Head):
@@ -290,8 +281,6 @@ class OrdinalCLIP(PrototypeHead):
             head.prototypes.copy_(normalize(self.text_features(), dim=-1))
             head.logit_scale.copy_(self.logit_scale)
         head.projection.load_state_dict(self.projection.state_dict())
-        head.label_mean.copy_(self.label_mean)
-        head.label_std.copy_(self.label_std)
         return "prototypes", options, head
 
 

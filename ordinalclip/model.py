@@ -198,7 +198,7 @@ class OrdinalModel(PreTrainedModel):
         )
         return cls(config, Encoder(image.encoder, dropout), _head(config, tower))
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> OrdinalOutput:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> OrdinalOutput:
         """Predict.
 
         Args:

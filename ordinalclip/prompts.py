@@ -112,14 +112,15 @@ class PromptLearner(nn.Module):
         with torch.no_grad():
             end = tower.end_token
             start = end if tower.start_token is None else tower.start_token
-            self.register_buffer("special", tower.embed([start, *tower.token_ids("."), end, end]).clone())
+            dot = tower.token_ids(".")[-1]  # some tokenizers put a word mark before it
+            self.register_buffer("special", tower.embed([start, dot, end, tower.padding_token]).clone().float())
             if context is None:
                 initial = torch.randn(num_context, width) * INITIAL_STD
             else:
                 ids = tower.token_ids(context)
                 if not ids:
                     raise ValueError(f"the context text {context!r} holds no token")
-                initial = tower.embed(ids).clone()
+                initial = tower.embed(ids).cpu().float()
             num_context = len(initial)
             if rank_specific_context:
                 initial = (
@@ -146,7 +147,7 @@ class PromptLearner(nn.Module):
             embeddings = torch.randn(num_free, tokens_per_rank, width) * INITIAL_STD
             if init_from_names:
                 for base, rank in enumerate(nearest.tolist()):
-                    embeddings[base, : len(tokens[rank])] = tower.embed(tokens[rank])
+                    embeddings[base, : len(tokens[rank])] = tower.embed(tokens[rank]).cpu()
             self.rank_embeddings = nn.Parameter(embeddings)
 
         has_start = tower.start_token is not None
@@ -160,6 +161,7 @@ class PromptLearner(nn.Module):
         self.num_shared = int(has_start) + (0 if rank_specific_context else before)
         self.register_buffer("index", index)
         self.register_buffer("lengths", lengths - self.num_shared)
+        self.to(tower.token_embedding.weight.device)
 
     def ranks_embedded(self) -> Tensor:
         """The rank embeddings of all ranks, (R, T, W): interpolated, or the free ones."""

@@ -119,26 +119,31 @@ class Ranks:
                 names the row and the allowed range.
         """
         labels = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
-        low, high, inner = self.values[0], self.values[-1], self.edges
+        low, high = self.values[0], self.values[-1]
         if self.edges is not None:
             outer = len(self.edges) == len(self) + 1
             low, high = (self.edges[0], self.edges[-1]) if outer else (-math.inf, math.inf)
-            inner = self.edges[1:-1] if outer else self.edges
         assert self.tolerance is not None
         inside = (labels >= low - self.tolerance) & (labels <= high + self.tolerance)
         bad = ~(inside & labels.isfinite())
         if bad.any():
             first = int(bad.nonzero()[0])
-            row = list(rows)[first] if rows is not None else first
+            row = list(rows)[first] if rows is not None else f"row {first}"
             allowed = f"{low:g} to {high:g} {self.unit}".rstrip()
             raise ValueError(
-                f"row {row}: label {labels[first].item():g} is outside the ranks {allowed} "
+                f"{row}: label {labels[first].item():g} is outside the ranks {allowed} "
                 f"(tolerance {self.tolerance:g}); {int(bad.sum())} of {len(labels)} labels are"
             )
-        if inner is not None:
-            return torch.bucketize(labels, torch.tensor(inner, dtype=torch.float64), right=True)
+        return self.nearest(labels)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The rank index of any value, predictions beyond the ends included, (B,) int64."""
+        if self.edges is not None:
+            inner = self.edges[1:-1] if len(self.edges) == len(self) + 1 else self.edges
+            return torch.bucketize(values.contiguous(), torch.tensor(inner).to(values), right=True)
         anchors = torch.tensor(self.values, dtype=torch.float64)
-        return torch.bucketize(labels, (anchors[1:] + anchors[:-1]) / 2)  # a label exactly in the middle goes down
+        middles = (anchors[1:] + anchors[:-1]) / 2
+        return torch.bucketize(values.contiguous(), middles.to(values))  # a value exactly in the middle goes down
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `Ranks(**data)` restores it."""

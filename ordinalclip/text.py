@@ -64,6 +64,8 @@ class TextTower(nn.Module):
         projection: nn.Module | nn.Parameter | None,
         tokenizer: Any,
         causal: bool = True,
+        read_last: bool = False,
+        padding_token: int = 0,
     ):
         super().__init__()
         self.token_embedding = token_embedding
@@ -73,6 +75,8 @@ class TextTower(nn.Module):
         self.projection = projection
         self.tokenizer = tokenizer
         self.causal = causal
+        self.read_last = read_last
+        self.padding_token = padding_token
         self.context_length, self.width = positional_embedding.shape
         self.activation_checkpointing = False
         self.requires_grad_(False)
@@ -102,8 +106,11 @@ class TextTower(nn.Module):
 
             tokenizer = open_clip.SimpleTokenizer()
         causal = text.attn_mask is not None
+        if getattr(text, "use_pad_mask", False):
+            raise ValueError(f"{type(model).__name__}: text towers that mask their padding are not supported")
         parts = (text.token_embedding, text.positional_embedding, text.transformer, text.ln_final)
-        return _OpenClipTower(*parts, text.text_projection, tokenizer, causal)
+        padding = getattr(text, "pad_id", 0)
+        return _OpenClipTower(*parts, text.text_projection, tokenizer, causal, pooling == "last", padding)
 
     @classmethod
     def from_transformers(cls, model: Any, tokenizer: Any = None) -> TextTower:
@@ -170,7 +177,7 @@ class TextTower(nn.Module):
         rows = [[*start, *self.token_ids(text), self.end_token] for text in texts]
         lengths = torch.tensor([len(row) for row in rows])
         padded = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row) for row in rows], batch_first=True, padding_value=self.end_token
+            [torch.tensor(row) for row in rows], batch_first=True, padding_value=self.padding_token
         )
         same = (padded == padded[:1]).all(dim=0).long().cumprod(dim=0)
         shared = min(int(same.sum()), int(lengths.min()) - 1)  # at least [EOT] stays in the suffix
@@ -181,10 +188,12 @@ class TextTower(nn.Module):
     def forward(self, prompts: Prompts | Sequence[str]) -> Tensor:
         if not isinstance(prompts, Prompts):
             prompts = self.prompts(prompts)
+        dtype = self.positional_embedding.dtype
+        prompts = Prompts(prompts.prefix.to(dtype), prompts.suffix.to(dtype), prompts.lengths)
         length = prompts.prefix.shape[0] + prompts.suffix.shape[1]
         if length > self.context_length:
             raise ValueError(f"a prompt has {length} tokens; this text tower takes at most {self.context_length}")
-        return self.encode_packed(prompts) if self.causal else self.encode_plain(prompts)
+        return self.encode_packed(prompts) if self.causal and not self.read_last else self.encode_plain(prompts)
 
     def encode_packed(self, prompts: Prompts) -> Tensor:
         """(R, D) features from packed rows of at most about `TOKENS_PER_ROW` tokens (module docstring).
@@ -220,16 +229,16 @@ class TextTower(nn.Module):
     def encode_plain(self, prompts: Prompts) -> Tensor:
         """(R, D) features, every prompt for itself at full context length: what the published code does.
 
-        A causal tower is read at [EOT]; the others see all tokens and are read at the last position.
+        Read at [EOT], or at the last position (SigLIP). Towers without a causal mask see the padding too.
         """
         prefix, suffix, lengths = prompts
         count, size = suffix.shape[:2]
         rest = self.context_length - prefix.shape[0] - size
-        padding = self.embed([self.end_token]).expand(count, rest, -1)
+        padding = self.embed([self.padding_token]).expand(count, rest, -1)
         full = torch.cat([prefix.expand(count, -1, -1), suffix, padding], dim=1) + self.positional_embedding
         mask = _tree_mask(self.context_length, 0, 0, full) if self.causal else None
         hidden = self.run_blocks(full, mask)
-        read = prefix.shape[0] + lengths - 1 if self.causal else torch.full_like(lengths, self.context_length - 1)
+        read = torch.full_like(lengths, self.context_length - 1) if self.read_last else prefix.shape[0] + lengths - 1
         return self._project(hidden[torch.arange(count, device=hidden.device), read])
 
     def run_blocks(self, tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,6 +9,8 @@ from PIL import Image
 from ordinalclip.config import load_config
 from ordinalclip.text import TextTower
 
+torch.set_num_threads(1)  # two threads on two busy cores wait for each other: see CONTRIBUTING.md
+
 QUICK = (
     "ranks.low=0",
     "ranks.high=100",

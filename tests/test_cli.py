@@ -163,6 +163,13 @@ def test_comparisons_that_are_not_fair_or_not_valid(comparison):
     comparison.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"same number of settings to try, got .*'OrdinalCLIP': 2"):
         load_comparison(comparison)
+    content["methods"]["l-1"] = content["methods"]["L.1"] = content["methods"].pop("L1")
+    content["methods"]["l-1"]["settings"] = [{}, {}]
+    comparison.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"too alike, runs would share .*l-1-0-seed1"):
+        load_comparison(comparison)
+    content["methods"]["L1"] = content["methods"].pop("L.1")
+    del content["methods"]["l-1"]
     content["methods"]["L1"]["settings"] = [{"train.lrr": 1}, {}]
     comparison.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"method 'L1', setting 0: train\.lrr is not a key; nearest: train\.lr"):

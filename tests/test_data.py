@@ -108,7 +108,11 @@ def test_datasets_in_memory():
         (lambda text: text.replace("cell3.png,0", "cell3.png,"), ValueError, r"labels\.csv, row 4: label None"),
         (lambda text: text.replace("cell3.png", "cell9.png"), FileNotFoundError, r"1 of 6 images .*cell9\.png"),
         (lambda text: text.replace("grade", "level"), ValueError, r"column 'grade' is missing; .*level"),
-        (lambda text: text.replace("cell5.png,2", "cell5.png,9"), ValueError, r"row cell5\.png: label 9 is outside"),
+        (
+            lambda text: text.replace("cell5.png,2", "cell5.png,9"),
+            ValueError,
+            r"labels\.csv, cell5\.png: label 9 is outside",
+        ),
     ],
 )
 def test_bad_tables(image_folder, damage, error, message):

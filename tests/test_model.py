@@ -130,6 +130,22 @@ def test_pipeline(tmp_path, method):
         pipe(images[0], topk=3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_answers_like_full_precision(tmp_path, method):
+    """Label statistics in the thousands must survive bfloat16."""
+    ranks = Ranks.linear(1900, 2000, 11, unit="year")
+    model = OrdinalModel.build("tiny", ranks, method, label_mean=1955.3, label_std=28.0).eval()
+    model.save_pretrained(tmp_path)
+    half = OrdinalModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    pixels = torch.randn(4, 3, 64, 64)
+    one, other = (m.head.predict(m.head(m.encoder(pixels.to(m.dtype)))) for m in (model, half))
+    assert other.value.dtype == torch.float32
+    if one.probabilities is None:
+        assert torch.allclose(one.value, other.value, atol=1.0)
+    else:
+        assert torch.allclose(one.probabilities, other.probabilities, atol=0.05)
+
+
 def test_decoding_against_loops():
     ranks = Ranks((0, 1, 5, 10))
     probabilities = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.1, 0.1, 0.3], [0.0, 0.0, 0.0, 1.0]])

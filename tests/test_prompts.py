@@ -240,14 +240,31 @@ def test_transformers_tower_equals_packed_and_its_own_model():
     assert torch.allclose(tower(["an age of 42."]), expected, atol=1e-5)
 
 
-def test_bidirectional_tower_is_encoded_at_full_length():
-    model = text_model(layers=2)
-    model.register_buffer("attn_mask", None)
-    model.text_pool_type = "last"
+@pytest.mark.parametrize("pooling", ["last", "argmax"])
+def test_bidirectional_tower_is_encoded_at_full_length(pooling):
+    """SigLIP reads the last position, MobileCLIP [EOT]; both see the padding. Against open_clip's own forward."""
+    torch.manual_seed(0)
+    text = {"vocab_size": 49408, "width": 64, "heads": 4, "layers": 2, "no_causal_mask": True, "pool_type": pooling}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    model = open_clip.CustomTextCLIP(32, vision, text).eval()
     tower = TextTower.from_open_clip(model)
+    texts = ["an age of 42.", "a very old person."]
+    expected = model.encode_text(open_clip.tokenize(texts))
+    assert torch.allclose(tower(texts), expected, atol=1e-5)
     learner = PromptLearner(tower, 3, num_base_ranks=2, num_context=3)
     assert torch.equal(tower(learner()), tower.encode_plain(learner()))
     assert not torch.allclose(tower(learner()), tower.encode_packed(learner()), atol=1e-3)
+
+
+def test_tower_in_bfloat16_takes_float32_prompts():
+    model = text_model(layers=2)
+    full = TextTower.from_open_clip(model)
+    learner = PromptLearner(full, 4, num_base_ranks=2, num_context=3, context="the age is", init_from_names=True)
+    expected = full(learner()).detach()
+    half = TextTower.from_open_clip(model.bfloat16())
+    features = half(PromptLearner(half, 4, num_base_ranks=2, context="the age is", init_from_names=True)())
+    assert features.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(features.float(), expected).min() > 0.99
 
 
 def test_frozen_tower_passes_gradient_through(tower):

@@ -52,5 +52,13 @@ def test_bad_label_spaces(values, options, message):
 def test_labels_far_outside_name_their_row(label):
     ranks = Ranks((0, 2, 20), tolerance=2)
     assert ranks.rank_of([22, -2]).tolist() == [2, 0]
-    with pytest.raises(ValueError, match=r"row b\.png: label .* outside the ranks 0 to 20 .*tolerance 2.*1 of 2"):
+    with pytest.raises(ValueError, match=r"b\.png: label .* outside the ranks 0 to 20 .*tolerance 2.*1 of 2"):
         ranks.rank_of([3, label], rows=["a.png", "b.png"])
+
+
+def test_predictions_beyond_the_ends_take_the_end_rank_and_bins_count():
+    import torch
+
+    assert Ranks((0, 10)).nearest(torch.tensor([-99.0, 5.0, 5.1, 99.0])).tolist() == [0, 0, 1, 1]
+    binned = Ranks((1, 2, 10), edges=(1.5, 3))
+    assert binned.nearest(torch.tensor([5.0])).tolist() == binned.rank_of([5]).tolist() == [2]

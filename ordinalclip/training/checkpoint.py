@@ -8,11 +8,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 PREFIX = "step-"
+EXECUTION = {  # how a run is executed, not what it computes
+    "output_dir",
+    "data.root",
+    "data.workers",
+    "data.cache_mb",
+    "train.micro_batch_size",
+    "train.resume",
+    "train.log_every",
+    "train.keep_checkpoints",
+    "train.trackers",
+}
 
 
 def save_checkpoint(
@@ -29,8 +39,7 @@ def save_checkpoint(
         the checkpoint's folder.
     """
     target, partial = folder / f"{PREFIX}{step:08d}", folder / f".partial-{step:08d}"
-    for leftover in (partial, target):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial / "model.safetensors"
@@ -49,6 +58,7 @@ def save_checkpoint(
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     return target
 
@@ -88,9 +98,11 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
             shutil.rmtree(path)
 
 
-def remove_all(folder: Path) -> None:
-    """Delete every checkpoint of a folder."""
-    shutil.rmtree(folder, ignore_errors=True)
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, so that none of another past is taken for the newest."""
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix(PREFIX)) > step:
+            shutil.rmtree(path)
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -106,7 +118,33 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
         return found[-1] if found else None
     if not (Path(resume) / "state.json").is_file():
         raise FileNotFoundError(f"train.resume={resume}: no checkpoint there; write none, auto or a checkpoint folder")
+    if Path(resume).resolve().parent != folder.resolve():
+        raise ValueError(f"train.resume={resume} is not a checkpoint of {folder.parent}; copy that run instead")
     return Path(resume)
+
+
+def check_same_experiment(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to resume an experiment under another configuration.
+
+    Args:
+        saved, now: `RunConfig.model_dump(mode="json")` of the checkpoint and of this run.
+
+    Raises:
+        ValueError: naming the keys that differ, execution and evaluation aside.
+    """
+    before, after = _flat(saved), _flat(now)
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key) and key not in EXECUTION]
+    changed = [key for key in changed if not key.startswith("evaluation.")]
+    if changed:
+        shown = "; ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in sorted(changed))
+        raise ValueError(f"{folder}: cannot resume under another configuration: {shown}")
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -115,12 +153,3 @@ def cut_log(path: Path, step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def as_tensors(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """An optimiser state dict with its tensors on a device (step counters stay on the CPU)."""
-    entries = {
-        index: {k: v.to(device) if isinstance(v, Tensor) and k != "step" else v for k, v in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    return {**state, "state": entries}

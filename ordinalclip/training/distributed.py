@@ -20,7 +20,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from ordinalclip.heads import Outputs
+from ordinalclip.heads import Outputs, at_least_float32
 from ordinalclip.training.sampling import SampleNoise
 
 
@@ -133,7 +133,8 @@ class MicroBatches:
     def _forward(self, pixels: Tensor, positions: Tensor) -> Tensor:
         for noise in self.noises:
             noise.positions = positions
-        return self.encoder(pixels)
+        with self.accelerator.autocast():  # a frozen encoder is not prepared, so Accelerate does not do it
+            return at_least_float32(self.encoder(pixels))
 
 
 def check_batch_norm(encoder: nn.Module, mode: str, num_processes: int, micro_batched: bool) -> None:

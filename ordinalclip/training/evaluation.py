@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +29,6 @@ from ordinalclip.heads import (
     Targets,
     at_least_float32,
     decode,
-    nearest_rank,
 )
 from ordinalclip.images import crop, normalise
 from ordinalclip.metrics import METRICS, cumulative_score, ordinality
@@ -100,7 +100,7 @@ def predictions_of(model: OrdinalModel, outputs: Outputs) -> dict[str, np.ndarra
     """
     head = model.head
     with torch.no_grad():
-        prediction = head.predict({name: tensor.to(head.label_mean.device) for name, tensor in outputs.items()})
+        prediction = head.predict({name: tensor.to(model.device) for name, tensor in outputs.items()})
     if prediction.probabilities is None:
         value = prediction.value.double().cpu().numpy()
         return {**dict.fromkeys(get_args(Decoding), value), "rank": prediction.rank.cpu().numpy()}
@@ -116,10 +116,9 @@ def score(predictions: dict[str, np.ndarray], part: Part, ranks: Ranks, cs: list
     The headline is fixed in advance: everything by `median`, accuracy by `argmax`.
     """
     table: dict[str, Any] = {}
-    anchors = ranks.tensor().double()
     for how in get_args(Decoding):
         values = predictions[how]
-        nearest = nearest_rank(torch.from_numpy(values), anchors).numpy()
+        nearest = ranks.nearest(torch.from_numpy(values)).numpy()
         figures = {name: METRICS[name](values, part.values) for name in METRICS if name not in ("accuracy", "cs")}
         figures["accuracy"] = METRICS["accuracy"](nearest, part.ranks)
         figures.update({f"cs@{k:g}": cumulative_score(values, part.values, k) for k in cs})
@@ -205,9 +204,11 @@ def evaluate_run(
     if parts.test is None:
         raise ValueError(f"{folder}: the configuration has no test part")
     model = OrdinalModel.from_pretrained(folder / "model").to(accelerator.device)
+    ranks = model.head.ranks.rank_of(parts.test.values, parts.test.row_names())
+    test = replace(parts.test, ranks=ranks.numpy())  # other data may hold other distinct labels
     with tempfile.TemporaryDirectory() as elsewhere:
         target = Path(elsewhere) if overrides else folder
-        figures = evaluate_parts(model, {"test": parts.test}, accelerator, config, target, quiet)
+        figures = evaluate_parts(model, {"test": test}, accelerator, config, target, quiet)
     figures = {**json.loads(metrics.read_text(encoding="utf-8")), **figures}
     if accelerator.is_main_process and not overrides:
         write_json(metrics, figures)

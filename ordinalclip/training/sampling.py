@@ -98,7 +98,7 @@ class SampleNoise(nn.Module):
         if not self.training or self.p == 0:
             return x
         if self.positions is None or len(self.positions) != len(x):
-            raise RuntimeError("SampleNoise needs the stream position of every sample: wrap the call in with_positions")
+            raise RuntimeError("SampleNoise needs the stream position of every sample: set .positions before the call")
         elements = 1 if self.whole_sample else x[0].numel()
         keep = _uniform(self.positions, elements, self.seed * 1009 + self.layer) >= self.p
         keep = keep.view(len(x), *([1] * (x.ndim - 1) if self.whole_sample else x.shape[1:]))
@@ -118,8 +118,12 @@ def _mix(state: Tensor) -> Tensor:
     return state ^ ((state >> 31) & ((1 << 33) - 1))
 
 
-def use_sample_noise(module: nn.Module, seed: int) -> list[SampleNoise]:
-    """Replace every dropout and drop-path below `module` by `SampleNoise`, in place, and return them."""
+def use_sample_noise(module: nn.Module, seed: int, first_layer: int = 0) -> list[SampleNoise]:
+    """Replace every dropout and drop-path below `module` by `SampleNoise`, in place, and return them.
+
+    Args:
+        first_layer: number of the first one found, so that no two layers of a model share their masks.
+    """
     from timm.layers import DropPath
 
     noises: list[SampleNoise] = []
@@ -128,18 +132,20 @@ def use_sample_noise(module: nn.Module, seed: int) -> list[SampleNoise]:
             if isinstance(child, nn.Dropout | DropPath):
                 whole = isinstance(child, DropPath)
                 probability = float(getattr(child, "drop_prob" if whole else "p") or 0.0)
-                noises.append(SampleNoise(probability, len(noises), seed, whole))
+                noises.append(SampleNoise(probability, first_layer + len(noises), seed, whole))
                 setattr(parent, name, noises[-1])
     return noises
 
 
-def attention_dropout(module: nn.Module) -> list[str]:
-    """Names of attention layers whose dropout happens inside a fused kernel, out of reach of `SampleNoise`."""
+def inexact_dropout(module: nn.Module) -> list[str]:
+    """Names of layers with dropout that `SampleNoise` does not replace: inside fused attention, or of other kinds."""
     inside = []
     for name, child in module.named_modules():
         probability = child.dropout if isinstance(child, nn.MultiheadAttention) else 0.0
         if getattr(child, "fused_attn", False):
             probability = getattr(getattr(child, "attn_drop", None), "p", 0.0)
+        if isinstance(child, nn.modules.dropout._DropoutNd) and not isinstance(child, nn.Dropout):
+            probability = child.p
         if probability:
             inside.append(name)
     return inside

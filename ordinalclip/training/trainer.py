@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Parts, load_parts
-from ordinalclip.heads import Targets
+from ordinalclip.heads import Targets, at_least_float32
 from ordinalclip.images import Augmentation
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress
@@ -39,7 +40,7 @@ from ordinalclip.training.optimization import freeze, lr_factor, make_optimizer
 from ordinalclip.training.sampling import (
     StreamDataset,
     StreamSampler,
-    attention_dropout,
+    inexact_dropout,
     shares,
     use_sample_noise,
 )
@@ -79,9 +80,12 @@ class Trainer:
             )
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "metrics.json").unlink(missing_ok=True)  # no finished run here, until there is one again
             config.save(self.folder / "config.yaml")
         with self.accelerator.main_process_first():
             self.parts = parts or load_parts(config.data, config.ranks, config.seed)
+        if options.patience is not None and self.parts.validation is None:
+            raise ValueError("train.patience needs a validation part")
         self.model = self._build_model()
         self.learns = any(p.requires_grad for p in self.model.head.parameters()) and self._max_steps() > 0
         self.step, self.stale = 0, 0
@@ -124,12 +128,13 @@ class Trainer:
         check_batch_norm(model.encoder, config.model.batch_norm, self.accelerator.num_processes, micro_batched)
         model.encoder.frozen_statistics = config.model.batch_norm == "frozen"
         if config.model.batch_norm == "sync" and self.accelerator.num_processes > 1:
-            nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder)
-        if inside := attention_dropout(model.encoder):
-            logger.warning("dropout inside fused attention depends on the micro-batch: %s", ", ".join(inside))
+            model.encoder.tower = convert_sync_batchnorm(model.encoder.tower)
         if options.channels_last:
             model.encoder.to(memory_format=torch.channels_last)
         noises = use_sample_noise(model.encoder, config.seed)
+        self.head_noises = use_sample_noise(model.head, config.seed, len(noises))
+        if inexact := inexact_dropout(model):
+            logger.warning("dropout of these layers depends on processes and micro-batches: %s", ", ".join(inexact))
 
         self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
         self.encoder, self.head = (
@@ -141,14 +146,13 @@ class Trainer:
 
     def run(self) -> Path:
         """Train, pick the model, evaluate, save."""
-        if self.main:  # from here on the folder holds no finished run, until there is one
-            (self.folder / "metrics.json").unlink(missing_ok=True)
         if self.learns:
             self._resume()
-            self._train()
+            if not self._is_stale():
+                self._train()
             self._load_selected()
-        elif self.main:
-            (self.folder / "log.jsonl").touch()
+        else:
+            self._start_anew()
         self._finish()
         self.accelerator.end_training()
         return self.folder
@@ -172,7 +176,7 @@ class Trainer:
         title = f"training {config.method}"
         progress: Progress = Progress(None, title, (total - self.step) * options.batch_size, "images", self.quiet)
         rows: list[dict[str, Any]] = []
-        started = time.monotonic()
+        self.started = started = time.monotonic()
         for batch in loader:
             row = self._step(batch, total)
             self.step += 1
@@ -181,7 +185,7 @@ class Trainer:
             stop = False
             if self.step % every == 0 or last:
                 rows[-1].update(self._validate())
-                stop = options.patience is not None and self.stale >= options.patience
+                stop = self._is_stale()
             if self.step % options.log_every == 0 or last or stop or "validation_mae" in rows[-1]:
                 self._write_log(rows)
                 progress.note = f"loss {rows[-1]['loss']:.3f}"
@@ -193,6 +197,9 @@ class Trainer:
                 break
         progress.close()
         self.train_seconds += time.monotonic() - started
+
+    def _is_stale(self) -> bool:
+        return self.config.train.patience is not None and self.stale >= self.config.train.patience
 
     def _step(self, batch: list[Tensor], total: int) -> dict[str, Any]:
         """One optimiser step on the global batch; returns the logged terms as tensors, to be read later."""
@@ -207,7 +214,11 @@ class Trainer:
         order = torch.channels_last if options.channels_last else torch.contiguous_format
         pixels = pixels.to(getattr(torch, options.precision), memory_format=order)
         features = self.micro_batches.encode(pixels, positions)
-        outputs = gather_outputs(self.head(features), self.shares)
+        for noise in self.head_noises:
+            noise.positions = positions
+        with self.accelerator.autocast():
+            outputs = {name: at_least_float32(tensor) for name, tensor in self.head(features).items()}
+        outputs = gather_outputs(outputs, self.shares)
         values, ranks = gather(values, self.shares), gather(ranks, self.shares)
         values = values.to(next(iter(outputs.values())).dtype) if options.precision == "float64" else values.float()
         terms = self.model.head.loss(outputs, Targets(values, ranks, progress=self.step / total))
@@ -224,6 +235,8 @@ class Trainer:
         for row in rows:
             for name, value in row.items():
                 row[name] = value.item() if isinstance(value, Tensor) else value
+                if isinstance(value, Tensor) and not math.isfinite(row[name]):
+                    raise ValueError(f"step {row['step']}: {name} is {row[name]}, at learning rate {row['lr']:g}")
         if self.main:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -257,6 +270,7 @@ class Trainer:
         predictions = predictions_of(model, self._outputs(model, self.parts.validation))
         figures = score(predictions, self.parts.validation, self.parts.ranks, self.config.evaluation.cs)
         value = figures[self.config.evaluation.decoding]["mae"]
+        value = math.inf if value is None else value
         if value < self.best_value:
             self.best_value, self.best_step, self.stale = value, self.step, 0
         else:
@@ -270,6 +284,7 @@ class Trainer:
                 "best_step": self.best_step,
                 "best_value": None if math.isinf(self.best_value) else self.best_value,
                 "stale": self.stale,
+                "train_seconds": self.train_seconds + time.monotonic() - self.started,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "config": self.config.model_dump(mode="json"),
             }
@@ -292,20 +307,26 @@ class Trainer:
         """Continue at the step after the checkpoint that `train.resume` names, or start with an empty log."""
         found = checkpoint.find_checkpoint(self.folder / "checkpoints", self.config.train.resume)
         if found is None:
-            if self.main:
-                (self.folder / "log.jsonl").write_text("", encoding="utf-8")
-                checkpoint.remove_all(self.folder / "checkpoints")
-            self.accelerator.wait_for_everyone()
+            self._start_anew()
             return
         weights, optimizer, state = checkpoint.load_checkpoint(found)
+        checkpoint.check_same_experiment(found, state["config"], self.config.model_dump(mode="json"))
         self._load_weights(weights)
-        self.optimizer.optimizer.load_state_dict(checkpoint.as_tensors(optimizer, self.accelerator.device))
+        self.optimizer.optimizer.load_state_dict(optimizer)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.best_step, self.stale = state["step"], state["best_step"], state["stale"]
+        self.train_seconds = state["train_seconds"]
         self.best_value = math.inf if state["best_value"] is None else state["best_value"]
         if self.main:
             checkpoint.cut_log(self.folder / "log.jsonl", self.step)
+            checkpoint.remove_after(self.folder / "checkpoints", self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _start_anew(self) -> None:
+        if self.main:
+            (self.folder / "log.jsonl").write_text("", encoding="utf-8")
+            checkpoint.remove_after(self.folder / "checkpoints", -1)
         self.accelerator.wait_for_everyone()
 
     def _load_selected(self) -> None:
