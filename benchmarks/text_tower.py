@@ -2,7 +2,13 @@
 
     python benchmarks/text_tower.py
 
-HEADER
+Forward and backward of the image encoder on a batch of 32 (a), of the prompts of 100 ranks through the packed text
+tower (b), and of the same prompts at 100 x 77 tokens as the published code encodes them (c), full-size towers,
+random weights, in one run. Needs 5 GB and minutes. Measured with `--architectures RN50 --repeats 1`, one thread of two
+busy CPU cores, torch 2.15, open_clip 3.3, seed 0:
+
+    RN50   a 22.81 s   b 1.40 s (6.1 % of a)   c 24.32 s (106.6 % of a)   c / b 17.3
+    packed - plain, relative to the largest entry: features 9.3e-07, context 1.2e-06, rank embeddings 1.0e-06
 """
 
 from __future__ import annotations
