@@ -152,6 +152,9 @@ class TrainConfig(Section):
     weight_decay: float = Field(5e-4, ge=0, description="decoupled weight decay, not applied to biases and norms")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up: cosine to 0, or constant")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of a running average of the weights, e.g. 0.999, that becomes the model"
+    )
     clip_grad_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
     freeze: list[str] = Field([], description="patterns of parameter names that stay as they are, e.g. encoder.*")
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = (

@@ -1,9 +1,11 @@
-"""Parameter groups and the learning rate of every step."""
+"""Parameter groups, the learning rate of every step, and the running average of the weights."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,3 +64,44 @@ def lr_factor(step: int, total: int, options: TrainConfig) -> float:
         return 1.0
     done = (step - options.warmup_steps) / max(1, total - options.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class WeightAverage:
+    """Exponential moving average of the trained weights and of the encoder's running statistics.
+
+    The average is what is validated, kept as best and deployed; training goes on with the weights themselves. The
+    decay rises as (1 + t) / (10 + t) over the first steps t, so that a short run does not keep its start.
+
+    Args:
+        model: the model that is trained.
+        decay: weight of the past in every step, e.g. 0.999.
+    """
+
+    def __init__(self, model: OrdinalModel, decay: float):
+        self.decay = decay
+        self.live = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self.live.update((name, b) for name, b in model.named_buffers() if "running_" in name)
+        self.average = {name: tensor.clone() for name, tensor in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take up the weights after a (0-based) step."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with the averaged weights, within a `with` block."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's tensors and their averages."""
+        for name, tensor in self.live.items():
+            kept = tensor.clone()
+            tensor.copy_(self.average[name])
+            self.average[name] = kept

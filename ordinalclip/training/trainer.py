@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from ordinalclip.training.evaluation import (
     targets_of,
     write_json,
 )
-from ordinalclip.training.optimization import freeze, lr_factor, make_optimizer
+from ordinalclip.training.optimization import WeightAverage, freeze, lr_factor, make_optimizer
 from ordinalclip.training.sampling import (
     StreamDataset,
     StreamSampler,
@@ -136,6 +137,7 @@ class Trainer:
         if inexact := inexact_dropout(model):
             logger.warning("dropout of these layers depends on processes and micro-batches: %s", ", ".join(inexact))
 
+        self.average = WeightAverage(model, options.ema) if options.ema else None
         self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
         self.encoder, self.head = (
             self.accelerator.prepare(module) if any(p.requires_grad for p in module.parameters()) else module
@@ -228,6 +230,8 @@ class Trainer:
             self.accelerator.clip_grad_norm_(trained, options.clip_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.step)
         return {**{name: term.detach() for name, term in terms.items()}, "lr": options.lr * factor}
 
     def _write_log(self, rows: list[dict[str, Any]]) -> None:
@@ -266,8 +270,9 @@ class Trainer:
         if self.parts.validation is None:
             self.best_step = self.step
             return {}
-        model = self._deployed()
-        predictions = predictions_of(model, self._outputs(model, self.parts.validation))
+        with self.average.applied() if self.average else nullcontext():
+            model = self._deployed()
+            predictions = predictions_of(model, self._outputs(model, self.parts.validation))
         figures = score(predictions, self.parts.validation, self.parts.ranks, self.config.evaluation.cs)
         value = figures[self.config.evaluation.decoding]["mae"]
         value = math.inf if value is None else value
@@ -295,9 +300,15 @@ class Trainer:
 
     def _weights(self) -> dict[str, Tensor]:
         """All that training changes; the frozen text tower is rebuilt from its own weights."""
-        return {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("head.text.")}
+        weights = {name: t for name, t in self.model.state_dict().items() if not name.startswith("head.text.")}
+        if self.average is not None:
+            weights.update((f"average.{name}", tensor) for name, tensor in self.average.average.items())
+        return weights
 
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        if self.average is not None:
+            for name, tensor in self.average.average.items():
+                tensor.copy_(weights.pop(f"average.{name}"))
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not name.startswith("head.text.")]
         if missing or unexpected:
@@ -330,12 +341,18 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _load_selected(self) -> None:
-        """The weights of the best step become the model, unless the last are asked for or there is no other."""
+        """The weights of the best step become the model, unless the last are asked for or there is no other.
+
+        With a running average it is the average that becomes the model.
+        """
         best = self.folder / "checkpoints" / f"{checkpoint.PREFIX}{self.best_step or self.step:08d}"
         if self.config.train.select == "best" and self.best_step not in (None, self.step):
             if self.main:
-                self.model.save_pretrained(self.folder / "model-last")
+                with self.average.applied() if self.average else nullcontext():
+                    self.model.save_pretrained(self.folder / "model-last")
             self._load_weights(checkpoint.load_checkpoint(best)[0])
+        if self.average is not None:
+            self.average.swap()
 
     def _finish(self) -> None:
         """Evaluate the chosen model, write metrics.json, predictions.parquet and model/."""
