@@ -91,8 +91,9 @@ class DataConfig(Section):
     split: tuple[float, float, float] = Field(
         (0.6, 0.15, 0.25), description="shares of train, validation and test in a random split"
     )
-    split_seed: int | None = Field(
-        None, ge=0, description="seed of the split and of few-shot draws; default: the run's seed"
+    split_seed: int | None = Field(None, ge=0, description="seed of the split; default: the run's seed")
+    draw_seed: int | None = Field(
+        None, ge=0, description="seed of few-shot and label-shift draws; default: that of the split"
     )
     stratify: list[str] = Field([], description="columns whose every combination is split in the same shares")
     group: str = Field("", description="column (subject, duplicate) whose equal rows stay in one part")
@@ -101,7 +102,14 @@ class DataConfig(Section):
     num_train: int = Field(64, ge=1, description="gauges: training images")
     num_validation: int = Field(100, ge=1, description="gauges: validation images")
     num_test: int = Field(500, ge=1, description="gauges: test images")
+    shift_ranks: int | None = Field(
+        None,
+        ge=1,
+        description="label shift: of this many most populated ranks keep only shift_keep of the training rows",
+    )
+    shift_keep: float = Field(0.1, gt=0, le=1, description="label shift: the share that is kept")
     workers: int = Field(0, ge=0, description="processes that decode images")
+    prefetch: int = Field(2, ge=1, description="batches that each worker prepares ahead")
     cache_mb: int = Field(512, ge=0, description="memory for the decoded, resized images of each part; 0: none")
     augment: AugmentConfig = AugmentConfig()
 
@@ -133,6 +141,19 @@ class ModelConfig(Section):
         "frozen", description="statistics of BatchNorm layers in training"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the image features")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: largest rate at which residual branches are left out"
+    )
+    mirror: list[Literal["horizontal", "vertical"]] = Field(
+        [], description="at evaluation and serving, features are averaged over the mirrored views too"
+    )
+    lora_rank: int | None = Field(
+        None, ge=1, description="train low-rank adapters of this rank in the image encoder, which stays as it is (peft)"
+    )
+    lora_alpha: float = Field(16.0, gt=0, description="scale of the adapters: alpha / rank")
+    lora_targets: list[str] = Field(
+        [], description="patterns of the encoder's layers that get adapters; default: all linear ones, or convolutions"
+    )
 
 
 class TrainConfig(Section):
@@ -149,6 +170,9 @@ class TrainConfig(Section):
     lr_encoder: float | None = Field(None, ge=0, description="of the image encoder; default: lr")
     lr_prompts: float | None = Field(None, ge=0, description="of context and rank embeddings; default: lr")
     lr_head: float | None = Field(None, ge=0, description="of all else in the head, projection included; default: lr")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate of each encoder layer, as a share of that of the layer after it"
+    )
     weight_decay: float = Field(5e-4, ge=0, description="decoupled weight decay, not applied to biases and norms")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up: cosine to 0, or constant")
@@ -157,6 +181,18 @@ class TrainConfig(Section):
     )
     clip_grad_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
     freeze: list[str] = Field([], description="patterns of parameter names that stay as they are, e.g. encoder.*")
+    freeze_layers: int | None = Field(
+        None, ge=0, description="the image encoder's stem and this many of its layers stay as they are"
+    )
+    weighting: Literal["none", "inverse", "sqrt_inverse"] = Field(
+        "none", description="sample weights: by the frequency of the rank, inverted, or inverted and rooted"
+    )
+    lds_sigma: float | None = Field(
+        None, gt=0, description="label-distribution smoothing: width in ranks of the kernel over rank frequencies"
+    )
+    sampling: Literal["uniform", "balanced"] = Field(
+        "uniform", description="every sample once an epoch, or every rank equally often"
+    )
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = (
         Field("no", description="autocast dtype; logits and losses stay float32")
     )
@@ -166,10 +202,22 @@ class TrainConfig(Section):
     select: Literal["best", "last"] = Field(
         "best", description="which step becomes model/: best validation MAE, or the last"
     )
-    keep_checkpoints: int = Field(1, ge=1, description="newest checkpoints to keep, besides the best one")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best one")
     resume: str = Field("none", description="none: start anew; auto: newest checkpoint; or one of its checkpoints")
     log_every: int = Field(10, ge=1, description="steps between writes to log.jsonl (one row per step all the same)")
+    exact: bool = Field(
+        True, description="refuse what depends on processes or micro-batches (some BatchNorm modes); false: warn"
+    )
     channels_last: bool = Field(False, description="channels-last memory order; faster on some machines")
+    fused: bool = Field(True, description="AdamW's update in one kernel")
+    compile: bool = Field(False, description="torch.compile the image encoder")
+    activation_checkpointing: bool = Field(
+        False, description="compute the image encoder's activations again in the backward pass: less memory"
+    )
+    tf32: bool = Field(False, description="TensorFloat-32 in matrix products and convolutions of a GPU")
+    process_group_timeout: float = Field(
+        600.0, gt=0, description="seconds after which processes give up waiting for one that is lost"
+    )
     trackers: list[str] = Field([], description="Accelerate trackers, e.g. tensorboard, wandb")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class OrdinalConfig(PreTrainedConfig):
         pixels: `PixelSpec` of the image encoder as a dict.
         input_dim: width of the image features; shared_space: whether they live in the text tower's space.
         logit_scale, label_mean, label_std, decoding: see `HeadContext`.
+        dropout, mirror: see `Encoder`.
     """
 
     model_type = "ordinalclip"
@@ -54,6 +56,7 @@ class OrdinalConfig(PreTrainedConfig):
     label_std: float = 1.0
     decoding: str = "median"
     dropout: float = 0.0
+    mirror: list | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         foreign = sorted(key for key in kwargs if not key.startswith("_") and not hasattr(PreTrainedConfig(), key))
@@ -145,7 +148,7 @@ class OrdinalModel(PreTrainedModel):
         super().__init__(config)
         if encoder is None or head is None:
             image, tower = _towers(config)
-            encoder, head = Encoder(image.encoder, config.dropout), _head(config, tower)
+            encoder, head = Encoder(image.encoder, config.dropout, config.mirror or ()), _head(config, tower)
         self.encoder, self.head = encoder, head
         self.all_tied_weights_keys: dict[str, str] = {}
 
@@ -163,6 +166,7 @@ class OrdinalModel(PreTrainedModel):
         decoding: Decoding = "median",
         dropout: float = 0.0,
         image_size: int | None = None,
+        mirror: Sequence[str] = (),
     ) -> OrdinalModel:
         """A trainable model from specs, with the backbones' pretrained weights.
 
@@ -170,6 +174,7 @@ class OrdinalModel(PreTrainedModel):
             backbone: spec of the image encoder, see `ordinalclip.backbones`.
             text: spec of the text tower; default: the backbone's own.
             image_size: another input size than the backbone's own.
+            dropout, mirror: see `Encoder`.
 
         Raises:
             ValueError: unknown specs, methods or options.
@@ -195,8 +200,9 @@ class OrdinalModel(PreTrainedModel):
             label_std=label_std,
             decoding=decoding,
             dropout=dropout,
+            mirror=list(mirror),
         )
-        return cls(config, Encoder(image.encoder, dropout), _head(config, tower))
+        return cls(config, Encoder(image.encoder, dropout, mirror), _head(config, tower))
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> OrdinalOutput:
         """Predict.
@@ -289,27 +295,38 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "rev
 class Encoder(nn.Module):
     """An image tower with optional dropout on its features: (B, 3, H, W) -> (B, D).
 
+    Args:
+        mirror: "horizontal", "vertical" or both: in evaluation the features are averaged over the mirrored views.
+
     Attributes:
         frozen_statistics: BatchNorm layers keep their running statistics in training too, so that a sample's
             features do not depend on the rest of its batch. Their affine part still learns.
     """
 
-    def __init__(self, tower: nn.Module, dropout: float = 0.0):
+    def __init__(self, tower: nn.Module, dropout: float = 0.0, mirror: Sequence[str] = ()):
         super().__init__()
         self.tower = tower
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.frozen_statistics = True
+        self.views: list[tuple[int, ...]] = [()]
+        for way in mirror:
+            if way not in ("horizontal", "vertical"):
+                raise ValueError(f"mirror {way!r} is unknown; choices: horizontal, vertical")
+            self.views += [(*view, -1 if way == "horizontal" else -2) for view in self.views]
 
     def train(self, mode: bool = True) -> Encoder:
         super().train(mode)
-        if self.frozen_statistics:
-            for child in self.modules():
-                if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                    child.eval()
+        for child in self.modules():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                learns = child.weight is None or child.weight.requires_grad
+                child.train(mode and learns and not self.frozen_statistics)
         return self
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.dropout(self.tower(pixel_values))
+        if self.training or len(self.views) == 1:
+            return self.dropout(self.tower(pixel_values))
+        features = [self.tower(pixel_values.flip(view) if view else pixel_values) for view in self.views]
+        return torch.stack(features).mean(dim=0)
 
 
 def _towers(config: OrdinalConfig) -> tuple[Backbone, Backbone | None]:

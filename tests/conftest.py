@@ -1,5 +1,8 @@
 """Shared parts: small towers, real image files, quick run configurations."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import open_clip
 import pytest
@@ -22,6 +25,20 @@ QUICK = (
     "train.batch_size=8",
     "train.lr=1e-3",
 )
+
+NOISY = ("data.augment.flip=true", "data.augment.crop_ratio=1.2", "model.dropout=0.1")
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder):
+    return np.array([row["loss"] for row in log_of(folder)])
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 @pytest.fixture

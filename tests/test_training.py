@@ -4,66 +4,24 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from conftest import NOISY, log_of, losses_of
 from torch import nn
 
 from ordinalclip import OrdinalModel
 from ordinalclip.heads import available_heads
 from ordinalclip.metrics import METRICS
-from ordinalclip.model import Encoder
 from ordinalclip.training import evaluate_run, train
 from ordinalclip.training import trainer as trainer_module
 from ordinalclip.training.checkpoint import load_checkpoint
-from ordinalclip.training.distributed import check_batch_norm
-from ordinalclip.training.sampling import (
-    SampleNoise,
-    StreamSampler,
-    inexact_dropout,
-    permutation,
-    sample_at,
-    shares,
-    use_sample_noise,
-)
 
 TRAINABLE = sorted(set(available_heads()) - {"prototypes", "zero_shot", "constant"})
-NOISY = ("data.augment.flip=true", "data.augment.crop_ratio=1.2", "model.dropout=0.1")
 EXACT = ("train.precision=float64", "train.eval_every=100", *NOISY)
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
-
-def losses_of(folder):
-    return np.array([row["loss"] for row in log_of(folder)])
-
-
-def without_times(rows):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def test_stream_is_endless_permutations():
-    order = [sample_at(position, 5, seed=3) for position in range(15)]
-    for epoch in range(3):
-        assert sorted(order[5 * epoch : 5 * epoch + 5]) == list(range(5))
-        assert order[5 * epoch : 5 * epoch + 5] == permutation(5, 3, epoch).tolist()
-    assert order[:5] != order[5:10]
-    assert order[:5] != [sample_at(position, 5, seed=4) for position in range(5)]
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
-def test_shares_cover_every_batch_once(num_processes):
-    assert sum(shares(32, num_processes)) == 32
-    assert max(shares(32, num_processes)) - min(shares(32, num_processes)) <= 1
-    pieces = [list(StreamSampler(32, 2, 5, rank, num_processes)) for rank in range(num_processes)]
-    joined = [[position for piece in pieces for position in piece[step]] for step in range(3)]
-    assert joined == [list(range(32 * step, 32 * step + 32)) for step in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("method", TRAINABLE)
@@ -172,55 +130,6 @@ def test_saved_model_gives_the_predictions_of_the_run(quick):
     prediction = model.predict(model.image_processor([part.image(i) for i in range(len(part))])["pixel_values"])
     table = pq.read_table(folder / "predictions.parquet").to_pandas()
     assert np.allclose(prediction.value, table[table["part"] == "test"]["median"])
-
-
-@pytest.mark.parametrize("method", ["ordinalclip", "l1"])
-def test_resume_is_bit_for_bit(quick, tmp_path, method):
-    options = (f"method={method}", "train.max_steps=6", "train.eval_every=2", "train.keep_checkpoints=9", *NOISY)
-    whole = train(quick(*options, f"output_dir={tmp_path}/whole"), quiet=True)
-
-    class Stopped(Exception):
-        pass
-
-    class Interrupted(trainer_module.Trainer):
-        def _step(self, batch, total):
-            if self.step == 5:
-                raise Stopped
-            return super()._step(batch, total)
-
-    with pytest.raises(Stopped):
-        Interrupted(quick(*options, f"output_dir={tmp_path}/cut", "train.log_every=1"), quiet=True).run()
-    assert len(log_of(tmp_path / "cut")) == 5
-    cut = train(quick(*options, f"output_dir={tmp_path}/cut", "train.resume=auto"), quiet=True)
-    assert without_times(log_of(cut)) == without_times(log_of(whole))
-    last = [load_checkpoint(folder / "checkpoints" / "step-00000006") for folder in (whole, cut)]
-    for name, tensor in last[0][0].items():
-        assert torch.equal(tensor, last[1][0][name]), name
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, cut)]
-    assert metrics[0]["test"] == metrics[1]["test"]
-
-
-def test_resuming_under_another_configuration_is_refused(quick, tmp_path):
-    train(quick("train.eval_every=2"), quiet=True)
-    with pytest.raises(ValueError, match=r"another configuration: train\.lr was 0\.001, is 0\.1"):
-        train(quick("train.eval_every=2", "train.resume=auto", "train.lr=0.1"), quiet=True)
-    with pytest.raises(ValueError, match="is not a checkpoint of"):
-        train(quick(f"output_dir={tmp_path}/b", f"train.resume={tmp_path}/run/checkpoints/step-00000004"), quiet=True)
-
-
-def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(quick):
-    options = ("train.eval_every=2", "train.max_steps=6", "train.keep_checkpoints=5")
-    folder = train(quick(*options), quiet=True)
-    before = without_times(log_of(folder))
-    train(quick(*options, f"train.resume={folder}/checkpoints/step-00000002"), quiet=True)
-    assert without_times(log_of(folder)) == before
-    assert [path.name[-1] for path in sorted((folder / "checkpoints").iterdir())] == ["2", "4", "6"]
-
-
-@pytest.mark.parametrize("method", ["l1", "ordinalclip"])
-def test_a_diverged_run_stops_and_says_where(quick, method):
-    with pytest.raises(ValueError, match=r"step \d+: loss is (nan|inf), at learning rate"):
-        train(quick(f"method={method}", "train.lr=1e18", "train.max_steps=20", "train.log_every=1"), quiet=True)
 
 
 def test_dropout_in_a_head_follows_the_sample_too(quick, tmp_path, monkeypatch):
@@ -380,47 +289,3 @@ def test_what_is_refused(quick, options, message):
         pytest.skip("this machine can do fp16")
     with pytest.raises((ValueError, FileNotFoundError), match=message.replace("*", r"\*")):
         train(quick(*options), quiet=True)
-
-
-def test_batch_norm_modes():
-    encoder = Encoder(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    assert not encoder.train().tower[1].training
-    encoder.frozen_statistics = False
-    assert encoder.train().tower[1].training
-    check_batch_norm(encoder, "local", 1, False)
-    for mode, processes, micro, message in (
-        ("sync", 1, True, "micro_batch_size"),
-        ("local", 2, False, "not exact over processes"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check_batch_norm(encoder, mode, processes, micro)
-
-
-def test_sample_noise_follows_the_sample():
-    noise = SampleNoise(0.3, layer=2, seed=7, whole_sample=False).train()
-    x = torch.ones(6, 50, 40)
-    noise.positions = torch.arange(6) + 1000
-    whole = noise(x)
-    noise.positions = torch.tensor([1004, 1001])
-    assert torch.equal(noise(x[:2]), whole[[4, 1]])
-    assert (whole == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
-    assert whole.unique().tolist() == pytest.approx([0, 1 / 0.7])
-    assert not torch.equal(whole[0], whole[1])
-    other = SampleNoise(0.3, layer=3, seed=7, whole_sample=False).train()
-    other.positions = torch.arange(6) + 1000
-    agree = ((other(x) == 0) == (whole == 0)).float().mean().item()
-    assert agree == pytest.approx(0.3**2 + 0.7**2, abs=0.02)  # independent masks
-    noise.positions = None
-    with pytest.raises(RuntimeError, match="stream position"):
-        noise(x)
-    assert torch.equal(noise.eval()(x), x)
-
-
-def test_dropout_and_drop_path_are_replaced():
-    import timm
-
-    module = timm.create_model("test_vit", drop_path_rate=0.2, proj_drop_rate=0.1, num_classes=0)
-    noises = use_sample_noise(module, seed=1)
-    assert {noise.whole_sample for noise in noises if noise.p} == {True, False}
-    assert not [m for m in module.modules() if isinstance(m, nn.Dropout)]
-    assert inexact_dropout(nn.MultiheadAttention(8, 2, dropout=0.1)) == [""]

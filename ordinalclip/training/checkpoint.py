@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 PREFIX = "step-"
+MANIFEST = "sha256.json"
 EXECUTION = {  # how a run is executed, not what it computes
     "output_dir",
     "data.root",
@@ -22,7 +27,18 @@ EXECUTION = {  # how a run is executed, not what it computes
     "train.log_every",
     "train.keep_checkpoints",
     "train.trackers",
+    "train.process_group_timeout",
+    "data.prefetch",
 }
+
+
+class Checkpoint(NamedTuple):
+    """What `load_checkpoint` gives: where it came from, weights by name, the optimiser's state dict, and the rest."""
+
+    folder: Path
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
 
 
 def save_checkpoint(
@@ -37,57 +53,86 @@ def save_checkpoint(
 
     Returns:
         the checkpoint's folder.
+
+    Raises:
+        OSError: it could not be written, e.g. for want of space; older checkpoints are as they were.
     """
     target, partial = folder / f"{PREFIX}{step:08d}", folder / f".partial-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, partial / "model.safetensors"
-    )
     tensors, plain = {}, {}
     for index, entries in optimizer["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = value
             else:
                 plain[f"{index}.{name}"] = value
-    save_file(tensors, partial / "optimizer.safetensors")
     content = {"step": step, "optimizer": {"plain": plain, "param_groups": optimizer["param_groups"]}, **state}
-    (partial / "state.json").write_text(json.dumps(content), encoding="utf-8")
-    for file in partial.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _save_tensors(weights, partial / "model.safetensors")
+        _save_tensors(tensors, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps(content), encoding="utf-8")
+        digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
+        for file in partial.iterdir():
+            _flush(file)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{target}: could not be written ({error}); older checkpoints are as they were") from error
     return target
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Read a checkpoint: (weights, optimiser state dict, state).
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint whose files are exactly as they were written.
 
     Raises:
-        FileNotFoundError: no checkpoint there; ValueError: damaged files, named.
+        FileNotFoundError: no checkpoint there; ValueError: a damaged, truncated or missing file, named.
     """
-    if not (folder / "state.json").is_file():
-        raise FileNotFoundError(f"{folder}: no checkpoint (state.json is missing)")
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder}: no checkpoint ({MANIFEST} is missing)")
+    file = folder / MANIFEST
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "model.safetensors")
-        tensors = load_file(folder / "optimizer.safetensors")
+        for name, digest in json.loads(file.read_text(encoding="utf-8")).items():
+            file = folder / name
+            if _digest(file) != digest:
+                raise ValueError(f"its content is not what {MANIFEST} says")
+        file = folder / "state.json"
+        state = json.loads(file.read_text(encoding="utf-8"))
+        weights, tensors = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
     except Exception as error:
-        raise ValueError(f"{folder}: damaged checkpoint ({error})") from error
+        raise ValueError(f"{folder}: damaged checkpoint, {file.name}: {error}") from error
     saved = state.pop("optimizer")
     entries: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *saved["plain"].items()]:
         index, _, key = name.partition(".")
         entries.setdefault(int(index), {})[key] = value
-    return weights, {"state": entries, "param_groups": saved["param_groups"]}, state
+    return Checkpoint(folder, weights, {"state": entries, "param_groups": saved["param_groups"]}, state)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file())
+    """The checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
@@ -95,32 +140,51 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
     spared = {path.name for path in checkpoints(folder)[-keep:]} | {f"{PREFIX}{best_step or 0:08d}"}
     for path in [*checkpoints(folder), *folder.glob(".partial-*")]:
         if path.name not in spared:
-            shutil.rmtree(path)
+            _remove(path)
 
 
 def remove_after(folder: Path, step: int) -> None:
     """Delete the checkpoints of later steps, so that none of another past is taken for the newest."""
     for path in checkpoints(folder):
         if int(path.name.removeprefix(PREFIX)) > step:
-            shutil.rmtree(path)
+            _remove(path)
 
 
-def find_checkpoint(folder: Path, resume: str) -> Path | None:
-    """What `train.resume` names: nothing, the newest of the run folder, or a folder.
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; one that is half deleted no longer looks like one."""
+    doomed = path if path.name.startswith(".") else path.rename(path.with_name(f".partial-{path.name}"))
+    shutil.rmtree(doomed)
+
+
+def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
+    """What `train.resume` names: nothing, the newest intact one of the run folder, or a given one.
+
+    With "auto", damaged checkpoints are named in a warning and passed over.
 
     Raises:
-        FileNotFoundError: a named checkpoint that does not exist.
+        FileNotFoundError: a named checkpoint that does not exist; ValueError: one that is damaged or of another run,
+            or, with "auto", that there are some and all are damaged.
     """
     if resume == "none":
         return None
-    if resume == "auto":
-        found = checkpoints(folder)
-        return found[-1] if found else None
-    if not (Path(resume) / "state.json").is_file():
-        raise FileNotFoundError(f"train.resume={resume}: no checkpoint there; write none, auto or a checkpoint folder")
-    if Path(resume).resolve().parent != folder.resolve():
-        raise ValueError(f"train.resume={resume} is not a checkpoint of {folder.parent}; copy that run instead")
-    return Path(resume)
+    if resume != "auto":
+        if not (Path(resume) / MANIFEST).is_file():
+            raise FileNotFoundError(
+                f"train.resume={resume}: no checkpoint there; write none, auto or a checkpoint folder"
+            )
+        if Path(resume).resolve().parent != folder.resolve():
+            raise ValueError(f"train.resume={resume} is not a checkpoint of {folder.parent}; copy that run instead")
+        return load_checkpoint(Path(resume))
+    problems = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return load_checkpoint(path)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+            logger.warning("%s; trying the one before it", error)
+    if problems:
+        raise ValueError(f"{folder}: no intact checkpoint; train.resume=none starts anew. " + "; ".join(problems))
+    return None
 
 
 def check_same_experiment(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -152,4 +216,6 @@ def cut_log(path: Path, step: int) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(path)

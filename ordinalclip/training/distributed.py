@@ -8,8 +8,11 @@ summed over processes and averaged by DDP, is exactly the gradient of the single
 
 from __future__ import annotations
 
+import logging
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,15 +20,27 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from ordinalclip.heads import Outputs, at_least_float32
 from ordinalclip.training.sampling import SampleNoise
 
+logger = logging.getLogger(__name__)
+BatchNorm = nn.modules.batchnorm._BatchNorm
 
-def make_accelerator(mixed_precision: str, log_with: list[str] | None = None, folder: str = ".") -> Accelerator:
-    """An Accelerator; a single process may make several, one after the other, with different settings."""
+
+def make_accelerator(
+    mixed_precision: str, log_with: list[str] | None = None, folder: str = ".", timeout: float = 600.0
+) -> Accelerator:
+    """An Accelerator; a single process may make several, one after the other, with different settings.
+
+    Args:
+        timeout: seconds after which processes give up waiting for one that is lost.
+
+    Raises:
+        ValueError: fp16 without a GPU, or a tracker that is not installed.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that torchrun's CPU processes find each other
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -41,7 +56,10 @@ def make_accelerator(mixed_precision: str, log_with: list[str] | None = None, fo
         log_with=log_with or None,
         project_dir=folder,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+        ],
     )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise RuntimeError(
@@ -113,7 +131,7 @@ class MicroBatches:
             with nullcontext() if self.trains else torch.no_grad():
                 return self._forward(pixels, positions)
         self.pieces = list(zip(pixels.split(self.size), positions.split(self.size), strict=True))
-        with torch.no_grad():
+        with torch.no_grad(), frozen_running_statistics(self.encoder):
             features = torch.cat([self._forward(*piece) for piece in self.pieces])
         self.features = features.requires_grad_(self.trains)
         return self.features
@@ -137,23 +155,60 @@ class MicroBatches:
             return at_least_float32(self.encoder(pixels))
 
 
-def check_batch_norm(encoder: nn.Module, mode: str, num_processes: int, micro_batched: bool) -> None:
+@contextmanager
+def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm layers leave their running statistics alone, within a `with` block."""
+    norms = [child for child in module.modules() if isinstance(child, BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def average_running_statistics(module: nn.Module, num_processes: int) -> None:
+    """BatchNorm's running statistics become their mean over processes, where each took those of its own images."""
+    for child in module.modules():
+        if num_processes > 1 and isinstance(child, BatchNorm):
+            for buffer in (child.running_mean, child.running_var):
+                if buffer is not None:
+                    dist.all_reduce(buffer)
+                    buffer /= num_processes
+
+
+def check_batch_norm(
+    encoder: nn.Module, mode: str, num_processes: int, micro_batched: bool, recomputed: bool = False, exact: bool = True
+) -> None:
     """Refuse what would not be exact: see `Encoder.train` for `frozen`, which always is.
 
     `sync` is exact over processes, without micro-batches. `local` takes the statistics of what one process encodes
-    at once, which is exact for a single process without micro-batches.
+    at once, which is exact for a single process without micro-batches. Both update their running statistics twice
+    where activations are computed again.
+
+    Args:
+        recomputed: whether activations are checkpointed.
+        exact: False only warns, except where there is no way at all.
 
     Raises:
-        ValueError: `sync` or `local` with micro-batches, `local` with several processes, `sync` without GPUs.
+        ValueError: `sync` or `local` with micro-batches or activation checkpointing, `local` with several processes,
+            `sync` over processes without GPUs.
     """
-    has_norms = any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in encoder.modules())
-    if mode == "frozen" or not has_norms:
+    if mode == "frozen" or not any(isinstance(child, BatchNorm) for child in encoder.modules()):
         return
-    if micro_batched:
-        raise ValueError(
-            f"model.batch_norm={mode} is not exact with train.micro_batch_size; use model.batch_norm=frozen"
-        )
-    if num_processes > 1 and mode == "local":
-        raise ValueError("model.batch_norm=local is not exact over processes; use frozen or sync")
-    if num_processes > 1 and not torch.cuda.is_available():
+    if num_processes > 1 and mode == "sync" and not torch.cuda.is_available():
         raise ValueError("model.batch_norm=sync needs GPUs; use model.batch_norm=frozen on CPU processes")
+    problems = []
+    if micro_batched:
+        problems.append("its statistics depend on train.micro_batch_size")
+    if recomputed:
+        problems.append("train.activation_checkpointing updates its running statistics twice")
+    if num_processes > 1 and mode == "local":
+        problems.append("its statistics depend on the number of processes")
+    if problems:
+        message = f"model.batch_norm={mode} is not exact: " + "; ".join(problems)
+        if exact:
+            raise ValueError(f"{message}. Use model.batch_norm=frozen, or accept it with train.exact=false")
+        logger.warning("%s", message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,36 +12,29 @@ from torch import nn
 
 from ordinalclip.config import TrainConfig
 from ordinalclip.model import OrdinalModel
-
-
-def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Take the gradient from parameters whose name matches a pattern.
-
-    Raises:
-        ValueError: a pattern that matches nothing; the message shows the first names there are.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"train.freeze: {pattern!r} matches no parameter; there are {', '.join(names[:10])}, ...")
-    for name, parameter in model.named_parameters():
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            parameter.requires_grad_(False)
+from ordinalclip.training.layers import parameter_depths
 
 
 def parameter_groups(model: OrdinalModel, options: TrainConfig) -> list[dict[str, Any]]:
-    """Encoder, prompts and the rest of the head, each with its learning rate; no decay on biases and norms."""
+    """Encoder, prompts and the rest of the head, each with its learning rate; no decay on biases and norms.
+
+    With `train.layer_decay` the encoder's rate falls by that factor from each layer to the one before it.
+    """
     prompts = {id(parameter) for parameter in model.head.prompt_parameters()}
     rates = {"encoder": options.lr_encoder, "prompts": options.lr_prompts, "head": options.lr_head}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    depths = parameter_depths(model.encoder.tower)
+    deepest = max(depths.values(), default=0)
+    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "encoder" if name.startswith("encoder.") else "prompts" if id(parameter) in prompts else "head"
-            groups.setdefault((kind, parameter.ndim > 1), []).append(parameter)
+            depth = depths.get(name.removeprefix("encoder.tower."), deepest) if kind == "encoder" else deepest
+            factor = options.layer_decay ** (deepest - depth)
+            groups.setdefault((kind, factor, parameter.ndim > 1), []).append(parameter)
     found = []
-    for (kind, decays), parameters in groups.items():
+    for (kind, factor, decays), parameters in groups.items():
         rate = rates[kind]
-        peak = options.lr if rate is None else rate
+        peak = (options.lr if rate is None else rate) * factor
         decay = options.weight_decay if decays else 0.0
         found.append({"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay, "name": kind})
     return found
@@ -53,7 +45,7 @@ def make_optimizer(model: OrdinalModel, options: TrainConfig) -> torch.optim.Opt
     groups = parameter_groups(model, options)
     if options.optimizer == "radam":
         return torch.optim.RAdam(groups, lr=options.lr, decoupled_weight_decay=True)
-    return torch.optim.AdamW(groups, lr=options.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=options.lr, fused=options.fused)
 
 
 def lr_factor(step: int, total: int, options: TrainConfig) -> float:

@@ -7,7 +7,6 @@ there is no partial batch, small sets work, and resuming needs one integer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,24 +16,40 @@ from torch.utils.data import Dataset
 from ordinalclip.backbones import PixelSpec
 from ordinalclip.data import Part
 from ordinalclip.images import Augmentation
+from ordinalclip.training.imbalance import balanced_order
 
 ORDER, VIEW, NOISE = range(3)  # what a generator is for, so that equal numbers in other roles never coincide
 
 
-@lru_cache(maxsize=4)
-def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of samples in an epoch, (N,) int64: a pure function of its arguments."""
-    return np.random.default_rng([seed, ORDER, epoch]).permutation(num_samples)
+class Stream:
+    """The endless stream of sample indices: a pure function of (seed, epoch), position by position.
 
+    Args:
+        num_samples: N, the length of an epoch.
+        seed: of the experiment.
+        ranks: (N,) ranks, for epochs in which every rank comes equally often; None: every sample once an epoch.
 
-def sample_at(position: int, num_samples: int, seed: int) -> int:
-    """Index of the sample at a position of the endless stream.
-
-    >>> sorted(sample_at(p, 4, seed=7) for p in range(4, 8))
+    >>> stream = Stream(4, seed=7)
+    >>> sorted(stream.at(position) for position in range(4, 8))
     [0, 1, 2, 3]
     """
-    epoch, offset = divmod(position, num_samples)
-    return int(permutation(num_samples, seed, epoch)[offset])
+
+    def __init__(self, num_samples: int, seed: int, ranks: np.ndarray | None = None):
+        self.num_samples, self.seed, self.ranks = num_samples, seed, ranks
+        self.orders: dict[int, np.ndarray] = {}
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch, (N,) int64."""
+        if epoch not in self.orders:
+            rng = np.random.default_rng([self.seed, ORDER, epoch])
+            order = rng.permutation(self.num_samples) if self.ranks is None else balanced_order(self.ranks, rng)
+            self.orders = {**{old: self.orders[old] for old in self.orders if old == epoch - 1}, epoch: order}
+        return self.orders[epoch]
+
+    def at(self, position: int) -> int:
+        """Index of the sample at a position."""
+        epoch, offset = divmod(position, self.num_samples)
+        return int(self.order(epoch)[offset])
 
 
 def shares(batch_size: int, num_processes: int) -> list[int]:
@@ -66,13 +81,13 @@ class StreamSampler:
 class StreamDataset(Dataset):
     """Training samples by position in the stream: (pixels, value, rank, position)."""
 
-    def __init__(self, part: Part, spec: PixelSpec, augmentation: Augmentation, seed: int):
-        self.part, self.spec, self.augmentation, self.seed = part, spec, augmentation, seed
+    def __init__(self, part: Part, spec: PixelSpec, augmentation: Augmentation, stream: Stream):
+        self.part, self.spec, self.augmentation, self.stream = part, spec, augmentation, stream
 
     def __getitem__(self, position: int) -> tuple[Tensor, float, int, int]:
-        index = sample_at(position, len(self.part), self.seed)
+        index = self.stream.at(position)
         image = self.part.resized(index, self.spec, self.augmentation.input_size(self.spec))
-        rng = np.random.default_rng([self.seed, VIEW, position])
+        rng = np.random.default_rng([self.stream.seed, VIEW, position])
         pixels = self.augmentation(image, self.spec, rng)
         return pixels, float(self.part.values[index]), int(self.part.ranks[index]), position
 

@@ -8,16 +8,16 @@ torchrun --nproc_per_node 2 -m ordinalclip train configs/demo.yaml
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
 from ordinalclip.config import RunConfig
@@ -27,7 +27,13 @@ from ordinalclip.images import Augmentation
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress
 from ordinalclip.training import checkpoint
-from ordinalclip.training.distributed import MicroBatches, check_batch_norm, gather, gather_outputs, make_accelerator
+from ordinalclip.training.distributed import (
+    MicroBatches,
+    average_running_statistics,
+    gather,
+    gather_outputs,
+    make_accelerator,
+)
 from ordinalclip.training.evaluation import (
     evaluate_parts,
     model_ordinality,
@@ -37,16 +43,11 @@ from ordinalclip.training.evaluation import (
     targets_of,
     write_json,
 )
-from ordinalclip.training.optimization import WeightAverage, freeze, lr_factor, make_optimizer
-from ordinalclip.training.sampling import (
-    StreamDataset,
-    StreamSampler,
-    inexact_dropout,
-    shares,
-    use_sample_noise,
-)
-
-logger = logging.getLogger(__name__)
+from ordinalclip.training.imbalance import sample_weights
+from ordinalclip.training.interruption import Interruption, Preempted, ignore_sigterm
+from ordinalclip.training.optimization import WeightAverage, lr_factor, make_optimizer
+from ordinalclip.training.preparation import build_model, merge_adapters, prepare_model, use_precision
+from ordinalclip.training.sampling import Stream, StreamDataset, StreamSampler, shares
 
 
 def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) -> Path:
@@ -61,7 +62,10 @@ def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) ->
         the run folder: config.yaml, log.jsonl, metrics.json, predictions.parquet, model/, checkpoints/.
 
     Raises:
-        ValueError: bad configuration or data; the message names the key or row.
+        ValueError: bad configuration or data; the message names the key or row. A loss or gradient that is not
+            finite: the message names step, term, learning rate and rows.
+        OSError: a checkpoint that could not be written.
+        Preempted: SIGTERM came; the checkpoint is written and `train.resume=auto` goes on from it.
     """
     return Trainer(config, parts, quiet).run()
 
@@ -72,7 +76,10 @@ class Trainer:
     def __init__(self, config: RunConfig, parts: Parts | None = None, quiet: bool = False):
         self.config, options = config, config.train
         self.folder = Path(config.output_dir)
-        self.accelerator = make_accelerator(options.mixed_precision, options.trackers, config.output_dir)
+        use_precision(options)
+        self.accelerator = make_accelerator(
+            options.mixed_precision, options.trackers, config.output_dir, options.process_group_timeout
+        )
         self.main = self.accelerator.is_main_process
         self.quiet = quiet or not self.main
         if options.batch_size < self.accelerator.num_processes:
@@ -81,14 +88,15 @@ class Trainer:
             )
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "metrics.json").unlink(missing_ok=True)  # no finished run here, until there is one again
-            config.save(self.folder / "config.yaml")
         with self.accelerator.main_process_first():
             self.parts = parts or load_parts(config.data, config.ranks, config.seed)
         if options.patience is not None and self.parts.validation is None:
             raise ValueError("train.patience needs a validation part")
-        self.model = self._build_model()
-        self.learns = any(p.requires_grad for p in self.model.head.parameters()) and self._max_steps() > 0
+        self.model = build_model(config, self.parts.ranks, self.parts.train).to(self.accelerator.device)
+        self.total = options.max_steps
+        if options.epochs is not None:
+            self.total = math.ceil(options.epochs * len(self.parts.train) / options.batch_size)
+        self.learns = any(p.requires_grad for p in self.model.head.parameters()) and self.total > 0
         self.step, self.stale = 0, 0
         self.best_step: int | None = None
         self.best_value = math.inf
@@ -96,55 +104,24 @@ class Trainer:
         if self.learns:
             self._prepare()
 
-    def _max_steps(self) -> int:
-        options = self.config.train
-        if options.epochs is None:
-            return options.max_steps
-        return math.ceil(options.epochs * len(self.parts.train) / options.batch_size)
-
-    def _build_model(self) -> OrdinalModel:
-        config, labels = self.config, self.parts.train.values
-        torch.manual_seed(config.seed)
-        model = OrdinalModel.build(
-            config.model.backbone,
-            self.parts.ranks,
-            config.method,
-            config.head,
-            text=config.model.text,
-            load_weights=config.model.load_weights,
-            label_mean=float(labels.mean()),
-            label_std=float(labels.std()) or 1.0,
-            decoding=config.evaluation.decoding,
-            dropout=config.model.dropout,
-            image_size=config.model.image_size,
-        )
-        return model.to(self.accelerator.device, getattr(torch, config.train.precision)).eval()
-
     def _prepare(self) -> None:
-        """Frozen parts, exact BatchNorm and dropout, optimiser, DDP."""
-        config, options, model = self.config, self.config.train, self.model
-        freeze(model, options.freeze)
+        """Model, order of samples, optimiser, DDP."""
+        config, options, model, train = self.config, self.config.train, self.model, self.parts.train
         self.shares = shares(options.batch_size, self.accelerator.num_processes)
         micro_batched = options.micro_batch_size is not None and options.micro_batch_size < max(self.shares)
-        check_batch_norm(model.encoder, config.model.batch_norm, self.accelerator.num_processes, micro_batched)
-        model.encoder.frozen_statistics = config.model.batch_norm == "frozen"
-        if config.model.batch_norm == "sync" and self.accelerator.num_processes > 1:
-            model.encoder.tower = convert_sync_batchnorm(model.encoder.tower)
-        if options.channels_last:
-            model.encoder.to(memory_format=torch.channels_last)
-        noises = use_sample_noise(model.encoder, config.seed)
-        self.head_noises = use_sample_noise(model.head, config.seed, len(noises))
-        if inexact := inexact_dropout(model):
-            logger.warning("dropout of these layers depends on processes and micro-batches: %s", ", ".join(inexact))
-
+        noises, self.head_noises = prepare_model(model, config, self.accelerator.num_processes, micro_batched)
+        self.stream = Stream(len(train), config.seed, train.ranks if options.sampling == "balanced" else None)
+        self.weights = sample_weights(train.ranks, len(self.parts.ranks), options.weighting, options.lds_sigma)
         self.average = WeightAverage(model, options.ema) if options.ema else None
         self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
-        self.encoder, self.head = (
+        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        encoder, self.head = (
             self.accelerator.prepare(module) if any(p.requires_grad for p in module.parameters()) else module
             for module in (model.encoder, model.head)
         )
-        size = options.micro_batch_size if micro_batched else None
-        self.micro_batches = MicroBatches(self.accelerator, self.encoder, noises, size)
+        self.micro_batches = MicroBatches(
+            self.accelerator, encoder, noises, options.micro_batch_size if micro_batched else None
+        )
 
     def run(self) -> Path:
         """Train, pick the model, evaluate, save."""
@@ -160,58 +137,67 @@ class Trainer:
         return self.folder
 
     def _train(self) -> None:
-        config, options = self.config, self.config.train
-        total = self._max_steps()
+        config, options, total = self.config, self.config.train, self.total
         every = options.eval_every or max(1, math.ceil(total / 10))
         if options.trackers:
             self.accelerator.init_trackers("ordinalclip", {"method": config.method, "seed": config.seed})
-        augmentation = Augmentation(**config.data.augment.model_dump())
-        loader = DataLoader(
-            StreamDataset(self.parts.train, self.model.config.pixel_spec, augmentation, config.seed),
-            batch_sampler=StreamSampler(
-                options.batch_size, self.step, total, self.accelerator.process_index, self.accelerator.num_processes
-            ),
-            num_workers=config.data.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            persistent_workers=False,
-        )
         title = f"training {config.method}"
         progress: Progress = Progress(None, title, (total - self.step) * options.batch_size, "images", self.quiet)
         rows: list[dict[str, Any]] = []
         self.started = started = time.monotonic()
-        for batch in loader:
-            row = self._step(batch, total)
-            self.step += 1
-            rows.append({"step": self.step, **row, "seconds": time.monotonic() - started})
-            last = self.step == total
-            stop = False
-            if self.step % every == 0 or last:
-                rows[-1].update(self._validate())
-                stop = self._is_stale()
-            if self.step % options.log_every == 0 or last or stop or "validation_mae" in rows[-1]:
-                self._write_log(rows)
-                progress.note = f"loss {rows[-1]['loss']:.3f}"
-                rows = []
-            if self.step % every == 0 or last or stop:
-                self._save_checkpoint()
-            progress.advance(options.batch_size)
-            if stop:
-                break
+        with Interruption(self.accelerator.num_processes) as interruption:
+            for batch in self._loader():
+                row = self._step(batch)
+                self.step += 1
+                rows.append({"step": self.step, **row, "seconds": time.monotonic() - started})
+                due = self.step % every == 0 or self.step == total
+                if due:
+                    rows[-1].update(self._validate())
+                interrupted = interruption.requested()
+                stop = interrupted or self._is_stale()
+                if self.step % options.log_every == 0 or due or stop:
+                    self._write_log(rows)
+                    progress.note = f"loss {rows[-1]['loss']:.3f}"
+                    rows = []
+                if due or stop:
+                    self._save_checkpoint()
+                progress.advance(options.batch_size)
+                if interrupted and self.step < total:
+                    progress.close()
+                    raise Preempted(f"{self.folder}: told to stop after step {self.step}; train.resume=auto goes on")
+                if stop:
+                    break
         progress.close()
         self.train_seconds += time.monotonic() - started
+
+    def _loader(self) -> DataLoader:
+        """The batches that are left, this process's share of each."""
+        config, accelerator = self.config, self.accelerator
+        augmentation = Augmentation(**config.data.augment.model_dump())
+        workers = config.data.workers
+        return DataLoader(
+            StreamDataset(self.parts.train, self.model.config.pixel_spec, augmentation, self.stream),
+            batch_sampler=StreamSampler(
+                config.train.batch_size, self.step, self.total, accelerator.process_index, accelerator.num_processes
+            ),
+            num_workers=workers,
+            prefetch_factor=config.data.prefetch if workers else None,
+            worker_init_fn=ignore_sigterm,
+            pin_memory=accelerator.device.type == "cuda",
+        )
 
     def _is_stale(self) -> bool:
         return self.config.train.patience is not None and self.stale >= self.config.train.patience
 
-    def _step(self, batch: list[Tensor], total: int) -> dict[str, Any]:
+    def _step(self, batch: list[Tensor]) -> dict[str, Any]:
         """One optimiser step on the global batch; returns the logged terms as tensors, to be read later."""
         device, options = self.accelerator.device, self.config.train
         pixels, values, ranks, positions = (tensor.to(device, non_blocking=True) for tensor in batch)
-        factor = lr_factor(self.step, total, options)
+        factor = lr_factor(self.step, self.total, options)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        self.encoder.train()
-        self.head.train()
+        self.model.encoder.train()
+        self.model.head.train()
 
         order = torch.channels_last if options.channels_last else torch.contiguous_format
         pixels = pixels.to(getattr(torch, options.precision), memory_format=order)
@@ -221,26 +207,56 @@ class Trainer:
         with self.accelerator.autocast():
             outputs = {name: at_least_float32(tensor) for name, tensor in self.head(features).items()}
         outputs = gather_outputs(outputs, self.shares)
-        values, ranks = gather(values, self.shares), gather(ranks, self.shares)
-        values = values.to(next(iter(outputs.values())).dtype) if options.precision == "float64" else values.float()
-        terms = self.model.head.loss(outputs, Targets(values, ranks, progress=self.step / total))
+        dtype = next(iter(outputs.values())).dtype
+        values, ranks = gather(values, self.shares).to(dtype), gather(ranks, self.shares)
+        weights = None
+        if self.weights is not None:
+            weights = torch.from_numpy(self.weights[self._batch_rows()]).to(device, dtype)
+        terms = self.model.head.loss(outputs, Targets(values, ranks, weights, self.step / self.total))
         self.micro_batches.backward(terms["loss"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        self._check_finite(terms, norm, options.lr * factor)
         if options.clip_grad_norm is not None:
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self.accelerator.clip_grad_norm_(trained, options.clip_grad_norm)
+            clip_grads_with_norm_(self.trained, options.clip_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.step)
-        return {**{name: term.detach() for name, term in terms.items()}, "lr": options.lr * factor}
+        logged = {name: term.detach() for name, term in terms.items()}
+        return {**logged, "grad_norm": norm, "lr": options.lr * factor}
+
+    def _batch_rows(self) -> list[int]:
+        """Rows of the training part in the global batch of this step."""
+        size = self.config.train.batch_size
+        return [self.stream.at(position) for position in range(self.step * size, (self.step + 1) * size)]
+
+    def _check_finite(self, terms: dict[str, Tensor], norm: Tensor, lr: float) -> None:
+        """Stop before the update that would spoil the weights. With fp16 the scaler skips steps of infinite gradients.
+
+        Raises:
+            ValueError: with step, what is not finite, learning rate and the rows of the batch.
+        """
+        scaled = self.accelerator.scaler is not None
+        if bool(torch.isfinite(terms["loss"])) and (scaled or bool(torch.isfinite(norm))):
+            return
+        wrong = [f"{name} is {term.item()}" for name, term in terms.items() if not torch.isfinite(term).all()]
+        wrong = (
+            wrong
+            or [
+                f"the gradient of {name} is not finite (loss {terms['loss'].item():g})"
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+            ][:3]
+        )
+        rows = ", ".join(self.parts.train.names[row] for row in self._batch_rows())
+        raise ValueError(f"step {self.step + 1}: {'; '.join(wrong)}; learning rate {lr:g}; rows of the batch: {rows}")
 
     def _write_log(self, rows: list[dict[str, Any]]) -> None:
         """Append rows to log.jsonl and the trackers; this is where the device is waited for."""
         for row in rows:
-            for name, value in row.items():
-                row[name] = value.item() if isinstance(value, Tensor) else value
-                if isinstance(value, Tensor) and not math.isfinite(row[name]):
-                    raise ValueError(f"step {row['step']}: {name} is {row[name]}, at learning rate {row['lr']:g}")
+            row.update((name, value.item()) for name, value in row.items() if isinstance(value, Tensor))
         if self.main:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -270,6 +286,8 @@ class Trainer:
         if self.parts.validation is None:
             self.best_step = self.step
             return {}
+        if self.config.model.batch_norm == "local":
+            average_running_statistics(self.model.encoder, self.accelerator.num_processes)
         with self.average.applied() if self.average else nullcontext():
             model = self._deployed()
             predictions = predictions_of(model, self._outputs(model, self.parts.validation))
@@ -320,21 +338,30 @@ class Trainer:
         if found is None:
             self._start_anew()
             return
-        weights, optimizer, state = checkpoint.load_checkpoint(found)
-        checkpoint.check_same_experiment(found, state["config"], self.config.model_dump(mode="json"))
-        self._load_weights(weights)
-        self.optimizer.optimizer.load_state_dict(optimizer)
+        state = found.state
+        checkpoint.check_same_experiment(found.folder, state["config"], self.config.model_dump(mode="json"))
+        self._load_weights(found.weights)
+        self.optimizer.optimizer.load_state_dict(found.optimizer)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.best_step, self.stale = state["step"], state["best_step"], state["stale"]
         self.train_seconds = state["train_seconds"]
         self.best_value = math.inf if state["best_value"] is None else state["best_value"]
+        self._claim_folder()
         if self.main:
             checkpoint.cut_log(self.folder / "log.jsonl", self.step)
             checkpoint.remove_after(self.folder / "checkpoints", self.step)
         self.accelerator.wait_for_everyone()
 
+    def _claim_folder(self) -> None:
+        """Once nothing stands against this run: the folder holds no finished one until it is finished again."""
+        self.accelerator.wait_for_everyone()  # nobody reads the old checkpoints any more
+        if self.main:
+            (self.folder / "metrics.json").unlink(missing_ok=True)
+            self.config.save(self.folder / "config.yaml")
+
     def _start_anew(self) -> None:
+        self._claim_folder()
         if self.main:
             (self.folder / "log.jsonl").write_text("", encoding="utf-8")
             checkpoint.remove_after(self.folder / "checkpoints", -1)
@@ -349,10 +376,13 @@ class Trainer:
         if self.config.train.select == "best" and self.best_step not in (None, self.step):
             if self.main:
                 with self.average.applied() if self.average else nullcontext():
-                    self.model.save_pretrained(self.folder / "model-last")
-            self._load_weights(checkpoint.load_checkpoint(best)[0])
+                    last = deepcopy(self.model)
+                merge_adapters(last.encoder.tower)
+                last.save_pretrained(self.folder / "model-last")
+            self._load_weights(checkpoint.load_checkpoint(best).weights)
         if self.average is not None:
             self.average.swap()
+        merge_adapters(self.model.encoder.tower)
 
     def _finish(self) -> None:
         """Evaluate the chosen model, write metrics.json, predictions.parquet and model/."""

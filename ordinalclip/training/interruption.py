@@ -1,0 +1,63 @@
+"""Being told to stop: SIGTERM ends a run after the step in hand, with a checkpoint and an exit status of its own."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class Preempted(SystemExit):
+    """Raised once the checkpoint is written; leaves the process with status 75 unless caught."""
+
+    def __init__(self, message: str):
+        super().__init__(PREEMPTED)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Interruption:
+    """Listens for SIGTERM within a `with` block; all processes agree at which step to stop.
+
+    A scheduler signals processes one by one, so that one may be a step ahead of another. Every step they exchange
+    one number, over gloo on the CPU so that no GPU has to be waited for.
+    """
+
+    def __init__(self, num_processes: int):
+        self.signalled = False
+        self.group: Any = None
+        self.several = num_processes > 1
+        if self.several and dist.get_backend() != "gloo":
+            self.group = dist.new_group(backend="gloo")
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # Python takes signal handlers nowhere else
+            self.before = signal.signal(signal.SIGTERM, self._take)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _take(self, number: int, frame: Any) -> None:
+        self.signalled = True
+
+    def requested(self) -> bool:
+        """Whether any process has been told to stop; to be asked by all of them once a step."""
+        if not self.several:
+            return self.signalled
+        flag = torch.tensor([int(self.signalled)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return bool(flag.item())
+
+
+def ignore_sigterm(_worker: int = 0) -> None:
+    """For data workers: a signal to the whole process group must not break the batch in hand."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

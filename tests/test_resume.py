@@ -1,0 +1,195 @@
+"""Nothing is lost: checkpoints whole or not at all, resuming bit for bit, being told to stop, numbers that go wrong."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+
+import pytest
+import torch
+from conftest import NOISY, log_of, without_times
+
+from ordinalclip.training import train
+from ordinalclip.training import trainer as trainer_module
+from ordinalclip.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from ordinalclip.training.interruption import PREEMPTED, Preempted
+
+FOUR = ("train.eval_every=2", "train.max_steps=8", "train.keep_checkpoints=9", "method=l1")
+
+
+def weights_of(folder, step):
+    return load_checkpoint(folder / "checkpoints" / f"step-{step:08d}").weights
+
+
+def assert_same_run(one, other, step):
+    """Log, figures and final weights, bit for bit; times aside."""
+    assert without_times(log_of(one)) == without_times(log_of(other))
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (one, other)]
+    assert {**figures[0], "train_seconds": 0} == {**figures[1], "train_seconds": 0}
+    first, second = weights_of(one, step), weights_of(other, step)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("method", ["ordinalclip", "l1"])
+def test_resume_is_bit_for_bit(quick, tmp_path, method):
+    options = (f"method={method}", "train.max_steps=6", "train.eval_every=2", "train.keep_checkpoints=9", *NOISY)
+    whole = train(quick(*options, f"output_dir={tmp_path}/whole"), quiet=True)
+
+    class Stopped(Exception):
+        pass
+
+    class Interrupted(trainer_module.Trainer):
+        def _step(self, batch):
+            if self.step == 5:
+                raise Stopped
+            return super()._step(batch)
+
+    with pytest.raises(Stopped):
+        Interrupted(quick(*options, f"output_dir={tmp_path}/cut", "train.log_every=1"), quiet=True).run()
+    assert len(log_of(tmp_path / "cut")) == 5
+    cut = train(quick(*options, f"output_dir={tmp_path}/cut", "train.resume=auto"), quiet=True)
+    assert_same_run(whole, cut, 6)
+
+
+def test_resuming_under_another_configuration_is_refused(quick, tmp_path):
+    train(quick("train.eval_every=2"), quiet=True)
+    with pytest.raises(ValueError, match=r"another configuration: train\.lr was 0\.001, is 0\.1"):
+        train(quick("train.eval_every=2", "train.resume=auto", "train.lr=0.1"), quiet=True)
+    with pytest.raises(ValueError, match="is not a checkpoint of"):
+        train(quick(f"output_dir={tmp_path}/b", f"train.resume={tmp_path}/run/checkpoints/step-00000004"), quiet=True)
+
+
+def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(quick):
+    options = ("train.eval_every=2", "train.max_steps=6", "train.keep_checkpoints=5")
+    folder = train(quick(*options), quiet=True)
+    before = without_times(log_of(folder))
+    train(quick(*options, f"train.resume={folder}/checkpoints/step-00000002"), quiet=True)
+    assert without_times(log_of(folder)) == before
+    assert [path.name[-1] for path in sorted((folder / "checkpoints").iterdir())] == ["2", "4", "6"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "sha256.json"])
+@pytest.mark.parametrize("damage", ["truncated", "one byte changed", "missing"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(quick, tmp_path, caplog, file, damage):
+    whole = train(quick(*FOUR, f"output_dir={tmp_path}/whole"), quiet=True)
+    cut = train(quick(*FOUR, f"output_dir={tmp_path}/cut"), quiet=True)
+    victim = checkpoints(cut / "checkpoints")[-1] / file
+    content = bytearray(victim.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "truncated":
+        victim.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        train(quick(*FOUR, f"output_dir={tmp_path}/cut", "train.resume=auto"), quiet=True)
+    assert "step-00000008" in caplog.text
+    assert file in caplog.text
+    assert_same_run(whole, cut, 8)
+
+
+def test_only_damaged_checkpoints_is_an_error(quick):
+    folder = train(quick(*FOUR), quiet=True)
+    for path in checkpoints(folder / "checkpoints"):
+        (path / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no intact checkpoint; train\.resume=none starts anew.*step-00000002"):
+        train(quick(*FOUR, "train.resume=auto"), quiet=True)
+    with pytest.raises(ValueError, match=r"damaged checkpoint, state\.json"):
+        train(quick(*FOUR, f"train.resume={folder}/checkpoints/step-00000004"), quiet=True)
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(tmp_path):
+    """On a real file system of 3 MB: the third checkpoint of 1 MB does not fit."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        empty = {"state": {}, "param_groups": []}
+        weights = {"w": torch.randn(2**18)}
+        for step in (1, 2):
+            save_checkpoint(disk, step, weights, empty, {})
+        with pytest.raises(OSError, match=r"step-00000003: could not be written.*older checkpoints are as they were"):
+            save_checkpoint(disk, 3, weights, empty, {})
+        assert [path.name for path in sorted(disk.iterdir())] == ["step-00000001", "step-00000002"]
+        for path in checkpoints(disk):
+            assert torch.equal(load_checkpoint(path).weights["w"], weights["w"])
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(quick):
+    folder = train(quick(*FOUR), quiet=True)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"train\.lr was"):
+        train(quick(*FOUR, "train.resume=auto", "train.lr=0.1"), quiet=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_execution_may_change_on_resuming(quick, tmp_path):
+    whole = train(quick(*FOUR, f"output_dir={tmp_path}/whole"), quiet=True)
+    cut = train(quick(*FOUR, f"output_dir={tmp_path}/cut"), quiet=True)
+    for path in checkpoints(cut / "checkpoints")[2:]:
+        (path / "state.json").unlink()
+    changed = ("train.resume=auto", "data.workers=1", "train.log_every=1", "data.cache_mb=0")
+    train(quick(*FOUR, f"output_dir={tmp_path}/cut", *changed), quiet=True)
+    assert_same_run(whole, cut, 8)
+
+
+def test_sigterm_saves_leaves_and_goes_on(quick, tmp_path, monkeypatch):
+    """The signal comes in the middle of step 4, where nothing is due."""
+    options = ("method=ordinalclip", "train.max_steps=6", "train.eval_every=3", "train.ema=0.9", *NOISY)
+    whole = train(quick(*options, f"output_dir={tmp_path}/whole"), quiet=True)
+    step = trainer_module.Trainer._step
+
+    def signalled(self, batch):
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(trainer_module.Trainer, "_step", signalled)
+    with pytest.raises(Preempted, match="told to stop after step 4") as stopped:
+        train(quick(*options, f"output_dir={tmp_path}/cut"), quiet=True)
+    assert stopped.value.code == PREEMPTED
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    cut = train(quick(*options, f"output_dir={tmp_path}/cut", "train.resume=auto"), quiet=True)
+    assert_same_run(whole, cut, 6)
+
+
+@pytest.mark.parametrize("method", ["l1", "ordinalclip"])
+def test_a_diverged_run_stops_and_says_where(quick, method):
+    with pytest.raises(
+        ValueError, match=r"step \d+: .*(nan|inf|not finite).*; learning rate .*e\+17; rows of the batch: row"
+    ):
+        train(quick(f"method={method}", "train.lr=1e18", "train.max_steps=20"), quiet=True)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(quick, monkeypatch):
+    """The loss stays finite, one gradient does not: parameter, step and rows are named, the checkpoint before stays."""
+    from baselines.regression import L1
+
+    loss = L1.loss
+
+    def poisoned(self, outputs, targets):
+        terms = loss(self, outputs, targets)
+        if targets.progress == 5 / 8:
+            self.linear.bias.register_hook(lambda gradient: gradient * float("nan"))
+        return terms
+
+    monkeypatch.setattr(L1, "loss", poisoned)
+    config = quick(*FOUR, "data.num_train=10", "train.batch_size=4")
+    with pytest.raises(ValueError, match=r"step 6: the gradient of head\.linear\.bias is not finite") as failure:
+        train(config, quiet=True)
+    named = str(failure.value).partition("rows of the batch: ")[2].split(", ")
+    stream = trainer_module.Stream(10, config.seed)
+    assert named == [f"row {stream.at(position) + 1}" for position in range(20, 24)]
+    folder = checkpoints(trainer_module.Path(config.output_dir) / "checkpoints")
+    assert [path.name[-1] for path in folder] == ["2", "4"]
+    assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(folder[-1]).weights.values())
