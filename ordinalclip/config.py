@@ -110,7 +110,11 @@ class DataConfig(Section):
     shift_keep: float = Field(0.1, gt=0, le=1, description="label shift: the share that is kept")
     workers: int = Field(0, ge=0, description="processes that decode images")
     prefetch: int = Field(2, ge=1, description="batches that each worker prepares ahead")
-    cache_mb: int = Field(512, ge=0, description="memory for the decoded, resized images of each part; 0: none")
+    cache_mb: int = Field(
+        512,
+        ge=0,
+        description="memory for decoded, resized images, in each worker; used by parts that fit in, 0: by none",
+    )
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -150,7 +154,7 @@ class ModelConfig(Section):
     lora_rank: int | None = Field(
         None, ge=1, description="train low-rank adapters of this rank in the image encoder, which stays as it is (peft)"
     )
-    lora_alpha: float = Field(16.0, gt=0, description="scale of the adapters: alpha / rank")
+    lora_alpha: int = Field(16, ge=1, description="scale of the adapters: alpha / rank")
     lora_targets: list[str] = Field(
         [], description="patterns of the encoder's layers that get adapters; default: all linear ones, or convolutions"
     )

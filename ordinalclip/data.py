@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from ordinalclip.backbones import PixelSpec
@@ -23,10 +25,15 @@ PARTS = ("train", "validation", "test")
 
 
 class ImageCache:
-    """Decoded images in memory, up to a budget in bytes; what does not fit is decoded again each time."""
+    """Decoded images of a set in memory, if all of them are likely to fit; otherwise none, and memory stays flat.
 
-    def __init__(self, budget: int):
-        self.budget, self.free = budget, budget
+    Args:
+        budget: bytes, for each process that decodes.
+        num_images: size of the set.
+    """
+
+    def __init__(self, budget: int, num_images: int):
+        self.budget, self.free, self.num_images = budget, budget, num_images
         self.images: dict[Hashable, Image.Image] = {}
 
     def get(self, key: Hashable, decode: Callable[[], Image.Image]) -> Image.Image:
@@ -35,10 +42,31 @@ class ImageCache:
             return self.images[key]
         image = decode()
         cost = image.width * image.height * 3
-        if cost <= self.free:
+        if cost <= self.free and cost * self.num_images <= self.budget:
             self.free -= cost
             self.images[key] = image
         return image
+
+
+class RowNames(Sequence[str]):
+    """What the rows of a part are called: their paths, read from the table when asked for, or "row N".
+
+    Args:
+        numbers: (N,) row of the original table, from 0.
+        paths: the table's column of paths, or None.
+    """
+
+    def __init__(self, numbers: np.ndarray, paths: pa.ChunkedArray | None = None):
+        self.numbers, self.paths = numbers, paths
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = int(self.numbers[index])
+        return f"row {number + 1}" if self.paths is None else str(self.paths[number].as_py())
 
 
 @dataclass(frozen=True)
@@ -59,11 +87,11 @@ class Part:
     rows: datasets.Dataset
     image_column: str
     values: np.ndarray
-    names: Sequence[str]
+    names: RowNames
     ranks: np.ndarray
     root: str = ""
     source: str = ""
-    cache: ImageCache = field(default_factory=lambda: ImageCache(0), compare=False, repr=False)
+    cache: ImageCache = field(default_factory=lambda: ImageCache(0, 0), compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,9 +123,9 @@ class Part:
             self,
             rows=self.rows.select(indices),
             values=self.values[indices],
-            names=[self.names[i] for i in indices],
+            names=RowNames(self.names.numbers[indices], self.names.paths),
             ranks=self.ranks[indices],
-            cache=ImageCache(self.cache.budget),
+            cache=ImageCache(self.cache.budget, len(indices)),
         )
 
 
@@ -159,8 +187,11 @@ def make_parts(raw: dict[str, datasets.Dataset], config: DataConfig, ranks: Rank
         for name, part in loose.items()
         if len(part)
     }
+    draw = seed if config.draw_seed is None else config.draw_seed
     if config.shots is not None:
-        named["train"] = few_shot(named["train"], config.shots, seed)
+        named["train"] = few_shot(named["train"], config.shots, draw)
+    if config.shift_ranks is not None:
+        named["train"] = label_shift(named["train"], config.shift_ranks, config.shift_keep, draw)
     return Parts(named["train"], named.get("validation"), named.get("test"), label_space)
 
 
@@ -169,6 +200,21 @@ def few_shot(part: Part, shots: int, seed: int) -> Part:
     rng = np.random.default_rng([seed, 1])
     chosen = [rng.permutation(np.flatnonzero(part.ranks == rank))[:shots] for rank in np.unique(part.ranks)]
     return part.select(np.sort(np.concatenate(chosen)))
+
+
+def label_shift(part: Part, num_ranks: int, keep: float, seed: int) -> Part:
+    """Of the `num_ranks` most populated ranks only a share `keep` of the rows, at least one, drawn at random.
+
+    The distribution-shift protocol of OrdinalCLIP (section 4.4), with a generator of its own.
+    """
+    rng = np.random.default_rng([seed, 2])
+    present, counts = np.unique(part.ranks, return_counts=True)
+    reduced = present[np.argsort(-counts, kind="stable")[:num_ranks]]
+    left = [np.flatnonzero(~np.isin(part.ranks, reduced))]
+    for rank in reduced:
+        members = rng.permutation(np.flatnonzero(part.ranks == rank))
+        left.append(members[: max(1, round(keep * len(members)))])
+    return part.select(np.sort(np.concatenate(left)))
 
 
 def split_rows(part: Part, config: DataConfig, seed: int) -> dict[str, np.ndarray]:
@@ -271,21 +317,44 @@ def _part(rows: datasets.Dataset, config: DataConfig, name: str, root: str) -> P
     feature = rows.features[image_column]
     if isinstance(feature, datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    labels = list(rows[label_column])
-    values = np.full(len(labels), np.nan)
-    for index, label in enumerate(labels):
-        with contextlib.suppress(TypeError, ValueError):
-            values[index] = float(label)
-        if not np.isfinite(values[index]):
-            raise ValueError(f"{where}, row {index + 1}: label {label!r} in column {label_column!r} is not a number")
-    names: Sequence[str] = [f"row {index + 1}" for index in range(len(labels))]
+    values = _numbers(rows, label_column)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        row = int(bad[0])
+        label = rows[row][label_column]
+        raise ValueError(f"{where}, row {row + 1}: label {label!r} in column {label_column!r} is not a number")
+    names = RowNames(np.arange(len(rows)))
     if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-        names = [str(path) for path in rows[image_column]]
-        missing = [n for n in names if not os.path.isfile(os.path.join(root, n))]
+        names.paths = _arrow(rows, image_column)
+        missing = _missing_files(root, names)
         if missing:
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise FileNotFoundError(
                 f"{where}: {len(missing)} of {len(names)} images do not exist under {root!r}: {shown}"
             )
-    cache = ImageCache(config.cache_mb << 20)
-    return Part(rows, image_column, values, names, np.zeros(len(labels), dtype=np.int64), root, where, cache)
+    cache = ImageCache(config.cache_mb << 20, len(rows))
+    return Part(rows, image_column, values, names, np.zeros(len(rows), dtype=np.int64), root, where, cache)
+
+
+def _arrow(rows: datasets.Dataset, column: str) -> pa.ChunkedArray:
+    """A column as it lies in the memory-mapped table."""
+    return rows.select_columns(column).with_format("arrow")[:][column]
+
+
+def _numbers(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """A column as (N,) float64; NaN for what is no number. Text that spells a number is one."""
+    try:
+        return _arrow(rows, column).cast(pa.float64()).to_numpy().copy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        values = np.full(len(rows), np.nan)
+        for index, label in enumerate(rows[column]):
+            with contextlib.suppress(TypeError, ValueError):
+                values[index] = float(label)
+        return values
+
+
+def _missing_files(root: str, names: RowNames) -> list[str]:
+    """Paths without a file; one process looks for all, since a million look-ups take seconds."""
+    if int(os.environ.get("RANK", "0")):
+        return []
+    return [name for name in names if not os.path.isfile(os.path.join(root, name))]

@@ -1,12 +1,14 @@
 """Tables, lists, hub folders and memory -> parts; splits; errors that name file and row."""
 
+from decimal import Decimal
+
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from ordinalclip.config import DataConfig, RanksConfig
-from ordinalclip.data import check_images, load_parts, make_parts
+from ordinalclip.data import ImageCache, check_images, load_parts, make_parts
 
 
 def parts_of(root, ranks=None, seed=1, **options):
@@ -145,3 +147,40 @@ def test_check_images_names_every_broken_file(image_folder):
     assert len(broken) == 2
     assert "cell1.png" in broken[0]
     assert "cell4.png" in broken[1]
+
+
+def test_label_shift_thins_the_most_populated_ranks(image_folder):
+    rows = datasets.Dataset.from_dict({"image": [None] * 100, "label": [0] * 50 + [1] * 8 + [2] * 30 + [3] * 12})
+    plain = DataConfig(shift_ranks=2, shift_keep=0.1)
+    parts = make_parts({"train": rows}, plain, RanksConfig(), seed=4)
+    assert np.bincount(parts.train.ranks).tolist() == [5, 8, 3, 12]
+    again = make_parts({"train": rows}, plain, RanksConfig(), seed=4).train
+    assert list(again.names) == list(parts.train.names)
+    other = make_parts({"train": rows}, plain.model_copy(update={"draw_seed": 5}), RanksConfig(), seed=4).train
+    assert list(other.names) != list(parts.train.names)
+
+
+def test_a_cache_that_cannot_hold_all_holds_nothing():
+    image = Image.new("RGB", (10, 10))
+    for budget, held in ((3000, 10), (2999, 0)):
+        cache = ImageCache(budget, 10)
+        for key in range(10):
+            assert cache.get(key, lambda: image) is image
+        assert len(cache.images) == held
+
+
+def test_numbers_of_any_column_type():
+    for column in (
+        [1, 2, 3],
+        [1.5, 2.0, 3.0],
+        ["1", "2.5", "3"],
+        [True, False, True],
+        [Decimal("1"), Decimal("2"), Decimal("3")],
+    ):
+        rows = datasets.Dataset.from_dict({"image": [None] * 3, "label": column})
+        train = make_parts({"train": rows}, DataConfig(), RanksConfig(), seed=0).train
+        assert train.values.tolist() == [float(value) for value in column]
+    for column, shown in ((["1", "old", "3"], "'old'"), ([1.0, None, 3.0], "None")):
+        rows = datasets.Dataset.from_dict({"image": [None] * 3, "label": column})
+        with pytest.raises(ValueError, match=f"row 2: label {shown}"):
+            make_parts({"train": rows}, DataConfig(), RanksConfig(), seed=0)

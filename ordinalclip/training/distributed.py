@@ -8,6 +8,7 @@ summed over processes and averaged by DDP, is exactly the gradient of the single
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ def make_accelerator(
 ) -> Accelerator:
     """An Accelerator; a single process may make several, one after the other, with different settings.
 
+    The process group, once there, serves all of them and is left when the process ends.
+
     Args:
         timeout: seconds after which processes give up waiting for one that is lost.
 
@@ -61,11 +64,19 @@ def make_accelerator(
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
         ],
     )
+    atexit.unregister(_leave_process_group)
+    atexit.register(_leave_process_group)
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise RuntimeError(
             f"launched as one of {os.environ['WORLD_SIZE']} processes, but Accelerate runs {accelerator.num_processes}"
         )
     return accelerator
+
+
+def _leave_process_group() -> None:
+    """Without this gloo aborts at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class _GatherWithGradient(torch.autograd.Function):

@@ -42,10 +42,9 @@ def build_model(config: RunConfig, ranks: Ranks, train: Part) -> OrdinalModel:
 
 
 def use_precision(options: TrainConfig) -> None:
-    """TensorFloat-32 on or off; off is not PyTorch's default for convolutions."""
-    kind = "tf32" if options.tf32 else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.conv.fp32_precision = kind
+    """TensorFloat-32 on or off, in convolutions too, where PyTorch's default is on."""
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    torch.backends.cudnn.allow_tf32 = options.tf32
 
 
 def prepare_model(

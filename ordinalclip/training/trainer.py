@@ -133,7 +133,8 @@ class Trainer:
         else:
             self._start_anew()
         self._finish()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return self.folder
 
     def _train(self) -> None:
