@@ -2,6 +2,8 @@
 # make test    set up, run the tests that take less than ten minutes on two cores
 # make lint    ruff and mypy
 # make bench   the measurements behind the README's figures that need no data of yours
+# make invariance   method x processes x micro-batch: the largest difference in losses and weights
+# make chaos   runs killed at random and resumed: kills, resumes, differences
 # make clean   remove environment, caches and demo runs
 
 VENV := .venv
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # without bytecode the libraries take twice as long to import
 
-.PHONY: demo test slow-test lint bench clean
+.PHONY: demo test slow-test lint bench invariance chaos clean
 .DELETE_ON_ERROR:
 
 # One installation, repeated only when pyproject.toml changes; uv when it is there, pip when not.
@@ -38,6 +40,12 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/text_tower.py
 	$(BIN)/python benchmarks/tiny_clip.py --evaluate
+
+invariance: $(VENV)/.installed
+	$(BIN)/python benchmarks/invariance.py
+
+chaos: $(VENV)/.installed
+	$(BIN)/python benchmarks/chaos.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs/compare/demo runs/demo-images .pytest_cache .ruff_cache .mypy_cache

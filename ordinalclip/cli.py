@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ordinalclip.config import describe, head_section, load_config
+from ordinalclip.training.interruption import PREEMPTED, Preempted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 1 for broken data, 2 for a wrong call."""
+    """Run a command; returns its exit status: 0, 1 for broken data, 2 for a wrong call, 75 when told to stop."""
     parser = _parser()
     arguments, more = parser.parse_known_args(argv)
     if more:  # argparse drops positional arguments that follow an option
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         return arguments.command(arguments)
+    except Preempted as stopped:
+        if _is_main_process():
+            print(f"ordinalclip: {stopped}", file=sys.stderr)
+        return PREEMPTED
     except (ValueError, FileNotFoundError, OSError) as error:
         print(f"ordinalclip: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from conftest import NOISY, log_of, losses_of
 from torch import nn
 
 from ordinalclip import OrdinalModel
+from ordinalclip.config import load_config
 from ordinalclip.heads import available_heads
 from ordinalclip.metrics import METRICS
 from ordinalclip.training import evaluate_run, train
@@ -289,3 +290,40 @@ def test_what_is_refused(quick, options, message):
         pytest.skip("this machine can do fp16")
     with pytest.raises((ValueError, FileNotFoundError), match=message.replace("*", r"\*")):
         train(quick(*options), quiet=True)
+
+
+def test_two_passes_cost_one_extra_forward_and_the_text_tower_runs_once(quick):
+    run = trainer_module.Trainer(quick("method=ordinalclip", "train.micro_batch_size=2"), quiet=True)
+    images, texts = [], []
+    run.model.encoder.tower.register_forward_hook(lambda _m, inputs, _o: images.append(len(inputs[0])))
+    run.model.head.text.register_forward_hook(lambda *_: texts.append(1))
+    run._step(next(iter(run._loader())))
+    assert images == [2] * 8  # a batch of 8, twice
+    assert texts == [1]
+
+
+def test_weighted_and_balanced_runs_differ_from_plain_ones_and_are_exact(quick, tmp_path):
+    """Weights and the balanced order are functions of data and seed: micro-batches change nothing."""
+    rare = ("data.num_train=24", "ranks.num=5", "method=l1", *EXACT)
+    curves = {}
+    for option in ("train.sampling=uniform", "train.sampling=balanced", "train.weighting=inverse"):
+        for micro in ("null", "3"):
+            options = (*rare, option, f"train.micro_batch_size={micro}", f"output_dir={tmp_path}/{len(curves)}")
+            curves[option, micro] = losses_of(train(quick(*options), quiet=True))
+        assert np.abs(curves[option, "3"] / curves[option, "null"] - 1).max() < 1e-10
+    plain = curves["train.sampling=uniform", "null"]
+    for option in ("train.sampling=balanced", "train.weighting=inverse"):
+        assert np.abs(curves[option, "null"] / plain - 1).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_bf16_answers_as_float32_on_the_demo(tmp_path):
+    """Stated tolerance: the test MAE of the demo's run moves by less than 1 of 100, its loss by less than 5 %."""
+    figures, losses = [], []
+    for precision in ("no", "bf16"):
+        options = [f"output_dir={tmp_path}/{precision}", f"train.mixed_precision={precision}"]
+        folder = train(load_config("configs/demo.yaml", options), quiet=True)
+        figures.append(json.loads((folder / "metrics.json").read_text())["test"]["mae"])
+        losses.append(losses_of(folder)[-10:].mean())
+    assert abs(figures[1] - figures[0]) < 1
+    assert abs(losses[1] / losses[0] - 1) < 0.05

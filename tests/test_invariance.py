@@ -1,0 +1,29 @@
+"""The table of `benchmarks/invariance.py`, in small, and that planted faults turn it red."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "invariance.py"
+
+
+def table(*arguments):
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_heads_on_one_to_four_processes():
+    done = table("--steps", "3", "--processes", "1", "2", "3", "4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 cells in red" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["local-loss", "local-batch-norm", "scaled-gradient"])
+def test_a_planted_fault_is_red(fault):
+    done = table("--steps", "2", "--processes", "2", "--batch-size", "16", "--methods", "ordinalclip", "--fault", fault)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "**RED**" in done.stdout
