@@ -1,5 +1,9 @@
 """Shared parts: small towers, real image files, quick run configurations."""
 
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: no test may wait for a hub
+
 import numpy as np
 import open_clip
 import pytest

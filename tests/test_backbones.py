@@ -96,7 +96,7 @@ def test_vgg16_as_in_the_paper():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("clip:RN50", "family 'clip' is unknown; choices: tiny, open_clip, timm"),
+        ("clip:RN50", "family 'clip' is unknown; choices: tiny, open_clip, hf, timm"),
         ("open_clip:RN5", "open_clip:RN5 is unknown; nearest: .*RN50"),
         ("open_clip:RN50/openia", "neither a local file nor a tag; nearest: openai"),
         ("timm:vgg61", "timm:vgg61 is unknown; nearest: .*vgg"),
