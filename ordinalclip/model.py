@@ -253,7 +253,8 @@ class OrdinalModel(PreTrainedModel):
         if form not in ("deployed", "trainable"):
             raise ValueError(f"form {form!r} is unknown; choices: deployed, trainable")
         model = self.deploy() if form == "deployed" else self
-        super(OrdinalModel, model).save_pretrained(save_directory, **kwargs)
+        options = {"save_original_format": False, **kwargs}  # else transformers renames the weights of its own towers
+        super(OrdinalModel, model).save_pretrained(save_directory, **options)
         self.image_processor.save_pretrained(save_directory)
         if form == "trainable" and self.tokenizer is not None:
             save_tokenizer(self.tokenizer, Path(save_directory) / TOKENIZER_FOLDER)

@@ -189,13 +189,13 @@ def test_another_input_size(spec_of, tmp_path, name, size):
 
 def test_a_size_that_a_tower_cannot_take(tmp_path):
     config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 160, "timm_model_name": "test_resnet", "timm_pool": "abs_attn", "timm_proj": ""},
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 176, "timm_model_name": "resnet10t", "timm_pool": "abs_attn", "timm_proj": ""},
         "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1},
     }
     (tmp_path / "bound.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "bound.json")
-    assert load_backbone("open_clip:bound").pixels.size == 160
+    assert load_backbone("open_clip:bound").pixels.size == 176
     with pytest.raises(ValueError, match=r"timm tower .* is bound to its input size .* got 96"):
         load_backbone("open_clip:bound", image_size=96)
 
@@ -256,9 +256,9 @@ def test_a_missing_tokenizer_is_named(spec_of, tmp_path):
     model = OrdinalModel.build(spec_of("hf:hf_siglip"), RANKS)
     model.save_pretrained(tmp_path / "saved", form="trainable")
     shutil.rmtree(tmp_path / "saved" / "tokenizer")
-    with pytest.raises(ValueError, match="no tokenizer could be loaded from .*saved/tokenizer"):
+    with pytest.raises(ValueError, match=r"no tokenizer could be loaded from .*saved/tokenizer"):
         OrdinalModel.from_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="restore the model with OrdinalModel.from_pretrained"):
+    with pytest.raises(ValueError, match=r"restore the model with OrdinalModel\.from_pretrained"):
         OrdinalModel(model.config)
     with pytest.raises(ValueError, match="SigLIP has no common vocabulary"):
         TextTower.from_transformers(AutoModel.from_pretrained(spec_of("hf:hf_siglip").partition(":")[2]))
@@ -300,13 +300,13 @@ def test_image_processors_that_cannot_be_followed(spec_of, tmp_path):
 
 def test_names_that_do_not_exist(spec_of, tmp_path):
     spec = spec_of("hf:hf_vit")
-    with pytest.raises(ValueError, match="neither a model's folder nor on the hub .*nearest: .*hf_vit"):
+    with pytest.raises(ValueError, match=r"neither a model's folder nor on the hub .*nearest: .*hf_vit"):
         load_backbone(spec + "s")
     with pytest.raises(ValueError, match=r"holds no open_clip_config\.json"):
         load_backbone(f"open_clip:{tmp_path}")
+    folder = shutil.copytree(spec_of("open_clip:open_clip_vit").partition(":")[2], tmp_path / "empty")
+    (folder / "open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds none of open_clip_model\.safetensors"):
-        folder = shutil.copytree(spec_of("open_clip:open_clip_vit").partition(":")[2], tmp_path / "empty")
-        (folder / "open_clip_model.safetensors").unlink()
         load_backbone(f"open_clip:{folder}")
 
 
@@ -319,7 +319,7 @@ def test_local_weights_of_timm(tmp_path):
     pixels = torch.randn(1, 3, 64, 64)
     assert torch.allclose(encoder(pixels), classifier.forward_head(classifier.forward_features(pixels), True))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
-    with pytest.raises(ValueError, match="cannot be built with"):
+    with pytest.raises(ValueError, match=r"wrong\.pth: the weights do not fit the model: .*Missing"):
         load_backbone(f"timm:test_resnet/{tmp_path / 'wrong.pth'}")
 
 

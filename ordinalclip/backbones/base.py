@@ -36,7 +36,8 @@ class PixelSpec:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PixelSpec:
         """From what `dataclasses.asdict` and JSON made of one."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        typed: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return cls(**typed)
 
 
 @dataclass

@@ -140,8 +140,8 @@ def _published_pixels(name: str) -> PixelSpec:
     known = side and size and (scale.get("width") in (None, side)) and (not window or window.get("width") == size)
     if not known or scale.get("longest_edge") or not processor.do_resize:
         raise ValueError(
-            f"backbone hf:{name}: image size {dict(processor.size)} (crop {window and dict(window)}) is no rule that can "
-            "be followed; allowed are a square, and a shorter side with or without a square centre crop"
+            f"backbone hf:{name}: image size {dict(processor.size)}, crop {window and dict(window)} is no rule "
+            "that can be followed; allowed are a square, and a shorter side with or without a square centre crop"
         )
     if not processor.do_rescale or abs(processor.rescale_factor * 255 - 1) > 1e-6:
         raise ValueError(f"backbone hf:{name}: pixels must be rescaled by 1 / 255, got {processor.rescale_factor}")

@@ -220,13 +220,13 @@ def _pixels(visual: Any, architecture: dict[str, Any]) -> PixelSpec:
 
 def _tokenizer(config: dict[str, Any], kind: str, source: str | Path | None) -> Any:
     """CLIP's byte-pair encoding, or open_clip's wrapper around the tokenizer files that the text tower names."""
-    import open_clip
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     text = config["text_cfg"]
     length, options = text.get("context_length", 77), text.get("tokenizer_kwargs") or {}
     if kind == "clip":
-        return open_clip.SimpleTokenizer(context_length=length, **options)
+        return SimpleTokenizer(context_length=length, **options)
     found = load_tokenizer(source, f"open_clip:{text.get('hf_tokenizer_name', source)}")
     if isinstance(found, MissingTokenizer):
         return found
-    return open_clip.HFTokenizer(str(source), length, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    return HFTokenizer(str(source), length, tokenizer_mode=text.get("tokenizer_mode"), **options)

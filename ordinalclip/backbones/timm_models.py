@@ -18,26 +18,24 @@ def load(name: str, request: Request) -> Backbone:
         raise ValueError(f"backbone timm:{name} is unknown; {near_matches(name, timm.list_models())}")
     published: Any = timm.get_pretrained_cfg(name)
     data = timm.data.resolve_data_config(published.to_dict())
-    options: dict[str, Any] = {}
-    if pretrained and request.load_weights and not request.architecture:
-        options["pretrained"] = True
-        if Path(pretrained).is_file():
-            weights = read_weights(pretrained)
-            options["pretrained_cfg_overlay"] = {"state_dict": weights.get("state_dict", weights)}
-        elif pretrained != "pretrained":
-            raise ValueError(
-                f"backbone timm:{name}/{pretrained}: no such file; write timm:{name} (random), timm:{name}/pretrained "
-                f"or timm:{name}/FILE"
-            )
+    wanted = bool(pretrained) and request.load_weights and not request.architecture
+    file = Path(pretrained) if wanted and pretrained != "pretrained" else None
+    if file is not None and not file.is_file():
+        raise ValueError(
+            f"backbone timm:{name}/{pretrained}: no such file; write timm:{name} (random), timm:{name}/pretrained "
+            f"or timm:{name}/FILE"
+        )
     image_size = request.image_size or request.architecture.get("image_size")
     size = image_size or data["input_size"][1]
+    options: dict[str, Any] = {"pretrained": wanted and file is None}
     if image_size is not None and published.fixed_input_size:  # its position embeddings depend on the size
         options["img_size"] = size
     try:
         encoder: Any = timm.create_model(name, num_classes=0, **options)
-    except (AssertionError, TypeError, RuntimeError) as error:
-        what = f"{pretrained}, input size {size}" if pretrained else f"input size {size}"
-        raise ValueError(f"backbone timm:{name} cannot be built with {what}: {error}") from error
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"backbone timm:{name} cannot be built for input size {size}: {error}") from error
+    if file is not None:
+        _load_file(encoder, file, published.classifier)
     pixels = PixelSpec(
         size,
         tuple(data["mean"]),
@@ -48,3 +46,16 @@ def load(name: str, request: Request) -> Backbone:
     )
     output_dim = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     return Backbone(encoder, output_dim, pixels, architecture={"image_size": image_size} if image_size else {})
+
+
+def _load_file(encoder: Any, file: Path, classifier: str | tuple[str, ...]) -> None:
+    """Weights of the same timm model, with or without its classifier."""
+    state = read_weights(file)
+    state = state.get("state_dict", state)
+    drop = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
+    try:
+        encoder.load_state_dict({key: tensor for key, tensor in state.items() if not key.startswith(drop)})
+    except RuntimeError as error:  # torch lists every tensor that does not fit
+        raise ValueError(
+            f"{file}: the weights do not fit the model: {' '.join(str(error).splitlines()[:2])}"
+        ) from error
