@@ -100,7 +100,7 @@ def test_vgg16_as_in_the_paper():
         ("open_clip:RN5", "open_clip:RN5 is unknown; nearest: .*RN50"),
         ("open_clip:RN50/openia", "neither a local file nor a tag; nearest: openai"),
         ("timm:vgg61", "timm:vgg61 is unknown; nearest: .*vgg"),
-        ("timm:vgg16/imagenet", "write timm:vgg16 .* or timm:vgg16/pretrained"),
+        ("timm:vgg16/imagenet", "write timm:vgg16 .*, timm:vgg16/pretrained or timm:vgg16/FILE"),
         ("tiny:small", "'tiny' takes no name"),
     ],
 )

@@ -65,7 +65,7 @@ def _load_named(name: str, request: Request) -> Backbone:
     config = open_clip.get_model_config(name)
     if config is None:
         raise ValueError(
-            f"backbone open_clip:{name}{'/' if pretrained else ''}{pretrained} is unknown, as a name and as a folder; "
+            f"backbone open_clip:{name}{'/' if pretrained else ''}{pretrained} is unknown; "
             + near_matches(name, open_clip.list_models())
         )
     architecture: dict[str, Any] = {"model_cfg": config}
