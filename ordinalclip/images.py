@@ -92,9 +92,9 @@ def _array_to_pil(array: np.ndarray) -> Image.Image:
 def resize(image: Image.Image, spec: PixelSpec, size: int | None = None) -> Image.Image:
     """Scale an RGB image so that its shorter side ("shortest") or both sides ("squash") have `size` pixels.
 
-    Default: the encoder's input size times its `crop_ratio`, from which the centre is then cut out.
+    Default: the encoder's own `scaled_size`, from which the centre is then cut out.
     """
-    size = size or round(spec.size * spec.crop_ratio)
+    size = size or spec.scaled_size
     width, height = image.size
     if spec.resize == "squash":
         target = (size, size)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ordinalclip.backbones import PixelSpec
 from ordinalclip.config import DataConfig, RanksConfig
 from ordinalclip.data import check_images, load_parts, make_parts
 
@@ -145,3 +146,11 @@ def test_check_images_names_every_broken_file(image_folder):
     assert len(broken) == 2
     assert "cell1.png" in broken[0]
     assert "cell4.png" in broken[1]
+
+
+def test_the_cache_keeps_sizes_apart(quick):
+    """The training part is also evaluated, at a size of the encoder's own."""
+    config = quick()
+    part = load_parts(config.data, config.ranks, config.seed).train
+    spec = PixelSpec(16, (0, 0, 0), (1, 1, 1), crop_ratio=1.25)
+    assert [part.resized(0, spec, size).size for size in (16, None, 16, 20)] == [(16, 16), (20, 20), (16, 16), (20, 20)]

@@ -187,6 +187,39 @@ def test_another_input_size(spec_of, tmp_path, name, size):
     assert features.shape == others.shape
 
 
+def test_interpolated_position_embeddings_keep_their_grid(spec_of):
+    """A picture's first token stays, the grid keeps its mean, and the text tower is not touched."""
+    own, larger = (load_backbone(spec_of("open_clip:open_clip_vit"), image_size=size) for size in (None, 64))
+    embeddings = own.encoder.positional_embedding, larger.encoder.positional_embedding
+    assert [len(embedding) for embedding in embeddings] == [1 + 4, 1 + 16]
+    assert torch.equal(embeddings[0][0], embeddings[1][0])
+    assert torch.allclose(embeddings[0][1:].mean(0), embeddings[1][1:].mean(0), atol=1e-5)
+    assert torch.equal(own.text(TEXTS), larger.text(TEXTS))
+
+
+def test_open_clip_with_a_text_tower_of_another_make(spec_of, tmp_path, caplog):
+    """RoBERTa and the like: the image tower alone, with a word about it, at any size, and back without the hub."""
+    folder = shutil.copytree(spec_of("open_clip:open_clip_custom").partition(":")[2], tmp_path / "roberta")
+    content = json.loads((folder / "open_clip_config.json").read_text())
+    content["model_cfg"]["text_cfg"] = {"hf_model_name": "nobody/roberta", "hf_tokenizer_name": "nobody/roberta"}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    backbone = load_backbone(f"open_clip:{folder}")
+    assert backbone.text is None
+    assert "nobody/roberta is not supported" in caplog.text
+    pixels = torch.randn(1, 3, 32, 32)
+    whole = load_backbone(spec_of("open_clip:open_clip_custom"))
+    assert torch.equal(backbone.encoder.eval()(pixels), whole.encoder.eval()(pixels))
+    model = built(f"open_clip:{folder}", method="l1", image_size=48)
+    model.save_pretrained(tmp_path / "saved", form="trainable")
+    loaded = OrdinalModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.encoder(torch.ones(1, 3, 48, 48)), model.encoder(torch.ones(1, 3, 48, 48)))
+
+
+def test_coca_is_refused():
+    with pytest.raises(ValueError, match="open_clip:coca_ViT-B-32 is a CoCa"):
+        load_backbone("open_clip:coca_ViT-B-32")
+
+
 def test_a_size_that_a_tower_cannot_take(tmp_path):
     config = {
         "embed_dim": 64,

@@ -33,6 +33,11 @@ class PixelSpec:
     resize: str = "shortest"
     crop_ratio: float = 1.0
 
+    @property
+    def scaled_size(self) -> int:
+        """The side that pictures are scaled to before the centre is cut out."""
+        return round(self.size * self.crop_ratio)
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PixelSpec:
         """From what `dataclasses.asdict` and JSON made of one."""

@@ -16,7 +16,7 @@ from torch import nn
 from ordinalclip.backbones.base import Backbone, PixelSpec, Request, near_matches
 from ordinalclip.text import TextTower
 from ordinalclip.tokenization import MissingTokenizer, load_tokenizer
-from ordinalclip.weights import is_torchscript
+from ordinalclip.weights import is_torchscript, read_weights
 
 logger = logging.getLogger(__name__)
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny-clip"
@@ -48,6 +48,7 @@ def _load_folder(folder: Path, request: Request) -> Backbone:
     content = json.loads(file.read_text(encoding="utf-8"))
     if "model_cfg" not in content:
         raise ValueError(f"{file}: no model_cfg in it")
+    _refuse_coca(f"open_clip:{folder}", content["model_cfg"])
     architecture = {key: content[key] for key in ("model_cfg", "preprocess_cfg") if key in content}
     model = _build(architecture)
     if request.load_weights:
@@ -68,6 +69,7 @@ def _load_named(name: str, request: Request) -> Backbone:
             f"backbone open_clip:{name}{'/' if pretrained else ''}{pretrained} is unknown; "
             + near_matches(name, open_clip.list_models())
         )
+    _refuse_coca(f"open_clip:{name}", config)
     architecture: dict[str, Any] = {"model_cfg": config}
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pixels := _common_pixels([open_clip.get_pretrained_cfg(name, tag) for tag in tags]):
@@ -93,13 +95,18 @@ def _load_named(name: str, request: Request) -> Backbone:
     return _from_model(*_at_size(model, request, architecture), request)
 
 
+def _refuse_coca(spec: str, config: dict[str, Any]) -> None:
+    if "multimodal_cfg" in config:
+        raise ValueError(f"backbone {spec} is a CoCa, whose image tower gives tokens for a decoder; not supported")
+
+
 def _common_pixels(tags: list[dict[str, Any]]) -> dict[str, Any]:
     """The pixel statistics and resize rule of a model's published weights, as far as all of them agree."""
     keys = ("mean", "std", "interpolation", "resize_mode")
     return {key: tags[0][key] for key in keys if tags and all(tag.get(key) == tags[0].get(key, ()) for tag in tags)}
 
 
-def _load_weights(model: nn.Module, file: Path) -> None:
+def _load_weights(model: Any, file: Path) -> None:
     """Any layout of weights that open_clip reads; position embeddings are fitted to the model's size."""
     from open_clip import load_checkpoint
 
@@ -108,10 +115,21 @@ def _load_weights(model: nn.Module, file: Path) -> None:
             f"{file} is a TorchScript archive; turn it into a folder first: ordinalclip convert {file} OUT"
         )
     try:
-        load_checkpoint(model, str(file))
+        if model.text_is_stub:
+            _fill_visual(model, read_weights(file))
+        else:
+            load_checkpoint(model, str(file))
     except RuntimeError as error:  # torch lists every tensor that does not fit
         lines = str(error).splitlines()
         raise ValueError(f"{file}: the weights do not fit the model: {' '.join(lines[:2])}") from error
+
+
+def _fill_visual(model: Any, state: dict[str, Any]) -> None:
+    """For text towers that are not built: the image tower and the temperature alone."""
+    state = state.get("state_dict", state)
+    prefix = "visual."
+    model.visual.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    model.logit_scale.data.copy_(state["logit_scale"])
 
 
 def _build(architecture: dict[str, Any], with_text: bool = True) -> Any:
@@ -119,14 +137,13 @@ def _build(architecture: dict[str, Any], with_text: bool = True) -> Any:
     import open_clip
 
     config = deepcopy(architecture["model_cfg"])
-    if "multimodal_cfg" in config:
-        raise ValueError("CoCa models are not supported: their image tower gives tokens for a decoder")
     foreign_text = "hf_model_name" in config["text_cfg"]
     custom = config.pop("custom_text", False) or foreign_text
     if not with_text or foreign_text:
         config["text_cfg"] = NO_TEXT
     config["vision_cfg"].pop("timm_model_pretrained", None)
     model: Any = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    model.text_is_stub = config["text_cfg"] is NO_TEXT
     if "timm_size" in architecture:
         _resize_timm(model.visual, architecture["timm_size"])
     return model
@@ -150,9 +167,9 @@ def _at_size(model: Any, request: Request, architecture: dict[str, Any] | None =
         architecture["timm_size"] = size
         _resize_timm(model.visual, size)
         return model, architecture
-    resized = _build(architecture)
-    state, expected = model.state_dict(), resized.state_dict()
-    for key in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):  # ViT, ResNet
+    resized = _build(architecture, with_text=False).visual
+    state, expected = model.visual.state_dict(), resized.state_dict()
+    for key in ("positional_embedding", "attnpool.positional_embedding"):  # ViT, ResNet
         if key in state:
             first, grid = state[key][:1], state[key][1:]
             old, new = math.isqrt(len(grid)), math.isqrt(len(expected[key]) - 1)
@@ -160,7 +177,8 @@ def _at_size(model: Any, request: Request, architecture: dict[str, Any] | None =
             grid = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
             state[key] = torch.cat([first, grid.flatten(2)[0].T])
     resized.load_state_dict(state)
-    return resized, architecture
+    model.visual = resized
+    return model, architecture
 
 
 def _resize_timm(visual: Any, size: int) -> None:
