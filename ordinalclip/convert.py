@@ -6,7 +6,8 @@
 The second needs what the checkpoint does not hold: the CLIP it started from (its frozen token embeddings), the ranks,
 and, where they are not the defaults, head.interpolation and head.rank_position. The number of base ranks, of context
 tokens and of tokens per rank follow from the shapes. An image encoder of another make (torchvision VGG and ResNet) is
-named as model.backbone=timm:vgg16 with model.text=open_clip:clip.
+named as model.backbone=timm:vgg16 with model.text=open_clip:clip. Files of open_clip's own training look like OpenAI's
+but have another activation; they need no conversion: open_clip:NAME/FILE.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ordinalclip.weights import read_weights
 
 # How the published configuration (configs/default.yaml of xk-huang/OrdinalCLIP) prepares its pictures.
 PUBLISHED_PIXELS = PixelSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", "squash", 256 / 224)
-LEARNER = "module.prompt_learner."
+LEARNER, TEXT = "module.prompt_learner.", "module.text_encoder."
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI keeps among the weights
 
 
@@ -125,6 +126,9 @@ def read_ordinalclip(file: str | Path, state: Mapping[str, Tensor], config: RunC
     Raises:
         ValueError: what the checkpoint holds does not fit the configuration.
     """
+    for key in (f"{LEARNER}rank_embeds", f"{TEXT}positional_embedding", f"{TEXT}text_projection", "module.logit_scale"):
+        if key not in state:
+            raise ValueError(f"{file}: lacks {key}, which OrdinalCLIP's checkpoints hold")
     context, rank = state[f"{LEARNER}context_embeds"], state[f"{LEARNER}rank_embeds"]
     ranks = config.ranks.build(range(len(rank))) if config.method == "coop" else _ranks(file, config)
     head = {
@@ -151,14 +155,14 @@ def read_ordinalclip(file: str | Path, state: Mapping[str, Tensor], config: RunC
     )
     size = model.config.pixel_spec.size
     model.config.pixels = asdict(replace(PUBLISHED_PIXELS, size=size))
-    encoder, projection = _image_encoder(_below(state, "module.image_encoder."))
+    encoder, projection = _image_encoder(file, _below(state, "module.image_encoder."))
     if model.config.shared_space == (projection is not None):
         found = "a CLIP" if projection is None else "a torchvision model"
         raise ValueError(
             f"{file}: the image encoder is {found}, model.backbone={config.model.backbone} is not; "
             "set model.backbone to what it is (open_clip:..., or timm:vgg16 with model.text=open_clip:...)"
         )
-    text = _below(state, "module.text_encoder.")
+    text = _below(state, TEXT)
     parts = {
         "encoder.tower": encoder,
         "head.text.blocks": _below(text, "transformer."),
@@ -186,11 +190,13 @@ def _ranks(file: str | Path, config: RunConfig) -> Ranks:
     return config.ranks.build(())
 
 
-def _image_encoder(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+def _image_encoder(file: str | Path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
     """The weights for our tower, and the last linear layer of torchvision's models, which projects to CLIP's space.
 
     timm writes VGG's first two linear layers as convolutions on the 7 x 7 map.
     """
+    if "classifier.1.weight" in state:
+        raise ValueError(f"{file}: the image encoder is an AlexNet, which timm does not have; not converted")
     if "classifier.6.weight" in state:
         renamed = {key: tensor for key, tensor in state.items() if key.startswith("features.")}
         for old, new, shape in (("0", "fc1", (-1, 512, 7, 7)), ("3", "fc2", (-1, 4096, 1, 1))):

@@ -241,6 +241,11 @@ def test_what_is_refused(tmp_path, clip, clip_folder, capsys):
     (tmp_path / "text.pt").write_text("no weights")
     context, bases = torch.randn(5, 64), torch.randn(3, 1, 64)
     lightning(tmp_path / "best.ckpt", clip.visual, clip, context, bases)
+    alexnet = torch.nn.ModuleDict({"classifier": torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2))})
+    lightning(tmp_path / "alex.ckpt", alexnet, clip, context, bases)
+    half = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    del half["state_dict"]["module.logit_scale"]
+    torch.save(half, tmp_path / "half.ckpt")
     lightning(tmp_path / "narrow.ckpt", clip.visual, clip, context[:, :32], bases)
     lightning(tmp_path / "deep.ckpt", openai_clip(resnet=True).visual, clip, context, bases)
     backbone = f"model.backbone=open_clip:{clip_folder}"
@@ -255,6 +260,8 @@ def test_what_is_refused(tmp_path, clip, clip_folder, capsys):
         ("best.ckpt", (backbone, *RANKS, "method=l1"), "method must be ordinalclip or coop, got 'l1'"),
         ("best.ckpt", (backbone, "method=coop", *RANKS), "head.learner.rank_embeddings is (3, 1, 64), the configured"),
         ("narrow.ckpt", (backbone, *RANKS), "head.learner.context is (5, 32), the configured model has (5, 64)"),
+        ("alex.ckpt", (backbone, *RANKS), "the image encoder is an AlexNet"),
+        ("half.ckpt", (backbone, *RANKS), "lacks module.logit_scale"),
         ("deep.ckpt", (backbone, *RANKS), "is model.backbone the right one?"),
     ):
         assert main(["convert", str(tmp_path / name), str(tmp_path / "out"), *options]) == 2, name

@@ -12,11 +12,11 @@ import pytest
 import timm
 import torch
 import transformers
-from families import FAMILIES, WITH_TEXT, make_family, word_tokenizer
+from families import FAMILIES, WITH_TEXT, WORDS, make_family, word_tokenizer
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, pipeline
 
-from ordinalclip import OrdinalModel, Ranks, TextTower
+from ordinalclip import OrdinalModel, Ranks, TextTower, tokenization
 from ordinalclip.backbones import load_backbone
 from ordinalclip.config import load_config
 from ordinalclip.images import prepare
@@ -150,6 +150,17 @@ def test_the_libraries_own_text_features(spec_of, name):
     expected = getattr(expected, "pooler_output", expected)
     assert torch.allclose(features, expected, atol=1e-5)
     assert (features[0] - features[1]).norm() > 1e-3
+
+
+def test_tokenizers_with_habits_of_their_own(spec_of):
+    """SigLIP's drops full stops and capitals, which every prompt ends with; SigLIP 2's has a start that is not used."""
+    tower = load_backbone(spec_of("open_clip:open_clip_siglip")).text
+    assert tower.token_ids("An age of 7.") == [WORDS.index(word) for word in ("an", "age", "of", "7")]
+    assert tower.full_stop == WORDS.index(".")
+    assert (tower.start_token, tower.end_token, tower.padding_token) == (None, 1, 0)
+    assert tokenization.start_token(word_tokenizer(bos_token="a")) is None
+    model = built(spec_of("open_clip:open_clip_siglip"))
+    assert torch.equal(model.head.learner.special[1], tower.token_embedding.weight[WORDS.index(".")])
 
 
 def test_prompts_through_transformers_clip_are_packed(spec_of):
@@ -311,6 +322,7 @@ def test_zero_shot_comes_back_with_its_tokenizer(spec_of, tmp_path):
         (lambda: transformers.Siglip2Config(), "NaFlex"),
         (lambda: transformers.BertConfig(), "is a 'bert'; supported are CLIP, SigLIP"),
         (lambda: transformers.CLIPSegConfig(), "is a 'clipseg'; supported are CLIP, SigLIP"),
+        (lambda: transformers.ViTMAEConfig(), "hides patches at random"),
         (lambda: transformers.ViTConfig(), "no image processor there"),
     ],
 )

@@ -112,9 +112,12 @@ def _check_type(name: str, config: Any) -> None:
         )
     if type(config) not in MODEL_MAPPING:
         raise ValueError(f"backbone hf:{name} is a {kind!r}, which AutoModel cannot build; {allowed}")
-    names = inspect.signature(MODEL_MAPPING[type(config)].forward).parameters
+    found = MODEL_MAPPING[type(config)]
+    names = inspect.signature((found[0] if isinstance(found, tuple) else found).forward).parameters
     if kind not in DUAL and ("pixel_values" not in names or "input_ids" in names):
         raise ValueError(f"backbone hf:{name} is a {kind!r}; {allowed}")
+    if hasattr(config, "mask_ratio"):
+        raise ValueError(f"backbone hf:{name} is a {kind!r}, which hides patches at random; {allowed}")
 
 
 def _published_pixels(name: str) -> PixelSpec:
@@ -132,7 +135,8 @@ def _published_pixels(name: str) -> PixelSpec:
             f"backbone hf:{name}: no image processor there (preprocessor_config.json), so its pixel statistics and "
             "input size are not known"
         ) from error
-    scale, window = processor.size, getattr(processor, "crop_size", None) if processor.do_center_crop else None
+    crops = getattr(processor, "do_center_crop", False)
+    scale, window = processor.size, processor.crop_size if crops else None
     crop_share = getattr(processor, "crop_pct", None)
     side = scale.get("shortest_edge") or scale.get("height")
     squash = not scale.get("shortest_edge")
