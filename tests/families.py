@@ -129,7 +129,8 @@ FAMILIES = {
         open_clip_siglip,
     )
 }
-WITH_TEXT = [name for name in FAMILIES if name.endswith(("clip", "open_clip_vit", "open_clip_custom"))]
+WITH_TEXT = [f"hf:{label}" for label in ("hf_clip", "hf_siglip")]
+WITH_TEXT += [name for name in FAMILIES if name.startswith("open_clip")]
 
 
 def make_family(name: str, folder: Path) -> str:

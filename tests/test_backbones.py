@@ -87,12 +87,6 @@ def test_another_input_size(spec, tmp_path):
         assert torch.allclose(own[1:].mean(0), larger[1:].mean(0), atol=0.02)
 
 
-@pytest.mark.slow
-def test_vgg16_as_in_the_paper():
-    model = OrdinalModel.build("timm:vgg16", Ranks.linear(16, 77, 62), text="tiny")
-    assert model(torch.randn(2, 3, 224, 224)).value.shape == (2,)
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

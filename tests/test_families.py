@@ -45,7 +45,7 @@ def spec_of(folders):
 
 
 def built(spec, **options):
-    text = "" if spec.partition(":")[2].endswith(("clip", "open_clip_vit", "open_clip_custom")) else "tiny"
+    text = "" if spec.startswith("open_clip") or spec.endswith(("clip", "siglip")) else "tiny"
     torch.manual_seed(1)
     return OrdinalModel.build(spec, RANKS, text=text, **options).eval()
 
