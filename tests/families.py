@@ -22,12 +22,20 @@ def word_tokenizer(**special):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
+def clip_tokenizer():
+    """CLIP's byte-pair encoding as transformers has it, out of open_clip's copy of the vocabulary."""
+    own = open_clip.SimpleTokenizer()
+    vocabulary = {word: number for word, number in own.encoder.items() if number < 49406}
+    vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=sorted(own.bpe_ranks, key=own.bpe_ranks.get))
+
+
 def hf_clip(folder):
     config = transformers.CLIPConfig(
         text_config={**LAYERS, "vocab_size": 49408}, vision_config={**LAYERS, **SQUARE}, projection_dim=16
     )
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    _save(folder, transformers.CLIPModel(config), transformers.CLIPImageProcessor(**size))
+    _save(folder, transformers.CLIPModel(config), transformers.CLIPImageProcessor(**size), clip_tokenizer())
 
 
 def hf_siglip(folder):

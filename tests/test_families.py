@@ -81,6 +81,7 @@ def test_saved_models_come_back_offline(spec_of, tmp_path, name):
     assert torch.equal(trainable(pixels, labels).loss, before.loss)
     assert torch.allclose(deployed(pixels).probabilities, before.probabilities, atol=1e-5)
     assert not [key for key in deployed.state_dict() if "text" in key]
+    assert not (tmp_path / "deployed" / "tokenizer").exists()
     assert trainable.head.text.token_ids("an age") == model.head.text.token_ids("an age")
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
@@ -306,6 +307,20 @@ def test_a_missing_tokenizer_is_named(spec_of, tmp_path):
         OrdinalModel(model.config)
     with pytest.raises(ValueError, match="SigLIP has no common vocabulary"):
         TextTower.from_transformers(AutoModel.from_pretrained(spec_of("hf:hf_siglip").partition(":")[2]))
+
+
+def test_a_clip_without_tokenizer_files_takes_the_common_one(spec_of, tmp_path):
+    spec = spec_of("hf:hf_clip")
+    folder = shutil.copytree(spec.partition(":")[2], tmp_path / "clip")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    own, common = load_backbone(spec), load_backbone(f"hf:{folder}")
+    assert (own.architecture["tokenizer"], common.architecture["tokenizer"]) == ("files", "clip")
+    for text in ("The person is 42 years old.", "a photo of a café, aged 7", ""):
+        assert own.text.token_ids(text) == common.text.token_ids(text)
+    for tower in (own.text, common.text):
+        assert (tower.start_token, tower.end_token, tower.full_stop) == (49406, 49407, 269)
+    assert torch.equal(own.text(TEXTS), common.text(TEXTS))
 
 
 def test_zero_shot_comes_back_with_its_tokenizer(spec_of, tmp_path):
