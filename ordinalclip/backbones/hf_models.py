@@ -77,7 +77,8 @@ def load(name: str, request: Request) -> Backbone:
         own = (config.vision_config.hidden_size, config.projection_dim)
         projection = getattr(model, "visual_projection", None) or nn.Linear(*own, bias=False)
     encoder = PooledVision(_without_foreign_drop_path(vision), projection, _size_options(vision, pixels.size))
-    architecture = {"config": config.to_dict(), "pixels": asdict(pixels), "pooler": pooler}
+    fields = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    architecture = {"config": fields, "pixels": asdict(pixels), "pooler": pooler}
     backbone = Backbone(encoder.eval(), _probe(name, encoder, pixels.size), pixels, architecture=architecture)
     if dual and request.with_text:
         tokenizer, architecture["tokenizer"] = _tokenizer(name, config, request)

@@ -77,7 +77,7 @@ def _load_named(name: str, request: Request) -> Backbone:
     if not pretrained and request.load_weights:
         logger.warning("open_clip:%s is built with RANDOM weights; name a tag or file: open_clip:%s/TAG", name, name)
     if not (pretrained and request.load_weights):
-        return _from_model(*_at_size(_build(architecture), request, architecture), request)
+        return _from_model(*_at_size(_build(architecture, request.with_text), request, architecture), request)
     if Path(pretrained).is_file():
         model = _build(architecture)
         _load_weights(model, Path(pretrained))
