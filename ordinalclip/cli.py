@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, check-data, compare, make-gauges."""
+"""The command line: train, evaluate, predict, check-data, compare, make-gauges, convert."""
 
 from __future__ import annotations
 
@@ -83,6 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--num", type=int, default=10, help="number of pictures (default 10)")
     command.add_argument("--seed", type=int, default=0, help="seed (default 0)")
     command.add_argument("--size", type=int, default=64, help="side in pixels (default 64)")
+    command = add(
+        "convert", _convert, "Turn an original OrdinalCLIP or OpenAI CLIP checkpoint into a folder.", _convert_help()
+    )
+    command.add_argument("file", help="checkpoint (.ckpt, .pt, .safetensors); only tensors are read, no code is run")
+    command.add_argument("out", help="folder to write")
+    command.add_argument("overrides", **overrides)
+    command.add_argument(
+        "--form", default="deployed", choices=("deployed", "trainable"), help="of an OrdinalCLIP model"
+    )
     return parser
 
 
@@ -100,6 +109,12 @@ def _compare_help() -> str:
     from ordinalclip import compare
 
     return (compare.__doc__ or "").partition("\n\n")[2]
+
+
+def _convert_help() -> str:
+    from ordinalclip import convert
+
+    return (convert.__doc__ or "").partition("\n\n")[2]
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -188,6 +203,14 @@ def _make_gauges(arguments: argparse.Namespace) -> int:
         lines.append(f"{name},{row['value']:.2f}")
     (folder / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{arguments.num} pictures and labels.csv in {folder}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from ordinalclip.convert import convert
+
+    config = load_config(None, arguments.overrides)
+    print(convert(arguments.file, arguments.out, config, arguments.form))
     return 0
 
 

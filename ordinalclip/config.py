@@ -135,7 +135,11 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    backbone: str = Field("tiny", description="image encoder: tiny, open_clip:NAME/PRETRAINED, timm:NAME[/pretrained]")
+    backbone: str = Field(
+        "tiny",
+        description="image encoder: tiny, open_clip:NAME[/TAG-or-FILE], open_clip:FOLDER, hf:NAME-or-FOLDER, "
+        "timm:NAME[/pretrained-or-FILE]",
+    )
     text: str = Field("", description="text tower, as a backbone spec; default: that of the backbone")
     image_size: int | None = Field(None, ge=16, description="input size in pixels; default: the backbone's own")
     load_weights: bool = Field(

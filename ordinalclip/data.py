@@ -113,7 +113,7 @@ class Part:
 
     def resized(self, index: int, spec: PixelSpec, size: int | None = None) -> Image.Image:
         """The decoded image, resized to `size` (default: the encoder's) and kept in the cache while there is room."""
-        key = (index, size or spec.size, spec.resize, spec.interpolation)
+        key = (index, size or spec.scaled_size, spec.resize, spec.interpolation)
         return self.cache.get(key, lambda: resize(self.image(index), spec, size))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Part:

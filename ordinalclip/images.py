@@ -16,11 +16,7 @@ from torch import Tensor
 
 from ordinalclip.backbones import PixelSpec
 
-INTERPOLATION = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-}
+INTERPOLATION = {kind.name.lower(): kind for kind in Image.Resampling}
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
@@ -94,8 +90,11 @@ def _array_to_pil(array: np.ndarray) -> Image.Image:
 
 
 def resize(image: Image.Image, spec: PixelSpec, size: int | None = None) -> Image.Image:
-    """Scale an RGB image so that its shorter side ("shortest") or both sides ("squash") have `size` pixels."""
-    size = size or spec.size
+    """Scale an RGB image so that its shorter side ("shortest") or both sides ("squash") have `size` pixels.
+
+    Default: the encoder's own `scaled_size`, from which the centre is then cut out.
+    """
+    size = size or spec.scaled_size
     width, height = image.size
     if spec.resize == "squash":
         target = (size, size)

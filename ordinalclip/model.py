@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import ModelOutput, cached_file
 
 from ordinalclip.backbones import Backbone, PixelSpec, load_backbone
 from ordinalclip.heads import Decoding, Head, HeadContext, Prediction, Targets, build_head
-from ordinalclip.images import load_image, prepare
+from ordinalclip.processing import OrdinalImageProcessor
 from ordinalclip.ranks import Ranks
+from ordinalclip.tokenization import save_tokenizer
 
 Form = Literal["deployed", "trainable"]
 
@@ -78,46 +79,7 @@ class OrdinalConfig(PreTrainedConfig):
         """The pixel statistics as an object."""
         if self.pixels is None:
             raise ValueError("OrdinalConfig.pixels is not set; build models with OrdinalModel.build")
-        pixels: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in self.pixels.items()}
-        return PixelSpec(**pixels)
-
-
-class OrdinalImageProcessor(BaseImageProcessor):
-    """The same decoding, resizing and normalising as in training (`ordinalclip.images.prepare`).
-
-    Takes one image or a list of paths, PIL images, arrays or bytes; gives `pixel_values` (B, 3, size, size).
-    """
-
-    model_input_names: ClassVar[list[str]] = ["pixel_values"]
-
-    def __init__(
-        self,
-        size: int = 224,
-        image_mean: list[float] | None = None,
-        image_std: list[float] | None = None,
-        interpolation: str = "bicubic",
-        resize: str = "shortest",
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        self.size = size
-        self.image_mean = list(image_mean or (0.0, 0.0, 0.0))
-        self.image_std = list(image_std or (1.0, 1.0, 1.0))
-        self.interpolation = interpolation
-        self.resize = resize
-
-    @classmethod
-    def from_spec(cls, spec: PixelSpec) -> OrdinalImageProcessor:
-        return cls(spec.size, list(spec.mean), list(spec.std), spec.interpolation, spec.resize)
-
-    def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
-        if kwargs:
-            raise ValueError(f"OrdinalImageProcessor takes no option {', '.join(kwargs)} at call time")
-        (r, g, b), (r_std, g_std, b_std) = self.image_mean, self.image_std
-        spec = PixelSpec(self.size, (r, g, b), (r_std, g_std, b_std), self.interpolation, self.resize)
-        given = list(images) if isinstance(images, list | tuple) else [images]
-        pixels = torch.stack([prepare(load_image(image, f"image {i}"), spec) for i, image in enumerate(given)])
-        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        return PixelSpec.from_dict(self.pixels)
 
 
 @dataclass
@@ -144,12 +106,17 @@ class OrdinalModel(PreTrainedModel):
     base_model_prefix = ""
     _supports_sdpa = True
 
-    def __init__(self, config: OrdinalConfig, encoder: Encoder | None = None, head: Head | None = None):
+    def __init__(
+        self,
+        config: OrdinalConfig,
+        encoder: Encoder | None = None,
+        head: Head | None = None,
+        tokenizer: Any = None,
+    ):
         super().__init__(config)
         if encoder is None or head is None:
-            image, tower = _towers(config)
-            encoder, head = Encoder(image.encoder, config.dropout, config.mirror or ()), _head(config, tower)
-        self.encoder, self.head = encoder, head
+            encoder, head, tokenizer = _rebuild(config)
+        self.encoder, self.head, self.tokenizer = encoder, head, tokenizer
         self.all_tied_weights_keys: dict[str, str] = {}
 
     @classmethod
@@ -182,7 +149,7 @@ class OrdinalModel(PreTrainedModel):
         image = load_backbone(backbone, load_weights, image_size=image_size)
         other = load_backbone(text, load_weights) if text and text != backbone else None
         if other is not None and other.text is None:
-            raise ValueError(f"model.text {text!r} has no text tower; use an open_clip spec or tiny")
+            raise ValueError(f"model.text {text!r} has no text tower; use tiny, or the CLIP of an open_clip or hf spec")
         tower = other or (image if image.text else None)
         config = OrdinalConfig(
             backbone=backbone,
@@ -202,7 +169,8 @@ class OrdinalModel(PreTrainedModel):
             dropout=dropout,
             mirror=list(mirror),
         )
-        return cls(config, Encoder(image.encoder, dropout, mirror), _head(config, tower))
+        tokenizer = tower.text.tokenizer if tower and tower.text else None
+        return cls(config, Encoder(image.encoder, dropout, mirror), _head(config, tower), tokenizer)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> OrdinalOutput:
         """Predict.
@@ -240,14 +208,20 @@ class OrdinalModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, form: Form = "deployed", **kwargs: Any) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json.
 
+        The trainable form of a model whose text tower has a tokenizer of its own (SigLIP, Hugging Face CLIP) gets
+        that tokenizer's files too, in the folder tokenizer/, and needs no hub to be restored.
+
         Args:
             form: "deployed" (image encoder and what the head needs to answer) or "trainable" (all of it).
         """
         if form not in ("deployed", "trainable"):
             raise ValueError(f"form {form!r} is unknown; choices: deployed, trainable")
         model = self.deploy() if form == "deployed" else self
-        super(OrdinalModel, model).save_pretrained(save_directory, **kwargs)
+        options = {"save_original_format": False, **kwargs}  # else transformers renames the weights of its own towers
+        super(OrdinalModel, model).save_pretrained(save_directory, **options)
         self.image_processor.save_pretrained(save_directory)
+        if form == "trainable" and self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, Path(save_directory) / TOKENIZER_FOLDER)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> OrdinalModel:
@@ -277,7 +251,7 @@ class OrdinalModel(PreTrainedModel):
         if config is None:
             config = OrdinalConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         weights = cached_file(str(pretrained_model_name_or_path), "model.safetensors", **hub)
-        model = cls(config)
+        model = cls(config, *_rebuild(config, _tokenizer_folder(str(pretrained_model_name_or_path), config, hub)))
         model.load_state_dict(load_file(str(weights)), strict=True)
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
@@ -289,6 +263,7 @@ class OrdinalModel(PreTrainedModel):
         return model.eval()
 
 
+TOKENIZER_FOLDER = "tokenizer"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -329,12 +304,31 @@ class Encoder(nn.Module):
         return torch.stack(features).mean(dim=0)
 
 
-def _towers(config: OrdinalConfig) -> tuple[Backbone, Backbone | None]:
-    """The image tower and the text tower of a configuration, or None, with random weights."""
-    image = load_backbone(config.backbone, False, config.backbone_architecture)
-    if config.text in ("", config.backbone):
-        return image, image if config.text else None
-    return image, load_backbone(config.text, False, config.text_architecture)
+def _rebuild(config: OrdinalConfig, tokenizer: Path | None = None) -> tuple[Encoder, Head, Any]:
+    """Encoder, head and the text tower's tokenizer of a configuration, with random weights.
+
+    Args:
+        tokenizer: folder of the tokenizer, for text towers whose tokenizer does not come with open_clip.
+    """
+    own = config.text == config.backbone
+    image = load_backbone(config.backbone, False, config.backbone_architecture, None, own, tokenizer)
+    tower = image if own else None
+    if config.text and not own:
+        tower = load_backbone(config.text, False, config.text_architecture, tokenizer=tokenizer)
+    text = tower.text if tower else None
+    encoder = Encoder(image.encoder, config.dropout, config.mirror or ())
+    return encoder, _head(config, tower), text.tokenizer if text else None
+
+
+def _tokenizer_folder(name: str, config: OrdinalConfig, hub: dict[str, Any]) -> Path | None:
+    """Where the tokenizer of a saved model lies; fetched from the hub if need be."""
+    if (config.text_architecture or {}).get("tokenizer") != "files":
+        return None
+    inside = Path(hub.get("subfolder") or "") / TOKENIZER_FOLDER
+    if not Path(name).is_dir():
+        options = {key: value for key, value in hub.items() if key != "subfolder"}
+        name = snapshot_download(name, allow_patterns=[f"{inside.as_posix()}/*"], **options)
+    return Path(name) / inside
 
 
 def _head(config: OrdinalConfig, tower: Backbone | None) -> Head:

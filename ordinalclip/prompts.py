@@ -112,8 +112,9 @@ class PromptLearner(nn.Module):
         with torch.no_grad():
             end = tower.end_token
             start = end if tower.start_token is None else tower.start_token
-            dot = tower.token_ids(".")[-1]  # some tokenizers put a word mark before it
-            self.register_buffer("special", tower.embed([start, dot, end, tower.padding_token]).clone().float())
+            self.register_buffer(
+                "special", tower.embed([start, tower.full_stop, end, tower.padding_token]).clone().float()
+            )
             if context is None:
                 initial = torch.randn(num_context, width) * INITIAL_STD
             else:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ordinalclip import tokenization
+
 TOKENS_PER_ROW = 256  # keeps the (L, L) mask small: 80 ranks a row with a ten-token context
 
 
@@ -109,30 +111,37 @@ class TextTower(nn.Module):
         if getattr(text, "use_pad_mask", False):
             raise ValueError(f"{type(model).__name__}: text towers that mask their padding are not supported")
         parts = (text.token_embedding, text.positional_embedding, text.transformer, text.ln_final)
-        padding = getattr(text, "pad_id", 0)
+        padding = tokenization.padding_token(tokenizer, getattr(text, "pad_id", 0))
         return _OpenClipTower(*parts, text.text_projection, tokenizer, causal, pooling == "last", padding)
 
     @classmethod
     def from_transformers(cls, model: Any, tokenizer: Any = None) -> TextTower:
-        """The text tower of a `transformers.CLIPModel` or `CLIPTextModelWithProjection`, sharing its weights.
+        """The text tower of a transformers CLIP or SigLIP, sharing its weights.
 
         Args:
-            model: the transformers model.
-            tokenizer: its tokenizer; default: CLIP's own byte-pair encoding.
+            model: `CLIPModel`, `CLIPTextModelWithProjection` or `SiglipModel`.
+            tokenizer: its tokenizer; default for CLIP: CLIP's own byte-pair encoding.
 
         Raises:
-            ValueError: the model has no CLIP text tower.
+            ValueError: the model has no such text tower, or a SigLIP comes without its tokenizer.
         """
         text: Any = getattr(model, "text_model", None)
-        if text is None or not hasattr(model, "text_projection") or not hasattr(text, "final_layer_norm"):
-            raise ValueError(f"{type(model).__name__} has no CLIP text tower (text_model with text_projection)")
+        projection = getattr(model, "text_projection", None)
+        siglip = projection is None and isinstance(getattr(text, "head", None), nn.Linear)
+        if not hasattr(text, "final_layer_norm") or (projection is None and not siglip):
+            raise ValueError(f"{type(model).__name__} has no CLIP or SigLIP text tower (text_model with a projection)")
         if tokenizer is None:
+            if siglip:
+                raise ValueError(f"{type(model).__name__}: SigLIP has no common vocabulary; give its tokenizer")
             import open_clip
 
             tokenizer = open_clip.SimpleTokenizer()
         words = text.embeddings
         parts = (words.token_embedding, words.position_embedding.weight, text.encoder, text.final_layer_norm)
-        return _TransformersTower(*parts, model.text_projection, tokenizer)
+        padding = tokenization.padding_token(tokenizer, text.config.pad_token_id or 0)
+        if siglip:
+            return _TransformersTower(*parts, text.head, tokenizer, False, True, padding)
+        return _TransformersTower(*parts, projection, tokenizer, padding_token=padding)
 
     def train(self, mode: bool = True) -> TextTower:
         return super().train(False)  # frozen: never in training mode
@@ -149,22 +158,21 @@ class TextTower(nn.Module):
     @property
     def start_token(self) -> int | None:
         """Id of [SOT]; None for tokenizers that have none (SigLIP)."""
-        return _first_attribute(self.tokenizer, "sot_token_id", "bos_token_id")
+        return tokenization.start_token(self.tokenizer)
 
     @property
     def end_token(self) -> int:
-        """Id of [EOT], the token that is read."""
-        token = _first_attribute(self.tokenizer, "eot_token_id", "eos_token_id")
-        if token is None:
-            raise ValueError(f"tokenizer {type(self.tokenizer).__name__} names no end-of-text token")
-        return token
+        """Id of [EOT], the token that CLIP's towers are read at."""
+        return tokenization.end_token(self.tokenizer)
+
+    @property
+    def full_stop(self) -> int:
+        """Id of "."."""
+        return tokenization.full_stop(self.tokenizer)
 
     def token_ids(self, text: str) -> list[int]:
         """Ids of the tokens of a text, without [SOT] and [EOT]."""
-        if hasattr(self.tokenizer, "sot_token_id"):  # open_clip's SimpleTokenizer
-            return list(self.tokenizer.encode(text))
-        tokenizer = getattr(self.tokenizer, "tokenizer", self.tokenizer)  # open_clip's HFTokenizer wraps one
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tokenization.token_ids(self.tokenizer, text)
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Token embeddings of ids, without position: (..., W)."""
@@ -269,12 +277,3 @@ def _tree_mask(shared: int, size: int, count: int, like: Tensor) -> Tensor:
     branch = torch.nn.functional.pad(branch, (shared, 0), value=-1)
     visible = (branch[None, :] == branch[:, None]) | (branch[None, :] == -1)
     return torch.full(visible.shape, -torch.inf, dtype=like.dtype, device=like.device).masked_fill(visible.tril(), 0.0)
-
-
-def _first_attribute(owner: Any, *names: str) -> int | None:
-    for candidate in (owner, getattr(owner, "tokenizer", None)):
-        for name in names:
-            token = getattr(candidate, name, None)
-            if token is not None:
-                return int(token)
-    return None

@@ -1,7 +1,10 @@
 """Shared parts: small towers, real image files, quick run configurations."""
 
 import json
+import os
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: no test may wait for a hub
 
 import numpy as np
 import open_clip

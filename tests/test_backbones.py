@@ -87,20 +87,14 @@ def test_another_input_size(spec, tmp_path):
         assert torch.allclose(own[1:].mean(0), larger[1:].mean(0), atol=0.02)
 
 
-@pytest.mark.slow
-def test_vgg16_as_in_the_paper():
-    model = OrdinalModel.build("timm:vgg16", Ranks.linear(16, 77, 62), text="tiny")
-    assert model(torch.randn(2, 3, 224, 224)).value.shape == (2,)
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("clip:RN50", "family 'clip' is unknown; choices: tiny, open_clip, timm"),
+        ("clip:RN50", "family 'clip' is unknown; choices: tiny, open_clip, hf, timm"),
         ("open_clip:RN5", "open_clip:RN5 is unknown; nearest: .*RN50"),
         ("open_clip:RN50/openia", "neither a local file nor a tag; nearest: openai"),
         ("timm:vgg61", "timm:vgg61 is unknown; nearest: .*vgg"),
-        ("timm:vgg16/imagenet", "write timm:vgg16 .* or timm:vgg16/pretrained"),
+        ("timm:vgg16/imagenet", "write timm:vgg16 .*, timm:vgg16/pretrained or timm:vgg16/FILE"),
         ("tiny:small", "'tiny' takes no name"),
     ],
 )

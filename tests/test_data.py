@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ordinalclip.backbones import PixelSpec
 from ordinalclip.config import DataConfig, RanksConfig
 from ordinalclip.data import ImageCache, check_images, load_parts, make_parts
 
@@ -184,3 +185,11 @@ def test_numbers_of_any_column_type():
         rows = datasets.Dataset.from_dict({"image": [None] * 3, "label": column})
         with pytest.raises(ValueError, match=f"row 2: label {shown}"):
             make_parts({"train": rows}, DataConfig(), RanksConfig(), seed=0)
+
+
+def test_the_cache_keeps_sizes_apart(quick):
+    """The training part is also evaluated, at a size of the encoder's own."""
+    config = quick()
+    part = load_parts(config.data, config.ranks, config.seed).train
+    spec = PixelSpec(16, (0, 0, 0), (1, 1, 1), crop_ratio=1.25)
+    assert [part.resized(0, spec, size).size for size in (16, None, 16, 20)] == [(16, 16), (20, 20), (16, 16), (20, 20)]

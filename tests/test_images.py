@@ -1,11 +1,14 @@
 """Real files of every kind become the right RGB picture, or an error that names them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from ordinalclip.backbones import PixelSpec
-from ordinalclip.images import Augmentation, BrokenImageError, crop, find_images, load_image, prepare, resize
+from ordinalclip.images import Augmentation, BrokenImageError, crop, find_images, load_image, normalise, prepare, resize
 
 SPEC = PixelSpec(16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
@@ -94,6 +97,16 @@ def test_prepare_is_resize_centre_crop_normalise():
     expected = (expected - np.array(SPEC.mean)) / np.array(SPEC.std)
     assert np.allclose(pixels.numpy(), expected.transpose(2, 0, 1), atol=1e-6)
     assert resize(picture(), PixelSpec(16, SPEC.mean, SPEC.std, resize="squash")).size == (16, 16)
+
+
+def test_the_centre_of_a_larger_picture():
+    """`crop_ratio`: scaled to 20 pixels, of which 16 in the middle remain."""
+    spec = replace(SPEC, crop_ratio=20 / 16)
+    scaled = picture((60, 30)).resize((40, 20), Image.Resampling.BICUBIC)
+    assert torch.equal(prepare(picture((60, 30)), spec), normalise(scaled.crop((12, 2, 28, 18)), spec))
+    squashed = picture((60, 30)).resize((20, 20), Image.Resampling.BICUBIC)
+    spec = replace(spec, resize="squash")
+    assert torch.equal(prepare(picture((60, 30)), spec), normalise(squashed.crop((2, 2, 18, 18)), spec))
 
 
 def test_augmentation_is_a_function_of_its_generator():

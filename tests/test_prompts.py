@@ -296,5 +296,5 @@ def test_bad_options(tower, options, message):
 def test_unsupported_models_are_named():
     with pytest.raises(ValueError, match="Linear"):
         TextTower.from_open_clip(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="no CLIP text tower"):
+    with pytest.raises(ValueError, match="no CLIP or SigLIP text tower"):
         TextTower.from_transformers(torch.nn.Linear(2, 2))

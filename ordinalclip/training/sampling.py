@@ -155,8 +155,9 @@ def use_sample_noise(module: nn.Module, seed: int, first_layer: int = 0) -> list
 def inexact_dropout(module: nn.Module) -> list[str]:
     """Names of layers with dropout that `SampleNoise` does not replace: inside fused attention, or of other kinds."""
     inside = []
-    for name, child in module.named_modules():
-        probability = child.dropout if isinstance(child, nn.MultiheadAttention) else 0.0
+    for name, child in module.named_modules():  # attention modules keep the rate of their fused kernel as a number
+        rates = (getattr(child, attribute, 0.0) for attribute in ("dropout", "dropout_prob", "attention_dropout"))
+        probability = max((rate for rate in rates if isinstance(rate, float)), default=0.0)
         if getattr(child, "fused_attn", False):
             probability = getattr(getattr(child, "attn_drop", None), "p", 0.0)
         if isinstance(child, nn.modules.dropout._DropoutNd) and not isinstance(child, nn.Dropout):

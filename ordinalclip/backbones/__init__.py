@@ -1,0 +1,60 @@
+"""Backbones: from a spec string to an image encoder, its text tower and its pixel statistics.
+
+    tiny                               the small CLIP shipped with the package (64 px)
+    open_clip:NAME[/PRETRAINED]        PRETRAINED is open_clip's tag or a local file; without it: random weights
+    open_clip:FOLDER                   what open_clip's `save_for_hf` and `ordinalclip convert` write
+    hf:NAME                            folder or hub name of a transformers CLIP, SigLIP or vision model
+    timm:NAME[/PRETRAINED]             image tower only; PRETRAINED is "pretrained" or a local file
+
+Encoders without a text tower are projected to that of `model.text`. A family is a function `(name, Request) ->
+Backbone` and one line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ordinalclip.backbones import hf_models, open_clip_models, timm_models
+from ordinalclip.backbones.base import Backbone, PixelSpec, Request, near_matches
+from ordinalclip.backbones.open_clip_models import TINY_FOLDER
+
+__all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "PixelSpec", "Request", "load_backbone", "near_matches"]
+
+FAMILIES: dict[str, Callable[[str, Request], Backbone]] = {
+    "tiny": open_clip_models.load_tiny,
+    "open_clip": open_clip_models.load,
+    "hf": hf_models.load,
+    "timm": timm_models.load,
+}
+
+
+def load_backbone(
+    spec: str,
+    load_weights: bool = True,
+    architecture: dict[str, Any] | None = None,
+    image_size: int | None = None,
+    with_text: bool = True,
+    tokenizer: Path | None = None,
+) -> Backbone:
+    """Build a backbone from its spec (module docstring).
+
+    Args:
+        spec: "family:name".
+        load_weights: False builds the architecture with random weights, to be restored from a saved model.
+        architecture: a `Backbone.architecture`, so that restoring needs no file or hub.
+        image_size: another input size than the encoder's own; position embeddings are interpolated.
+        with_text: False: the text tower is not wanted.
+        tokenizer: folder of the text tower's tokenizer, when restoring one that does not come with open_clip.
+
+    Raises:
+        ValueError: an unknown family, model or weights tag (the message lists near matches), a model that cannot
+            serve as an image encoder, an input size that it cannot take.
+    """
+    family, _, name = spec.partition(":")
+    if family not in FAMILIES:
+        raise ValueError(f"backbone {spec!r}: family {family!r} is unknown; choices: {', '.join(FAMILIES)}")
+    backbone = FAMILIES[family](name, Request(load_weights, architecture or {}, image_size, with_text, tokenizer))
+    backbone.spec = spec
+    return backbone

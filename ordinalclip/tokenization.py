@@ -1,0 +1,108 @@
+"""Tokenizers of text towers: open_clip's and transformers' behind the same few functions, saved and restored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class MissingTokenizer:
+    """Stands where a tokenizer could not be found: whoever wants to tokenize gets a ValueError with the reason."""
+
+    def __init__(self, reason: str):
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copying and pickling ask for these
+            raise AttributeError(name)
+        raise ValueError(self._reason)
+
+
+def load_tokenizer(source: str | Path | None, owner: str, **options: Any) -> Any:
+    """The transformers tokenizer of a folder or hub name, or a `MissingTokenizer` that says why there is none.
+
+    Args:
+        source: folder or hub name; None where it is not known.
+        owner: whose tokenizer it is, for the message.
+        options: for `AutoTokenizer.from_pretrained`.
+    """
+    from transformers import AutoTokenizer
+
+    if source is None:
+        return MissingTokenizer(
+            f"text tower of {owner}: its tokenizer lies in the folder of the saved model; "
+            "restore the model with OrdinalModel.from_pretrained(FOLDER)"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
+    except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:  # whatever the class behind raises
+        why = str(error).strip().partition("\n")[0]
+    else:
+        if len(tokenizer) > len(tokenizer.all_special_ids):
+            return tokenizer
+        why = "no vocabulary there"  # transformers then gives an empty tokenizer without a word
+    return MissingTokenizer(f"text tower of {owner}: no tokenizer could be loaded from {source} ({why})")
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the files of a transformers tokenizer; CLIP's own byte-pair encoding, part of open_clip, needs none."""
+    if not isinstance(tokenizer, MissingTokenizer) and hasattr(inner(tokenizer), "save_pretrained"):
+        inner(tokenizer).save_pretrained(folder)
+
+
+def inner(tokenizer: Any) -> Any:
+    """The transformers tokenizer inside open_clip's wrapper, or the tokenizer itself."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of the tokens of a text, without special tokens."""
+    if hasattr(tokenizer, "sot_token_id"):  # open_clip's SimpleTokenizer
+        return list(tokenizer.encode(text))
+    if hasattr(tokenizer, "clean_fn"):  # open_clip's HFTokenizer; SigLIP's lower-cases and drops punctuation
+        text = tokenizer.clean_fn(text)
+    return list(inner(tokenizer)(text, add_special_tokens=False)["input_ids"])
+
+
+def full_stop(tokenizer: Any) -> int:
+    """Id of "."; looked up in the vocabulary where the tokenizer drops punctuation.
+
+    Raises:
+        ValueError: the vocabulary has no full stop.
+    """
+    if ids := token_ids(tokenizer, "."):
+        return ids[-1]  # some tokenizers put a word mark before it
+    token = inner(tokenizer).convert_tokens_to_ids(".")
+    if token is None or token == inner(tokenizer).unk_token_id:
+        raise ValueError(f"tokenizer {type(inner(tokenizer)).__name__} has no full stop, which every prompt ends with")
+    return token
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """Id of [SOT]; None for tokenizers that do not begin a text with one, even if they know one (SigLIP 2)."""
+    if hasattr(tokenizer, "sot_token_id"):
+        return int(tokenizer.sot_token_id)
+    tokenizer = inner(tokenizer)
+    first = list(tokenizer("")["input_ids"])[:1]
+    return first[0] if first and first[0] == tokenizer.bos_token_id != tokenizer.eos_token_id else None
+
+
+def end_token(tokenizer: Any) -> int:
+    """Id of [EOT], the token that CLIP reads.
+
+    Raises:
+        ValueError: the tokenizer names none.
+    """
+    token = getattr(tokenizer, "eot_token_id", None)
+    token = getattr(inner(tokenizer), "eos_token_id", None) if token is None else token
+    if token is None:
+        raise ValueError(f"tokenizer {type(inner(tokenizer)).__name__} names no end-of-text token")
+    return int(token)
+
+
+def padding_token(tokenizer: Any, default: int) -> int:
+    """Id of the padding, which towers without a causal mask see; `default` for tokenizers that name none."""
+    if isinstance(tokenizer, MissingTokenizer) or hasattr(tokenizer, "sot_token_id"):
+        return default
+    token = getattr(inner(tokenizer), "pad_token_id", None)
+    return default if token is None else int(token)

@@ -1,0 +1,437 @@
+"""Every family of backbones: the library's own answers, gradients, saving and serving offline, several processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+from families import FAMILIES, WITH_TEXT, WORDS, make_family, word_tokenizer
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, pipeline
+
+from ordinalclip import OrdinalModel, Ranks, TextTower, tokenization
+from ordinalclip.backbones import load_backbone
+from ordinalclip.config import load_config
+from ordinalclip.images import prepare
+from ordinalclip.training import train
+from ordinalclip.training.sampling import inexact_dropout, use_sample_noise
+
+RANKS = Ranks.linear(0, 9, 10)
+TEXTS = ["an age of 7 .", "a photo of 3 .", "age 9 ."]
+TIMM = ["timm:test_resnet", "timm:swin_tiny_patch4_window7_224"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.fixture
+def spec_of(folders):
+    def spec_of(name):
+        family, _, label = name.partition(":")
+        if family == "timm":
+            return name
+        return f"{family}:{folders / label}" if (folders / label).is_dir() else make_family(name, folders)
+
+    return spec_of
+
+
+def built(spec, **options):
+    text = "" if spec.startswith("open_clip") or spec.endswith(("clip", "siglip")) else "tiny"
+    torch.manual_seed(1)
+    return OrdinalModel.build(spec, RANKS, text=text, **options).eval()
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *TIMM])
+def test_saved_models_come_back_offline(spec_of, tmp_path, name):
+    """Both forms, after the folder that the weights came from is gone: every buffer and output; and the pipeline."""
+    spec = spec_of(name)
+    if not name.startswith("timm"):
+        source = tmp_path / spec.partition(":")[2].rpartition("/")[2]
+        shutil.copytree(spec.partition(":")[2], source)
+        spec = f"{name.partition(':')[0]}:{source}"
+    model = built(spec, head={"prompt": "an age of", "init_from_names": True})
+    size = model.config.pixel_spec.size
+    pixels, labels = torch.randn(3, 3, size, size), torch.tensor([1.0, 5.0, 8.0])
+    before = model(pixels, labels)
+    for form in ("deployed", "trainable"):
+        model.save_pretrained(tmp_path / form, form=form)
+    if not name.startswith("timm"):
+        shutil.rmtree(source)
+
+    trainable = OrdinalModel.from_pretrained(tmp_path / "trainable")
+    deployed = OrdinalModel.from_pretrained(tmp_path / "deployed")
+    for reference, loaded in ((model, trainable), (model.deploy(), deployed)):
+        buffers, expected = dict(loaded.named_buffers()), dict(reference.named_buffers())
+        assert buffers.keys() == expected.keys()
+        for key, buffer in expected.items():  # those that are not saved too
+            assert torch.equal(buffer, buffers[key]), key
+        assert [k for k, p in loaded.named_parameters() if p.requires_grad] == [
+            k for k, p in reference.named_parameters() if p.requires_grad
+        ]
+    assert torch.equal(trainable(pixels, labels).logits, before.logits)
+    assert torch.equal(trainable(pixels, labels).loss, before.loss)
+    assert torch.allclose(deployed(pixels).probabilities, before.probabilities, atol=1e-5)
+    assert not [key for key in deployed.state_dict() if "text" in key]
+    assert not (tmp_path / "deployed" / "tokenizer").exists()
+    assert trainable.head.text.token_ids("an age") == model.head.text.token_ids("an age")
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+    answer = pipeline("image-ordinal-regression", model=str(tmp_path / "deployed"))(image)
+    expected = model.predict(prepare(image, model.config.pixel_spec)[None])
+    assert answer["value"] == expected.value.item()
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *TIMM])
+def test_the_gradient_reaches_all_that_is_trained(spec_of, name):
+    model = built(spec_of(name)).train()
+    size = model.config.pixel_spec.size
+    model(torch.randn(2, 3, size, size), torch.tensor([1.0, 8.0])).loss.backward()
+    trained = [p for p in model.encoder.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None for p in trained)
+    assert sum(p.grad.abs().sum() for p in trained) > 0
+    assert model.head.learner.rank_embeddings.grad.abs().sum() > 0
+    norms = [m for m in model.encoder.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert not any(norm.training for norm in norms)
+    assert norms or "resnet" not in name
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("hf")])
+def test_transformers_own_features(spec_of, name):
+    spec = spec_of(name)
+    folder = spec.partition(":")[2]
+    backbone = load_backbone(spec)
+    reference = AutoModel.from_pretrained(folder).eval()
+    size = backbone.pixels.size
+    pixels = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features = backbone.encoder(pixels)
+        whole = reference.get_image_features(pixels) if backbone.text else reference(pixels)
+    assert torch.allclose(features, whole.pooler_output.flatten(1), atol=1e-5)
+    assert features.shape == (2, backbone.output_dim)
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8))
+    image = image.resize((640, 800), Image.Resampling.BICUBIC)  # smooth: the two libraries' filters then agree
+    theirs = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"][0]
+    ours = prepare(image, backbone.pixels)
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_the_libraries_own_text_features(spec_of, name):
+    spec = spec_of(name)
+    folder = spec.partition(":")[2]
+    backbone = load_backbone(spec)
+    with torch.no_grad():
+        features = backbone.text(TEXTS)
+        if name.startswith("open_clip"):
+            reference = open_clip.create_model(f"local-dir:{folder}").eval()
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+            ids = tokenizer(TEXTS)
+            if name.endswith("siglip"):  # this tokenizer adds no end, as SigLIP's does
+                ids = torch.tensor([[*row[row > 1].tolist(), 1] + [0] * int((row <= 1).sum() - 1) for row in ids])
+            expected = reference.encode_text(ids)
+            pixels = torch.randn(2, 3, backbone.pixels.size, backbone.pixels.size)
+            assert torch.allclose(backbone.encoder.eval()(pixels), reference.encode_image(pixels), atol=1e-5)
+        elif name.endswith("siglip"):
+            tokens = word_tokenizer()([f"{text} </s>" for text in TEXTS], padding="max_length", max_length=16)
+            expected = AutoModel.from_pretrained(folder).get_text_features(torch.tensor(tokens["input_ids"]))
+        else:
+            expected = AutoModel.from_pretrained(folder).get_text_features(open_clip.tokenize(TEXTS))
+    expected = getattr(expected, "pooler_output", expected)
+    assert torch.allclose(features, expected, atol=1e-5)
+    assert (features[0] - features[1]).norm() > 1e-3
+
+
+def test_tokenizers_with_habits_of_their_own(spec_of):
+    """SigLIP's drops full stops and capitals, which every prompt ends with; SigLIP 2's has a start that is not used."""
+    tower = load_backbone(spec_of("open_clip:open_clip_siglip")).text
+    assert tower.token_ids("An age of 7.") == [WORDS.index(word) for word in ("an", "age", "of", "7")]
+    assert tower.full_stop == WORDS.index(".")
+    assert (tower.start_token, tower.end_token, tower.padding_token) == (None, 1, 0)
+    assert tokenization.start_token(word_tokenizer(bos_token="a")) is None
+    model = built(spec_of("open_clip:open_clip_siglip"))
+    assert torch.equal(model.head.learner.special[1], tower.token_embedding.weight[WORDS.index(".")])
+
+
+def test_prompts_through_transformers_clip_are_packed(spec_of):
+    """All ranks in rows of a few tokens each, exactly as one by one at full length."""
+    tower = load_backbone(spec_of("hf:hf_clip")).text
+    prompts = tower.prompts([f"an age of {number} ." for number in range(40)])
+    widths = []
+    tower.blocks.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    packed = tower(prompts)
+    assert torch.allclose(packed, tower.encode_plain(prompts), atol=1e-5)
+    assert sum(rows * length for rows, length in widths[:-1]) < 40 * 77 / 10
+    assert widths[-1] == (40, 77)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *[(name, 48) for name in FAMILIES if "siglip" not in name or name.startswith("hf")],
+        ("open_clip:open_clip_siglip", 96),
+        ("timm:swin_tiny_patch4_window7_224", 112),
+    ],
+)
+def test_another_input_size(spec_of, tmp_path, name, size):
+    model = built(spec_of(name), image_size=size)
+    own = built(spec_of(name))
+    pixels = torch.nn.functional.interpolate(torch.randn(3, 3, 4, 4), (size, size), mode="bicubic")
+    assert model.config.pixel_spec.size == size
+    model.save_pretrained(tmp_path)
+    loaded = OrdinalModel.from_pretrained(tmp_path)
+    assert torch.allclose(loaded(pixels).logits, model(pixels).logits, atol=1e-4)
+    shrunk = torch.nn.functional.interpolate(pixels, (own.config.pixel_spec.size,) * 2, mode="bicubic", antialias=True)
+    features, others = model.encoder(pixels), own.encoder(shrunk)
+    assert features.shape == others.shape
+
+
+def test_interpolated_position_embeddings_keep_their_grid(spec_of):
+    """A picture's first token stays, the grid keeps its mean, and the text tower is not touched."""
+    own, larger = (load_backbone(spec_of("open_clip:open_clip_vit"), image_size=size) for size in (None, 64))
+    embeddings = own.encoder.positional_embedding, larger.encoder.positional_embedding
+    assert [len(embedding) for embedding in embeddings] == [1 + 4, 1 + 16]
+    assert torch.equal(embeddings[0][0], embeddings[1][0])
+    assert torch.allclose(embeddings[0][1:].mean(0), embeddings[1][1:].mean(0), atol=1e-5)
+    assert torch.equal(own.text(TEXTS), larger.text(TEXTS))
+
+
+def test_open_clip_with_a_text_tower_of_another_make(spec_of, tmp_path, caplog):
+    """RoBERTa and the like: the image tower alone, with a word about it, at any size, and back without the hub."""
+    folder = shutil.copytree(spec_of("open_clip:open_clip_custom").partition(":")[2], tmp_path / "roberta")
+    content = json.loads((folder / "open_clip_config.json").read_text())
+    content["model_cfg"]["text_cfg"] = {"hf_model_name": "nobody/roberta", "hf_tokenizer_name": "nobody/roberta"}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    backbone = load_backbone(f"open_clip:{folder}")
+    assert backbone.text is None
+    assert "nobody/roberta is not supported" in caplog.text
+    pixels = torch.randn(1, 3, 32, 32)
+    whole = load_backbone(spec_of("open_clip:open_clip_custom"))
+    assert torch.equal(backbone.encoder.eval()(pixels), whole.encoder.eval()(pixels))
+    model = built(f"open_clip:{folder}", method="l1", image_size=48)
+    model.save_pretrained(tmp_path / "saved", form="trainable")
+    loaded = OrdinalModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.encoder(torch.ones(1, 3, 48, 48)), model.encoder(torch.ones(1, 3, 48, 48)))
+
+
+def test_coca_is_refused():
+    with pytest.raises(ValueError, match="open_clip:coca_ViT-B-32 is a CoCa"):
+        load_backbone("open_clip:coca_ViT-B-32")
+
+
+def test_a_size_that_a_tower_cannot_take(tmp_path):
+    config = {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 176, "timm_model_name": "resnet10t", "timm_pool": "abs_attn", "timm_proj": ""},
+        "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "bound.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "bound.json")
+    assert load_backbone("open_clip:bound").pixels.size == 176
+    with pytest.raises(ValueError, match=r"timm tower .* is bound to its input size .* got 96"):
+        load_backbone("open_clip:bound", image_size=96)
+
+
+def test_parameters_that_no_feature_depends_on_are_frozen(spec_of):
+    encoder = load_backbone(spec_of("hf:hf_dinov2")).encoder
+    frozen = [name for name, parameter in encoder.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.embeddings.mask_token"]
+    noises = use_sample_noise(encoder, seed=1)
+    assert {noise.whole_sample for noise in noises if noise.p} == {True, False}
+    assert not inexact_dropout(encoder)
+
+
+def test_dropout_inside_attention_is_reported(spec_of, tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+        attention_probs_dropout_prob=0.1,
+    )  # fmt: skip
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    assert inexact_dropout(load_backbone(f"hf:{tmp_path}").encoder)
+
+
+def test_a_pooler_without_weights_is_not_used(spec_of, tmp_path):
+    """The file of a classifier holds no pooler: the class token is the feature, not a random layer on it."""
+    shutil.copytree(spec_of("hf:hf_vit").partition(":")[2], tmp_path / "vit")
+    config = transformers.ViTConfig.from_pretrained(tmp_path / "vit", num_labels=3)
+    classifier = transformers.ViTForImageClassification(config).eval()
+    classifier.save_pretrained(tmp_path / "vit")
+    model = built(f"hf:{tmp_path / 'vit'}")
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = model.encoder(pixels)
+        assert torch.allclose(classifier.classifier(features), classifier(pixels).logits, atol=1e-5)
+    model.save_pretrained(tmp_path / "saved", form="trainable")
+    assert torch.equal(OrdinalModel.from_pretrained(tmp_path / "saved").encoder(pixels), features)
+
+
+def test_statistics_and_resize_rules(spec_of):
+    pixels = load_backbone(spec_of("hf:hf_dinov2")).pixels
+    assert (pixels.size, pixels.resize, pixels.crop_ratio) == (32, "shortest", 36 / 32)
+    pixels = load_backbone(spec_of("open_clip:open_clip_siglip")).pixels
+    assert (pixels.size, pixels.mean, pixels.resize) == (160, (0.5, 0.5, 0.5), "squash")
+    pixels = load_backbone("open_clip:ViT-B-16-SigLIP", load_weights=False, with_text=False).pixels
+    assert (pixels.size, pixels.mean, pixels.resize) == (224, (0.5, 0.5, 0.5), "squash")
+    pixels = load_backbone("timm:test_resnet").pixels
+    assert pixels.crop_ratio == 1 / timm.get_pretrained_cfg("test_resnet").crop_pct
+
+
+def test_a_missing_tokenizer_is_named(spec_of, tmp_path):
+    folder = tmp_path / "siglip"
+    shutil.copytree(spec_of("hf:hf_siglip").partition(":")[2], folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=f"hf:{folder}: no tokenizer could be loaded from {folder}"):
+        OrdinalModel.build(f"hf:{folder}", RANKS)
+    OrdinalModel.build(f"hf:{folder}", RANKS, "l1")  # no text, no tokenizer
+    model = OrdinalModel.build(spec_of("hf:hf_siglip"), RANKS)
+    model.save_pretrained(tmp_path / "saved", form="trainable")
+    shutil.rmtree(tmp_path / "saved" / "tokenizer")
+    with pytest.raises(ValueError, match=r"no tokenizer could be loaded from .*saved/tokenizer"):
+        OrdinalModel.from_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"restore the model with OrdinalModel\.from_pretrained"):
+        OrdinalModel(model.config)
+    with pytest.raises(ValueError, match="SigLIP has no common vocabulary"):
+        TextTower.from_transformers(AutoModel.from_pretrained(spec_of("hf:hf_siglip").partition(":")[2]))
+
+
+def test_a_clip_without_tokenizer_files_takes_the_common_one(spec_of, tmp_path):
+    spec = spec_of("hf:hf_clip")
+    folder = shutil.copytree(spec.partition(":")[2], tmp_path / "clip")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    own, common = load_backbone(spec), load_backbone(f"hf:{folder}")
+    assert (own.architecture["tokenizer"], common.architecture["tokenizer"]) == ("files", "clip")
+    for text in ("The person is 42 years old.", "a photo of a café, aged 7", ""):
+        assert own.text.token_ids(text) == common.text.token_ids(text)
+    for tower in (own.text, common.text):
+        assert (tower.start_token, tower.end_token, tower.full_stop) == (49406, 49407, 269)
+    assert torch.equal(own.text(TEXTS), common.text(TEXTS))
+
+
+def test_zero_shot_comes_back_with_its_tokenizer(spec_of, tmp_path):
+    head = {"templates": ["an age of {name}."]}
+    model = OrdinalModel.build(spec_of("hf:hf_siglip"), RANKS, "zero_shot", head)
+    model.save_pretrained(tmp_path, form="trainable")
+    loaded = OrdinalModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.head.prototypes, model.head.prototypes)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: transformers.Siglip2Config(), "NaFlex"),
+        (lambda: transformers.BertConfig(), "is a 'bert'; supported are CLIP, SigLIP"),
+        (lambda: transformers.CLIPSegConfig(), "is a 'clipseg'; supported are CLIP, SigLIP"),
+        (lambda: transformers.ViTMAEConfig(), "hides patches at random"),
+        (lambda: transformers.ViTConfig(), "no image processor there"),
+    ],
+)
+def test_transformers_models_that_cannot_serve(tmp_path, make, message):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_backbone(f"hf:{tmp_path}")
+
+
+def test_image_processors_that_cannot_be_followed(spec_of, tmp_path):
+    shutil.copytree(spec_of("hf:hf_vit").partition(":")[2], tmp_path / "vit")
+    for options, message in (
+        ({"size": {"height": 32, "width": 64}}, "is no rule that can be followed"),
+        ({"size": {"height": 32, "width": 32}, "rescale_factor": 1 / 127.5}, "rescaled by 1 / 255"),
+    ):
+        transformers.ViTImageProcessor(**options).save_pretrained(tmp_path / "vit")
+        with pytest.raises(ValueError, match=message):
+            load_backbone(f"hf:{tmp_path / 'vit'}")
+
+
+def test_names_that_do_not_exist(spec_of, tmp_path):
+    spec = spec_of("hf:hf_vit")
+    with pytest.raises(ValueError, match=r"neither a model's folder nor on the hub .*nearest: .*hf_vit"):
+        load_backbone(spec + "s")
+    with pytest.raises(ValueError, match=r"holds no open_clip_config\.json"):
+        load_backbone(f"open_clip:{tmp_path}")
+    folder = shutil.copytree(spec_of("open_clip:open_clip_vit").partition(":")[2], tmp_path / "empty")
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds none of open_clip_model\.safetensors"):
+        load_backbone(f"open_clip:{folder}")
+
+
+def test_local_weights_of_timm(tmp_path):
+    """A file of a classifier, as torch saves it: the tower takes it without the classifier."""
+    torch.manual_seed(3)
+    classifier = timm.create_model("test_resnet").eval()
+    torch.save(classifier.state_dict(), tmp_path / "weights.pth")
+    encoder = load_backbone(f"timm:test_resnet/{tmp_path / 'weights.pth'}").encoder.eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(encoder(pixels), classifier.forward_head(classifier.forward_features(pixels), True))
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
+    with pytest.raises(ValueError, match=r"wrong\.pth: the weights do not fit the model: .*Missing"):
+        load_backbone(f"timm:test_resnet/{tmp_path / 'wrong.pth'}")
+
+
+RUNS = """
+import json, sys
+from accelerate import Accelerator, PartialState
+from ordinalclip.config import load_config
+from ordinalclip.training import train
+Accelerator.end_training = lambda self: None  # one group for all: a second one would find the first one's addresses
+for overrides in json.loads(sys.argv[1]):
+    train(load_config(None, overrides), quiet=True)
+PartialState().destroy_process_group()
+"""
+
+
+def test_two_processes_train_every_family_as_one(spec_of, tmp_path):
+    """torchrun with gloo, one launch for all: the losses of every step agree with those of one process."""
+    names = [*FAMILIES, "timm:test_resnet"]
+
+    def overrides(name, folder):
+        text = "" if name in WITH_TEXT else "tiny"
+        options = [f"output_dir={tmp_path}/{folder}/{name.partition(':')[2]}", f"model.backbone={spec_of(name)}"]
+        options += [f"model.text='{text}'", "ranks.low=0", "ranks.high=100", "ranks.num=11", "train.precision=float64"]
+        options += ["data.num_train=8", "data.num_validation=4", "data.num_test=4", "train.max_steps=3"]
+        return [*options, "train.batch_size=4", "train.lr=1e-3", "data.augment.flip=true", "model.dropout=0.1"]
+
+    (tmp_path / "runs.py").write_text(RUNS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(tmp_path / "runs.py"), json.dumps([overrides(name, "two") for name in names])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-9000:]
+    for name in names:
+        losses = []
+        for folder in ("one", "two"):
+            if folder == "one":
+                train(load_config(None, overrides(name, folder)), quiet=True)
+            log = tmp_path / folder / name.partition(":")[2] / "log.jsonl"
+            losses.append(np.array([json.loads(line)["loss"] for line in log.read_text().splitlines()]))
+        assert len(losses[0]) == 3
+        assert np.abs(losses[1] / losses[0] - 1).max() < 1e-8, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["open_clip:RN50", "open_clip:ViT-B-16", "timm:vgg16"])
+def test_full_size(spec, tmp_path):
+    """Random weights, one step of training, and back from the disk."""
+    model = OrdinalModel.build(spec, Ranks.linear(16, 77, 62), text="tiny" if spec.startswith("timm") else "")
+    pixels = torch.randn(2, 3, 224, 224)
+    model.train()(pixels, torch.tensor([20.0, 60.0])).loss.backward()
+    assert all(p.grad is not None for p in model.encoder.parameters())
+    expected = model.eval()(pixels)
+    model.save_pretrained(tmp_path)
+    loaded = OrdinalModel.from_pretrained(tmp_path)
+    assert torch.allclose(loaded(pixels).probabilities, expected.probabilities, atol=1e-5)
