@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ordinalclip.config import describe, head_section, load_config
+from ordinalclip.progress import show_library_bars
 from ordinalclip.training.interruption import PREEMPTED, Preempted
 
 
@@ -26,10 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(wrong)}")
         arguments.overrides += more
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    show_library_bars(arguments.quiet)
     try:
         return arguments.command(arguments)
     except Preempted as stopped:

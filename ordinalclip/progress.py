@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from tqdm import tqdm
@@ -66,3 +67,30 @@ class Progress(Generic[Item]):
             yield item
             self.advance()
         self.close()
+
+
+@contextmanager
+def announced(title: str, quiet: bool = False) -> Iterator[None]:
+    """For what a library does and shows its own bars for (loading, downloading): plain lines where no terminal is."""
+    speaks = not quiet and not sys.stderr.isatty()
+    started = time.monotonic()
+    if speaks:
+        print(f"{title} ...", file=sys.stderr)
+    yield
+    if speaks:
+        print(f"{title}: {time.monotonic() - started:.1f} s", file=sys.stderr)
+
+
+def show_library_bars(quiet: bool) -> None:
+    """Bars of downloads and data sets by the Hugging Face libraries: in a terminal, unless quiet."""
+    import datasets
+    import huggingface_hub.utils
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # one bar for every file that is written; switches off those of the hub, too
+    if quiet or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    else:
+        huggingface_hub.utils.enable_progress_bars()
+        datasets.enable_progress_bars()

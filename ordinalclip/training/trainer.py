@@ -25,7 +25,7 @@ from ordinalclip.data import Parts, load_parts
 from ordinalclip.heads import Targets, at_least_float32
 from ordinalclip.images import Augmentation
 from ordinalclip.model import OrdinalModel
-from ordinalclip.progress import Progress
+from ordinalclip.progress import Progress, announced
 from ordinalclip.training import checkpoint
 from ordinalclip.training.distributed import (
     MicroBatches,
@@ -88,11 +88,12 @@ class Trainer:
             )
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-        with self.accelerator.main_process_first():
+        with announced("reading the data", self.quiet), self.accelerator.main_process_first():
             self.parts = parts or load_parts(config.data, config.ranks, config.seed)
         if options.patience is not None and self.parts.validation is None:
             raise ValueError("train.patience needs a validation part")
-        self.model = build_model(config, self.parts.ranks, self.parts.train).to(self.accelerator.device)
+        with announced(f"loading {config.model.backbone}", self.quiet), self.accelerator.main_process_first():
+            self.model = build_model(config, self.parts.ranks, self.parts.train).to(self.accelerator.device)
         self.total = options.max_steps
         if options.epochs is not None:
             self.total = math.ceil(options.epochs * len(self.parts.train) / options.batch_size)
