@@ -15,7 +15,10 @@ from ordinalclip.record import HEADLINE, RunRecord, shown
 NEAREST_TASK = "image-classification"  # the hub's list of tasks has no ordinal regression
 PEOPLE = re.compile(r"\b(age|aged|face|facial|person|people|portrait|beauty|attractive\w*)\b", re.IGNORECASE)
 ENVIRONMENT = Environment(
-    loader=PackageLoader("ordinalclip", "assets/report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    loader=PackageLoader("ordinalclip", "assets/report"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 
 

@@ -1,6 +1,7 @@
 """Metrics of ordered predictions as pure functions, and as modules of the `evaluate` library that need no network.
 
-All but `ordinality` and `shot_groups` take (N,) predictions and references over the WHOLE test part: never average them over batches.
+All but `ordinality` and `shot_groups` take (N,) predictions and references over the WHOLE test part: never average
+them over batches.
 """
 
 from __future__ import annotations

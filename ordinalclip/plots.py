@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -26,10 +27,13 @@ from ordinalclip.ranks import Ranks
 INK, MUTED, GRID, BLUE, ORANGE = "#1b1f24", "#66707c", "#dfe3e8", "#0072b2", "#e69f00"
 PALETTE = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 THEME = {INK: "--ink", MUTED: "--muted", GRID: "--grid", BLUE: "--blue"}
-VALUE_COLOURS = LinearSegmentedColormap.from_list("values", matplotlib.colormaps["viridis"](np.linspace(0.15, 0.92, 64)))
-STYLE: dict[str, Any] = {
+VALUE_COLOURS = LinearSegmentedColormap.from_list(
+    "values", matplotlib.colormaps["viridis"](np.linspace(0.15, 0.92, 64))
+)
+STYLE: Any = {
     "font.family": "sans-serif",
-    "font.size": 9,
+    "font.size": 10,
+    "axes.labelsize": 10,
     "text.color": INK,
     "text.parse_math": False,  # names and units are text, whatever dollars they hold
     "axes.edgecolor": MUTED,
@@ -49,11 +53,12 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": "none",
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9.5,
     "svg.fonttype": "none",
     "svg.hashsalt": "ordinalclip",
     "pdf.fonttype": 42,
 }
+HEIGHT_OF_MAP = 0.85  # relative to its width
 WIDTH = 5.0  # inches: at this width a figure reads well on a phone and in half a page
 styled = matplotlib.rc_context(STYLE)
 
@@ -111,9 +116,9 @@ def error_by_value(labels: np.ndarray, values: np.ndarray, ranks: Ranks, train_c
             error = np.abs(values[chosen] - labels[chosen])
             errors[k], bias[k] = error.mean(), (values[chosen] - labels[chosen]).mean()
             half[k] = 1.96 * error.std(ddof=1) / len(error) ** 0.5 if len(error) > 1 else np.nan
-    top.bar(middles, errors, 0.86 * widths, color=BLUE, alpha=0.8, label="mean absolute error, 95 % interval")
+    top.bar(middles, errors, 0.86 * widths, color=BLUE, alpha=0.8, label="mean absolute error")
     top.errorbar(middles, errors, half, fmt="none", ecolor=INK, elinewidth=1)
-    top.plot(middles, bias, color=ORANGE, marker="o", markersize=4, linewidth=1.4, label="bias (predicted - true)")
+    top.plot(middles, bias, color=ORANGE, marker="o", markersize=4, linewidth=1.4, label="bias")
     top.axhline(0, color=MUTED, linewidth=0.8)
     top.set_ylabel(_label("error", ranks.unit))
     top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
@@ -143,7 +148,7 @@ def similarity(prototypes: np.ndarray, ranks: Ranks) -> Figure:
 
 @styled
 def feature_map(
-    features: np.ndarray, values: np.ndarray, images: Sequence[Image.Image], ranks: Ranks, thumbnail: float = 0.075
+    features: np.ndarray, values: np.ndarray, images: Sequence[Image.Image], ranks: Ranks, thumbnail: float = 0.07
 ) -> Figure:
     """Features in their two principal components, with thumbnails framed in the colour of their value.
 
@@ -151,31 +156,33 @@ def feature_map(
         features: (N, D) image features.
         values: (N,) values that colour them.
         images: N square thumbnails; as many are drawn as fit without overlap, dots for the rest.
-        thumbnail: side of a thumbnail as a share of the figure.
+        thumbnail: side of a thumbnail as a share of the height.
     """
-    figure, axes = _figure(4.4)
+    figure, axes = _figure(5.0)
+    axes.set_box_aspect(HEIGHT_OF_MAP)
     points, explained = principal_components(features)
     low, high = points.min(axis=0), points.max(axis=0)
     span = np.where(high > low, high - low, 1)
     places = (points - low) / span
     colours = VALUE_COLOURS(_share(values, ranks))
     axes.scatter(*places.T, s=9, c=colours, linewidths=0, alpha=0.9)
+    side = np.asarray([thumbnail * HEIGHT_OF_MAP, thumbnail])  # a square, in units of the axes
     drawn: list[np.ndarray] = []
-    half = thumbnail / 2
     for place, image, colour in zip(places, images, colours, strict=True):
-        if all(np.abs(place - other).max() > 1.15 * thumbnail for other in drawn):
+        if all((np.abs(place - other) / side).max() > 1.2 for other in drawn):
             drawn.append(place)
-            (x, y), frame = place, half + 0.007
-            z = 2 + len(drawn) / len(images)
-            axes.fill([x - frame, x + frame, x + frame, x - frame], [y - frame, y - frame, y + frame, y + frame],
-                      color=colour, zorder=z, linewidth=0)  # fmt: skip
-            axes.imshow(np.asarray(image), extent=(x - half, x + half, y - half, y + half), zorder=z, aspect="auto")
-    edge = half + 0.02
-    axes.set(xlim=(-edge, 1 + edge), ylim=(-edge, 1 + edge), xticks=[], yticks=[], aspect="equal")
+            left, bottom = place - 0.58 * side
+            axes.add_patch(Rectangle((left, bottom), *(1.16 * side), color=colour, linewidth=0, zorder=2))
+            (left, bottom), (right, top) = place - side / 2, place + side / 2
+            axes.imshow(np.asarray(image), extent=(left, right, bottom, top), zorder=3, aspect="auto")
+    axes.set(xlim=(-side[0], 1 + side[0]), ylim=(-side[1], 1 + side[1]), xticks=[], yticks=[])
     first, second = explained
     axes.set(xlabel=f"first component, {first:.0%} of the variance", ylabel=f"second component, {second:.0%}")
+    axes.spines[:].set_visible(False)
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(ranks.values[0], ranks.values[-1]), VALUE_COLOURS)
-    figure.colorbar(scale, ax=axes, label=_label("true value", ranks.unit), shrink=0.8).outline.set_visible(False)
+    figure.colorbar(
+        scale, ax=axes, label=_label("true value", ranks.unit), location="bottom", shrink=0.6, aspect=30
+    ).outline.set_visible(False)
     axes.grid(False)
     return figure
 
@@ -187,7 +194,7 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
     figure, axes = _figure(4.4, rows=2 if validated else 1, sharex=True)
     top = axes[0] if validated else axes
     steps, loss = np.asarray([row["step"] for row in log]), np.asarray([row["loss"] for row in log])
-    window = max(1, len(loss) // 25)
+    window = max(1, len(loss) // 40)
     top.plot(steps, loss, color=BLUE, alpha=0.35 if window > 1 else 1, linewidth=1)
     if window > 1:
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
@@ -195,10 +202,12 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
         top.legend(loc="upper right")
     top.set_ylabel("training loss")
     if validated:
-        steps, errors = [row["step"] for row in validated], [row["validation_mae"] for row in validated]
-        axes[1].plot(steps, errors, color=ORANGE, marker="o", markersize=4, linewidth=1.6)
-        if best_step in steps:
-            axes[1].axvline(best_step, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=f"model: step {best_step}")
+        evaluated, errors = [row["step"] for row in validated], [row["validation_mae"] for row in validated]
+        axes[1].plot(evaluated, errors, color=ORANGE, marker="o", markersize=4, linewidth=1.6)
+        if best_step in evaluated:
+            axes[1].axvline(
+                best_step, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=f"model: step {best_step}"
+            )
             axes[1].legend(loc="upper right")
         axes[1].set_ylabel(_label("validation MAE", unit))
         axes[1].set_ylim(bottom=0)
@@ -238,10 +247,13 @@ def error_by_method(
     for number, (name, (labels, values)) in enumerate(answers.items()):
         error = np.abs(values - labels)
         means = [error[chosen].mean() if chosen.any() else np.nan for chosen in _members(labels, edges)]
-        bright = number < coloured
-        axes.plot(middles, means, color=PALETTE[number] if bright else MUTED, alpha=1 if bright else 0.5,
-                  linewidth=1.6 if bright else 0.9, marker="o" if bright else None, markersize=3.2,
-                  label=_short(name, 30) if bright or number == coloured else None, zorder=3 if bright else 1)  # fmt: skip
+        if number < coloured:
+            label = _short(name, 30)
+            axes.plot(middles, means, color=PALETTE[number], linewidth=1.6, marker="o", markersize=3.5, label=label)
+        else:
+            axes.plot(middles, means, color=MUTED, alpha=0.6, linewidth=0.9, zorder=1)
+    if len(answers) > coloured:
+        axes.plot([], [], color=MUTED, alpha=0.6, linewidth=0.9, label="others")
     axes.set(xlabel=_label("true value", ranks.unit), ylabel=_label("test MAE", ranks.unit), ylim=(0, None))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
     return figure

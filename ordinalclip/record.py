@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ordinalclip.config import RunConfig, load_config
 from ordinalclip.data import Part, Parts, load_parts
 from ordinalclip.heads import PrototypeHead
 from ordinalclip.images import prepare
-from ordinalclip.metrics import METRICS, bootstrap_interval
+from ordinalclip.metrics import METRICS, bootstrap_interval, cumulative_score
 from ordinalclip.model import OrdinalModel
 from ordinalclip.ranks import Ranks
 
@@ -88,14 +89,15 @@ class RunRecord:
         return self.figures.get(self.part, {})
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap interval of each headline figure over the images of the part that is shown."""
-        if self.predictions is None:
+        """95 % bootstrap interval of each headline figure, and of the first CS@k, over the images that are shown."""
+        given = self.predictions
+        if given is None:
             return {}
-        by_value = (self.predictions.values, self.predictions.labels)
-        by_rank = (self.predictions.ranks, self.predictions.label_ranks)
-        return {
-            name: bootstrap_interval(METRICS[name], *(by_rank if name == "accuracy" else by_value)) for name in HEADLINE
-        }
+        figures = {name: bootstrap_interval(METRICS[name], given.values, given.labels) for name in HEADLINE}
+        figures["accuracy"] = bootstrap_interval(METRICS["accuracy"], given.ranks, given.label_ranks)
+        for k in self.config.evaluation.cs[:1]:
+            figures[f"cs@{k:g}"] = bootstrap_interval(partial(cumulative_score, k=k), given.values, given.labels)
+        return figures
 
     def constant_error(self) -> float | None:
         """MAE of the answer that is best without looking: always the median of the training labels' ranks."""
@@ -147,7 +149,9 @@ def read_predictions(folder: Path, part: str) -> Predictions:
     table = pq.read_table(folder / "predictions.parquet")
     table = table.filter(pc.equal(table["part"], part))
     known = table["probabilities"].null_count == 0
-    labels, label_ranks, values, ranks = (np.array(table[name]) for name in ("label", "label_rank", "median", "rank"))
+    labels, label_ranks, values, ranks = (
+        table[name].to_numpy().copy() for name in ("label", "label_rank", "median", "rank")
+    )
     return Predictions(
         names=table["row"].to_pylist(),
         labels=labels,
@@ -169,8 +173,13 @@ def image_features(model: OrdinalModel, part: Part, rows: np.ndarray, batch_size
     return torch.cat(features).numpy()
 
 
-def shown(value: float | None) -> str:
-    """A figure as reports and tables show it: two decimals, three below 1, "-" where there is none."""
+def shown(value: float | None, spread: float | None = None) -> str:
+    """A figure as reports and tables show it: two decimals, three below 1, "-" where there is none.
+
+    >>> shown(4.4051), shown(0.97), shown(4.4051, 0.5811), shown(None)
+    ('4.41', '0.970', '4.41 ± 0.58', '-')
+    """
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.{2 if abs(value) >= 1 else 3}f}"
+    digits = 2 if abs(value) >= 1 else 3
+    return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")

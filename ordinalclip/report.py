@@ -1,7 +1,7 @@
 """Reports: one self-contained HTML file per run and per comparison, with the figures of `plots` inlined.
 
-    ordinalclip report runs/demo                            # again, for a finished run
-    ordinalclip plot runs/demo --format pdf --out figures   # the same figures for a paper
+ordinalclip report runs/demo                            # again, for a finished run
+ordinalclip plot runs/demo --format pdf --out figures   # the same figures for a paper
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import base64
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -56,12 +57,19 @@ GROUPS = {
 def document_run(
     folder: str | Path, parts: Parts | None = None, model: OrdinalModel | None = None, remark: str = ""
 ) -> None:
-    """Write a run's report and model card; a failure is a warning, since the run itself is finished and saved."""
-    try:
+    """Write the report and the model card of a run that is finished and saved; a failure is a warning."""
+    with never_fatal(folder):
         record = read_run(folder, parts, model)
         write_card(record, remark)
         write_report(record, remark)
-    except Exception:  # whatever goes wrong here must not cost the run
+
+
+@contextmanager
+def never_fatal(folder: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong into a warning: documents must not cost the results that they are about."""
+    try:
+        yield
+    except Exception:
         logger.warning("%s: report or model card not written", folder, exc_info=True)
 
 
@@ -73,8 +81,7 @@ def write_report(record: RunRecord, remark: str = "") -> Path:
     """
     config, ranks = record.config, record.ranks
     intervals = record.intervals()
-    tiles = [_tile(key, name, record.scores[key], intervals[key], ranks.unit) for key, name in HEADLINE.items()
-             if key in record.scores]  # fmt: skip
+    tiles = [_tile(key, record.scores[key], interval, ranks.unit) for key, interval in intervals.items()]
     path = record.folder / "report.html"
     page = _environment().get_template("run.html")
     content = page.render(
@@ -103,7 +110,9 @@ def run_figures(record: RunRecord) -> dict[str, tuple[Figure, str]]:
     if given is not None:
         if len(ranks) <= FEW_RANKS:
             figures["confusion"] = (
-                plots.confusion(given.label_ranks, ranks.nearest(torch.from_numpy(given.values)).numpy(), ranks.names or ()),
+                plots.confusion(
+                    given.label_ranks, ranks.nearest(torch.from_numpy(given.values)).numpy(), ranks.names or ()
+                ),
                 "True and predicted ranks: numbers of images, shaded by their share of the true rank.",
             )
         else:
@@ -113,7 +122,8 @@ def run_figures(record: RunRecord) -> dict[str, tuple[Figure, str]]:
             )
         figures["error_by_value"] = (
             plots.error_by_value(given.labels, given.values, ranks, record.figures["train_counts"]),
-            "Where the errors are: error and bias by true value, above the number of training images.",
+            "Where the errors are: mean absolute error with its 95 % interval and bias (predicted minus true) by true "
+            "value, above the number of training images.",
         )
         if record.images is not None and len(record.images) > 1:
             figures["feature_map"] = _feature_map(record)
@@ -141,7 +151,7 @@ class ComparedMethod:
 
 
 def write_comparison_report(
-    folder: Path, title: str, heads: Sequence[str], methods: Sequence[ComparedMethod], note: str
+    folder: Path, title: str, heads: Sequence[str], methods: Sequence[ComparedMethod], note: str, best: str
 ) -> Path:
     """Write `report.html` into a comparison's folder.
 
@@ -150,6 +160,7 @@ def write_comparison_report(
         heads: names of the table's columns after the method's.
         methods: best first; their runs hold predictions of the test part.
         note: what the figures are, below the table.
+        best: the method of the comparison's model.
     """
     ranks = Ranks(**json.loads((methods[0].folders[0] / "model" / "config.json").read_text(encoding="utf-8"))["ranks"])
     answers, maes = {}, {}
@@ -173,10 +184,12 @@ def write_comparison_report(
     page = _environment().get_template("comparison.html")
     content = page.render(
         title=title,
-        name=folder.name,
+        folder=folder,
+        unit=ranks.unit,
         heads=heads,
         methods=methods,
         note=note,
+        best=best,
         links={method.name: [_link(folder, run) for run in method.folders] for method in methods},
         figures=_inlined(figures),
     )
@@ -199,12 +212,12 @@ def _inlined(figures: dict[str, tuple[Figure, str]]) -> dict[str, tuple[Markup, 
     return {name: (Markup(plots.inline_svg(figure, name, text)), text) for name, (figure, text) in figures.items()}
 
 
-def _tile(key: str, name: str, value: float | None, interval: tuple[float, float], unit: str) -> dict[str, str]:
+def _tile(key: str, value: float | None, interval: tuple[float, float], unit: str) -> dict[str, str]:
     low, high = map(shown, interval)
     return {
         "key": key,
-        "name": name,
-        "meaning": MEANING[key],
+        "name": HEADLINE.get(key, key.upper()),
+        "meaning": MEANING.get(key, "share of errors of at most this, in the label's unit"),
         "value": shown(value),
         "unit": unit if key in ("mae", "rmse") and value is not None else "",
         "interval": f"{low} to {high}" if low != "-" else "",
@@ -212,7 +225,7 @@ def _tile(key: str, name: str, value: float | None, interval: tuple[float, float
 
 
 def _groups(record: RunRecord) -> list[dict[str, Any]]:
-    """MAE by number of training labels, as in metrics.json, with intervals; groups without ranks are left out."""
+    """MAE by number of training labels, as in metrics.json, with intervals; groups without images are left out."""
     given = record.predictions
     if given is None:
         return []
@@ -220,13 +233,9 @@ def _groups(record: RunRecord) -> list[dict[str, Any]]:
     rows = []
     for name, row in record.scores["mae_by_shots"].items():
         chosen = members[name][given.label_ranks]
-        if row["ranks"]:
-            low, high = (
-                bootstrap_interval(METRICS["mae"], given.values[chosen], given.labels[chosen])
-                if row["num"]
-                else (np.nan, np.nan)
-            )
-            rows.append({**row, "name": name, "meaning": GROUPS[name], "interval": (low, high)})
+        if chosen.any():
+            interval = bootstrap_interval(METRICS["mae"], given.values[chosen], given.labels[chosen])
+            rows.append({**row, "name": name, "meaning": GROUPS[name], "interval": interval})
     return rows
 
 

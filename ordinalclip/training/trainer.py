@@ -356,7 +356,7 @@ class Trainer:
             self.average.swap()
 
     def _finish(self) -> None:
-        """Evaluate the chosen model, write metrics.json, predictions.parquet, model/, report.html and the model card."""
+        """Evaluate the chosen model, write metrics.json, predictions.parquet, model/ and its card, report.html."""
         model = self._deployed()
         (self.folder / "predictions.parquet").unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
