@@ -35,7 +35,7 @@ def write_card(record: RunRecord, remark: str = "") -> Path:
 
 def model_card(record: RunRecord, remark: str = "") -> str:
     """The text of a run's model card."""
-    config, ranks, intervals = record.config, record.ranks, record.intervals()
+    config, ranks, intervals = record.config, record.ranks, record.intervals
     figures = []
     for key, name in HEADLINE.items():
         if record.scores.get(key) is not None:

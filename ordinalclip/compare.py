@@ -98,9 +98,8 @@ class Comparison:
         self, name: str, method: MethodConfig, number: int, setting: dict[str, Any], seed: int, source: str
     ) -> RunConfig:
         label = "".join(c if c.isalnum() else "-" for c in name.lower())
-        content = _merged(self.config.base, method.base)
+        content = _merged({"evaluation": {"report": False}}, _merged(self.config.base, method.base))
         overrides = [f"{key}={json.dumps(value)}" for key, value in setting.items()]
-        content["evaluation"] = {"report": False, **content.get("evaluation", {})}
         content = apply_overrides(content, [*overrides, f"seed={seed}", "evaluation.test=false"])
         content["output_dir"] = str(self.folder / "runs" / f"{label}-{number}-seed{seed}")
         return parse_config(content, f"{source}, method {name!r}, setting {number}")

@@ -169,10 +169,10 @@ def feature_map(
     side = np.asarray([thumbnail * HEIGHT_OF_MAP, thumbnail])  # a square, in units of the axes
     drawn: list[np.ndarray] = []
     for place, image, colour in zip(places, images, colours, strict=True):
-        if all((np.abs(place - other) / side).max() > 1.2 for other in drawn):
+        if all((np.abs(place - other) / side).max() > 1.25 for other in drawn):
             drawn.append(place)
-            left, bottom = place - 0.58 * side
-            axes.add_patch(Rectangle((left, bottom), *(1.16 * side), color=colour, linewidth=0, zorder=2))
+            left, bottom = place - 0.6 * side
+            axes.add_patch(Rectangle((left, bottom), *(1.2 * side), color=colour, linewidth=0, zorder=2))
             (left, bottom), (right, top) = place - side / 2, place + side / 2
             axes.imshow(np.asarray(image), extent=(left, right, bottom, top), zorder=3, aspect="auto")
     axes.set(xlim=(-side[0], 1 + side[0]), ylim=(-side[1], 1 + side[1]), xticks=[], yticks=[])

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class RunRecord:
         """The figures of the part that is shown."""
         return self.figures.get(self.part, {})
 
+    @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """95 % bootstrap interval of each headline figure, and of the first CS@k, over the images that are shown."""
         given = self.predictions

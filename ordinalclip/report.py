@@ -80,7 +80,7 @@ def write_report(record: RunRecord, remark: str = "") -> Path:
         remark: a sentence about the figures that the run itself cannot know, e.g. their spread over seeds.
     """
     config, ranks = record.config, record.ranks
-    intervals = record.intervals()
+    intervals = record.intervals
     tiles = [_tile(key, record.scores[key], interval, ranks.unit) for key, interval in intervals.items()]
     path = record.folder / "report.html"
     page = _environment().get_template("run.html")
