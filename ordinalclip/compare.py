@@ -188,7 +188,8 @@ class Comparison:
             ComparedMethod(
                 row["method"],
                 [Path(self.runs[row["method"], chosen[row["method"]], seed].output_dir) for seed in self.seeds],
-                [*_cells(row), row["setting"]],
+                _cells(row),
+                ", ".join(f"{key}={value}" for key, value in json.loads(row["setting"]).items()) or "-",
             )
             for row in sorted(rows, key=lambda row: row["mae"])
         ]

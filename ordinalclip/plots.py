@@ -27,9 +27,7 @@ from ordinalclip.ranks import Ranks
 INK, MUTED, GRID, BLUE, ORANGE = "#1b1f24", "#66707c", "#dfe3e8", "#0072b2", "#e69f00"
 PALETTE = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 THEME = {INK: "--ink", MUTED: "--muted", GRID: "--grid", BLUE: "--blue"}
-VALUE_COLOURS = LinearSegmentedColormap.from_list(
-    "values", matplotlib.colormaps["viridis"](np.linspace(0.15, 0.92, 64))
-)
+VALUE_COLOURS = LinearSegmentedColormap.from_list("values", matplotlib.colormaps["viridis"](np.linspace(0.2, 0.92, 64)))
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -58,7 +56,6 @@ STYLE: Any = {
     "svg.hashsalt": "ordinalclip",
     "pdf.fonttype": 42,
 }
-HEIGHT_OF_MAP = 0.85  # relative to its width
 WIDTH = 5.0  # inches: at this width a figure reads well on a phone and in half a page
 styled = matplotlib.rc_context(STYLE)
 
@@ -92,8 +89,7 @@ def confusion(label_ranks: np.ndarray, ranks: np.ndarray, names: Sequence[str]) 
     for (row, column), count in np.ndenumerate(counts):
         dark = share[row, column] > 0.55
         axes.text(column, row, str(count), ha="center", va="center", color="#ffffff" if dark else "#16191d")
-    axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=0 if len(names) < 7 else 45)
-    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    _name_ticks(axes, range(len(names)), names)
     axes.set(xlabel="predicted rank", ylabel="true rank")
     _bare(axes)
     return figure
@@ -137,9 +133,7 @@ def similarity(prototypes: np.ndarray, ranks: Ranks) -> Figure:
     unit = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)
     picture = axes.imshow(unit @ unit.T, cmap="viridis", interpolation="none")
     ticks = np.unique(np.linspace(0, len(ranks) - 1, min(len(ranks), 6)).round().astype(int))
-    names = [_short(ranks.name(rank)) for rank in ticks]
-    axes.set_xticks(ticks, names)
-    axes.set_yticks(ticks, names)
+    _name_ticks(axes, ticks.tolist(), [ranks.name(rank) for rank in ticks])
     axes.set(xlabel=_label("rank", ranks.unit), ylabel=_label("rank", ranks.unit))
     _bare(axes)
     figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.8).outline.set_visible(False)
@@ -158,15 +152,23 @@ def feature_map(
         images: N square thumbnails; as many are drawn as fit without overlap, dots for the rest.
         thumbnail: side of a thumbnail as a share of the height.
     """
-    figure, axes = _figure(5.0)
-    axes.set_box_aspect(HEIGHT_OF_MAP)
+    figure, (axes, bar) = _figure(4.9, rows=2, height_ratios=(28, 1))
     points, explained = principal_components(features)
+    first, second = explained
+    axes.set(xlabel=f"first component, {first:.0%} of the variance", ylabel=f"second component, {second:.0%}")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(ranks.values[0], ranks.values[-1]), VALUE_COLOURS)
+    figure.colorbar(scale, cax=bar, orientation="horizontal", label=_label("true value", ranks.unit))
+    bar.spines[:].set_visible(False)
+    figure.draw_without_rendering()  # from here on the axes have their final size
+    box = axes.get_window_extent()
+    side = np.asarray([thumbnail * box.height / box.width, thumbnail])  # a square, in units of the axes
+
     low, high = points.min(axis=0), points.max(axis=0)
-    span = np.where(high > low, high - low, 1)
-    places = (points - low) / span
+    places = (points - low) / np.where(high > low, high - low, 1)
     colours = VALUE_COLOURS(_share(values, ranks))
     axes.scatter(*places.T, s=9, c=colours, linewidths=0, alpha=0.9)
-    side = np.asarray([thumbnail * HEIGHT_OF_MAP, thumbnail])  # a square, in units of the axes
     drawn: list[np.ndarray] = []
     for place, image, colour in zip(places, images, colours, strict=True):
         if all((np.abs(place - other) / side).max() > 1.25 for other in drawn):
@@ -175,15 +177,7 @@ def feature_map(
             axes.add_patch(Rectangle((left, bottom), *(1.2 * side), color=colour, linewidth=0, zorder=2))
             (left, bottom), (right, top) = place - side / 2, place + side / 2
             axes.imshow(np.asarray(image), extent=(left, right, bottom, top), zorder=3, aspect="auto")
-    axes.set(xlim=(-side[0], 1 + side[0]), ylim=(-side[1], 1 + side[1]), xticks=[], yticks=[])
-    first, second = explained
-    axes.set(xlabel=f"first component, {first:.0%} of the variance", ylabel=f"second component, {second:.0%}")
-    axes.spines[:].set_visible(False)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(ranks.values[0], ranks.values[-1]), VALUE_COLOURS)
-    figure.colorbar(
-        scale, ax=axes, label=_label("true value", ranks.unit), location="bottom", shrink=0.6, aspect=30
-    ).outline.set_visible(False)
-    axes.grid(False)
+    axes.set(xlim=(-side[0], 1 + side[0]), ylim=(-side[1], 1 + side[1]))
     return figure
 
 
@@ -208,7 +202,7 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
             axes[1].axvline(
                 best_step, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=f"model: step {best_step}"
             )
-            axes[1].legend(loc="upper right")
+            axes[1].legend(loc="best")
         axes[1].set_ylabel(_label("validation MAE", unit))
         axes[1].set_ylim(bottom=0)
         figure.align_ylabels()
@@ -226,7 +220,7 @@ def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "") -> Figu
         spread = maes.std(ddof=1) if len(maes) > 1 else 0
         axes.errorbar(maes.mean(), place, xerr=spread, fmt="o", color=BLUE, markersize=6, capsize=3, linewidth=1.6)
         axes.scatter(maes, np.full(len(maes), place + 0.24), s=11, color=ORANGE, linewidths=0, zorder=3)
-    axes.set_yticks(range(len(order)), [_short(name, 30) for name in order])
+    axes.set_yticks(range(len(order)), [_short(name, 34) for name in order])
     axes.set(xlabel=_label("test MAE", unit), xlim=(0, None), ylim=(-0.6, len(order) - 0.4))
     axes.grid(axis="y", visible=False)
     return figure
@@ -247,13 +241,13 @@ def error_by_method(
     for number, (name, (labels, values)) in enumerate(answers.items()):
         error = np.abs(values - labels)
         means = [error[chosen].mean() if chosen.any() else np.nan for chosen in _members(labels, edges)]
+        above = 3 - number / len(answers)  # the better, the higher up
         if number < coloured:
-            label = _short(name, 30)
-            axes.plot(middles, means, color=PALETTE[number], linewidth=1.6, marker="o", markersize=3.5, label=label)
+            bright = {"color": PALETTE[number], "marker": "o", "markersize": 3.5, "linewidth": 1.6}
+            axes.plot(middles, means, label=_short(name, 34), zorder=above, **bright)
         else:
-            axes.plot(middles, means, color=MUTED, alpha=0.6, linewidth=0.9, zorder=1)
-    if len(answers) > coloured:
-        axes.plot([], [], color=MUTED, alpha=0.6, linewidth=0.9, label="others")
+            label = (_short(name, 34) if len(answers) == coloured + 1 else "others") if number == coloured else None
+            axes.plot(middles, means, label=label, zorder=above, color=MUTED, alpha=0.7, linewidth=1)
     axes.set(xlabel=_label("true value", ranks.unit), ylabel=_label("test MAE", ranks.unit), ylim=(0, None))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
     return figure
@@ -325,6 +319,14 @@ def _bare(axes: Axes) -> None:
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def _name_ticks(axes: Axes, ticks: Sequence[int], names: Sequence[str]) -> None:
+    """Rank names along both sides of a matrix, slanted below it when they would touch."""
+    shortened = [_short(name) for name in names]
+    slanted = len(names) * max(map(len, shortened)) > 36
+    axes.set_xticks(ticks, shortened, rotation=40 if slanted else 0, ha="right" if slanted else "center")
+    axes.set_yticks(ticks, shortened)
 
 
 def _label(what: str, unit: str) -> str:

@@ -143,11 +143,19 @@ def run_figures(record: RunRecord) -> dict[str, tuple[Figure, str]]:
 
 @dataclass(frozen=True)
 class ComparedMethod:
-    """A row of a comparison: `name`, the run folders of its chosen setting, one per seed, and its table `cells`."""
+    """A row of a comparison.
+
+    Attributes:
+        name: of the method.
+        folders: the runs of its chosen setting, one per seed.
+        cells: its figures as they stand in the table.
+        setting: the setting that was chosen, as text.
+    """
 
     name: str
     folders: Sequence[Path]
     cells: Sequence[str]
+    setting: str
 
 
 def write_comparison_report(
@@ -302,4 +310,8 @@ def _data_uri(image: Image.Image) -> str:
 def _link(folder: Path, run: Path) -> dict[str, Any]:
     relative = Path(*run.parts[len(folder.parts) :]).as_posix()
     written = (run / "report.html").is_file()
-    return {"name": run.name, "href": quote(relative) + ("/report.html" if written else "/"), "written": written}
+    return {
+        "name": run.name.rpartition("-")[2],
+        "href": quote(relative) + ("/report.html" if written else "/"),
+        "written": written,
+    }
