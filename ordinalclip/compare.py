@@ -244,7 +244,8 @@ def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False
     comparison = load_comparison(path, overrides)
     table = comparison.table(comparison.run(quiet))
     elapsed = time.monotonic() - started
-    return f"{table}\n{comparison.num_runs} runs in {comparison.folder}/runs, {elapsed:.0f} s this time.\n"
+    runs = f"{comparison.num_runs} runs in {comparison.folder}/runs, {elapsed:.0f} s this time."
+    return f"{table}\n{runs}\nreport: {comparison.folder}/report.html\n"
 
 
 def _train_run(run: RunConfig) -> str:

@@ -94,10 +94,12 @@ class RunRecord:
         given = self.predictions
         if given is None:
             return {}
-        figures = {name: bootstrap_interval(METRICS[name], given.values, given.labels) for name in HEADLINE}
-        figures["accuracy"] = bootstrap_interval(METRICS["accuracy"], given.ranks, given.label_ranks)
+        resamples = 1000 if len(given.labels) <= 10_000 else 200  # seconds, not minutes, for a large part
+        interval = partial(bootstrap_interval, resamples=resamples)
+        figures = {name: interval(METRICS[name], given.values, given.labels) for name in HEADLINE}
+        figures["accuracy"] = interval(METRICS["accuracy"], given.ranks, given.label_ranks)
         for k in self.config.evaluation.cs[:1]:
-            figures[f"cs@{k:g}"] = bootstrap_interval(partial(cumulative_score, k=k), given.values, given.labels)
+            figures[f"cs@{k:g}"] = interval(partial(cumulative_score, k=k), given.values, given.labels)
         return figures
 
     def constant_error(self) -> float | None:
@@ -126,13 +128,9 @@ def read_run(folder: str | Path, parts: Parts | None = None, model: OrdinalModel
     config = load_config(folder / "config.yaml")
     figures = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     part = next((name for name in ("test", "validation") if name in figures), "")
+    predictions = read_predictions(folder, part) if part else None
     log = folder / "log.jsonl"
     rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    if parts is None and part:
-        try:
-            parts = load_parts(config.data, config.ranks, config.seed)
-        except (FileNotFoundError, ValueError) as error:
-            logger.warning("%s: pictures are left out, the data cannot be read: %s", folder, error)
     return RunRecord(
         folder=folder,
         config=config,
@@ -140,16 +138,31 @@ def read_run(folder: str | Path, parts: Parts | None = None, model: OrdinalModel
         log=[json.loads(row) for row in rows],
         model=model or OrdinalModel.from_pretrained(folder / "model"),
         part=part,
-        predictions=read_predictions(folder, part) if part else None,
-        images=getattr(parts, part) if parts is not None and part else None,
+        predictions=predictions,
+        images=_images(config, part, predictions, parts) if predictions else None,
     )
+
+
+def _images(config: RunConfig, part: str, predictions: Predictions, parts: Parts | None) -> Part | None:
+    """The part of the data that was predicted; None, with a warning, if it is not there or not the same any more."""
+    try:
+        parts = parts or load_parts(config.data, config.ranks, config.seed)
+    except (FileNotFoundError, ValueError) as error:
+        logger.warning("%s: pictures are left out, the data cannot be read: %s", config.output_dir, error)
+        return None
+    images: Part | None = getattr(parts, part)
+    if images is None or not np.array_equal(images.values, predictions.labels):
+        logger.warning("%s: pictures are left out, the data is not that of the predictions", config.output_dir)
+        return None
+    return images
 
 
 def read_predictions(folder: Path, part: str) -> Predictions:
     """The rows of a part in a run's predictions.parquet."""
     table = pq.read_table(folder / "predictions.parquet")
     table = table.filter(pc.equal(table["part"], part))
-    known = table["probabilities"].null_count == 0
+    probabilities = table["probabilities"].combine_chunks()
+    known = probabilities.null_count == 0
     labels, label_ranks, values, ranks = (
         table[name].to_numpy().copy() for name in ("label", "label_rank", "median", "rank")
     )
@@ -159,7 +172,7 @@ def read_predictions(folder: Path, part: str) -> Predictions:
         label_ranks=label_ranks,
         values=values,
         ranks=ranks,
-        probabilities=np.asarray(table["probabilities"].to_pylist()) if known else None,
+        probabilities=probabilities.flatten().to_numpy().reshape(len(table), -1) if known else None,
     )
 
 

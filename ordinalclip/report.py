@@ -47,10 +47,10 @@ MEANING = {
     "spearman": "rank correlation",
 }
 GROUPS = {
-    "many": "more than 100 training images of that rank",
+    "many": "more than 100",
     "medium": "20 to 100",
     "few": "less than 20",
-    "unseen": "none at all (part of the few)",
+    "unseen": "none (part of the few)",
 }
 
 

@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,6 +18,7 @@ from ordinalclip import plots, report
 from ordinalclip.cli import main
 from ordinalclip.compare import load_comparison
 from ordinalclip.config import load_config, parse_config
+from ordinalclip.data import Parts
 from ordinalclip.heads import available_heads
 from ordinalclip.ranks import Ranks
 from ordinalclip.record import read_run, shown
@@ -207,6 +209,15 @@ def test_without_the_data_pictures_are_left_out(table, tmp_path, caplog, capsys)
     assert "feature_map" not in page.ids
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert "confusion" in page.ids
+
+
+def test_other_data_than_was_predicted_is_not_shown(run, caplog):
+    """A run on data in memory leaves a configuration that may name other data."""
+    record = read_run(run)
+    shifted = replace(record.images, values=record.images.values[::-1])
+    parts = Parts(train=shifted, validation=None, test=shifted, ranks=record.ranks)
+    assert read_run(run, parts).images is None
+    assert "not that of the predictions" in caplog.text
 
 
 @pytest.mark.parametrize("ending, start", [("pdf", b"%PDF"), ("png", b"\x89PNG")])
