@@ -253,7 +253,7 @@ def _feature_map(record: RunRecord) -> tuple[Figure, str]:
     total = len(record.images)
     rows = np.random.default_rng(record.config.seed).permutation(total)[:MAP_IMAGES]
     features = image_features(record.model, record.images, rows)
-    thumbnails = [_thumbnail(record.images.image(row), 40) for row in rows]
+    thumbnails = [_thumbnail(record.images.image(row), 60) for row in rows]
     figure = plots.feature_map(features, record.images.values[rows], thumbnails, record.ranks)
     drawn = f"{len(rows)} of {total} images" if total > len(rows) else f"{total} images"
     return figure, f"Features of the image encoder, {drawn}: principal components, coloured by true value."

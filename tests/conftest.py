@@ -21,6 +21,7 @@ QUICK = (
     "train.max_steps=4",
     "train.batch_size=8",
     "train.lr=1e-3",
+    "evaluation.report=false",  # takes longer than the run
 )
 
 

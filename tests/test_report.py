@@ -79,6 +79,12 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
+def reported(quick):
+    """A function (overrides) -> configuration of a quick run that writes its report."""
+    return lambda *overrides: quick("evaluation.report=true", *overrides)
+
+
+@pytest.fixture
 def table(tmp_path):
     """A function (overrides) -> configuration of a run on ten PNG files in three grades."""
     rows = ["image,label"]
@@ -135,8 +141,8 @@ def test_figures_follow_the_theme_of_the_page(run):
 
 
 @pytest.mark.parametrize("method", sorted(set(available_heads()) - {"prototypes"}))
-def test_every_method_has_a_report_and_a_card(quick, method):
-    run = train(quick(f"method={method}", "train.max_steps=2"), quiet=True)
+def test_every_method_has_a_report_and_a_card(reported, method):
+    run = train(reported(f"method={method}", "train.max_steps=2"), quiet=True)
     page, figures = page_of(run), figures_of(run)
     assert ("similarity" in page.ids) == (figures["ordinality"] is not None)
     assert ("learning_curves" in page.ids) == (figures["steps"] > 0)
@@ -145,8 +151,8 @@ def test_every_method_has_a_report_and_a_card(quick, method):
     assert shown(figures["test"]["mae"]) in (run / "model" / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_constant_answer_has_no_correlation(quick):
-    run = train(quick("method=constant"), quiet=True)
+def test_a_constant_answer_has_no_correlation(reported):
+    run = train(reported("method=constant"), quiet=True)
     page = page_of(run)
     assert figures_of(run)["test"]["spearman"] is None
     assert page.texts["spearman"] == ["-"]
@@ -169,8 +175,8 @@ def test_parts_may_be_missing(table, split, shown_part):
     assert ("optimistic" in card) == (shown_part == "validation")
 
 
-def test_evaluating_later_brings_the_test_part_into_the_report(quick):
-    run = train(quick("evaluation.test=false"), quiet=True)
+def test_evaluating_later_brings_the_test_part_into_the_report(reported):
+    run = train(reported("evaluation.test=false"), quiet=True)
     assert read_run(run).part == "validation"
     figures = evaluate_run(run, quiet=True)
     assert page_of(run).texts["mae"][0] == shown(figures["test"]["mae"])
@@ -237,7 +243,7 @@ def test_plot_writes_files(run, tmp_path, capsys, ending, start):
     assert "no finished run" in capsys.readouterr().err
 
 
-def test_the_card_is_a_hub_card(run, quick):
+def test_the_card_is_a_hub_card(run, reported):
     card, figures = ModelCard.load(run / "model" / "README.md"), figures_of(run)["test"]
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {name: figures[name] for name in ("mae", "rmse", "accuracy", "spearman")}
@@ -245,18 +251,18 @@ def test_the_card_is_a_hub_card(run, quick):
     assert "image-ordinal-regression" in card.data.tags
     assert "A label can be sensitive" in card.text
     assert "Fairness" not in card.text
-    people = train(quick("ranks.unit=years", "data.license=CC BY 4.0", "train.max_steps=1"), quiet=True)
+    people = train(reported("ranks.unit=years", "data.license=CC BY 4.0", "train.max_steps=1"), quiet=True)
     text = ModelCard.load(people / "model" / "README.md").text
     assert "**Fairness.**" in text
     assert "* Data: CC BY 4.0." in text
 
 
-def test_a_failing_report_does_not_lose_the_run(quick, monkeypatch, caplog):
+def test_a_failing_report_does_not_lose_the_run(reported, monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("no space left")
 
     monkeypatch.setattr(report, "write_report", fail)
-    run = train(quick("train.max_steps=1"), quiet=True)
+    run = train(reported("train.max_steps=1"), quiet=True)
     assert figures_of(run)["test"]["num"] == 12
     assert (run / "model" / "model.safetensors").is_file()
     assert not (run / "report.html").exists()
