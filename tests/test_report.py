@@ -271,8 +271,11 @@ def test_a_failing_report_does_not_lose_the_run(reported, monkeypatch, caplog):
 
 
 def test_no_report_where_none_is_wanted(quick):
-    run = train(quick("evaluation.report=false", "train.max_steps=1"), quiet=True)
+    config = quick("evaluation.report=false", "train.max_steps=1")
+    run = train(config, quiet=True)
     assert not (run / "report.html").exists()
+    (run / "report.html").write_text("of an earlier run")
+    assert not (train(config, quiet=True) / "report.html").exists()
     assert not (run / "model" / "README.md").exists()
 
 

@@ -82,7 +82,8 @@ class Trainer:
             )
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "metrics.json").unlink(missing_ok=True)  # no finished run here, until there is one again
+            for name in ("metrics.json", "report.html"):  # no finished run here, until there is one again
+                (self.folder / name).unlink(missing_ok=True)
             config.save(self.folder / "config.yaml")
         with self.accelerator.main_process_first():
             self.parts = parts or load_parts(config.data, config.ranks, config.seed)
