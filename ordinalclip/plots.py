@@ -176,7 +176,9 @@ def feature_map(
             left, bottom = place - 0.6 * side
             axes.add_patch(Rectangle((left, bottom), *(1.2 * side), color=colour, linewidth=0, zorder=2))
             (left, bottom), (right, top) = place - side / 2, place + side / 2
-            axes.imshow(np.asarray(image), extent=(left, right, bottom, top), zorder=3, aspect="auto")
+            axes.imshow(
+                np.asarray(image), extent=(left, right, bottom, top), zorder=3, aspect="auto", interpolation="none"
+            )
     axes.set(xlim=(-side[0], 1 + side[0]), ylim=(-side[1], 1 + side[1]))
     return figure
 
