@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, check-data, compare, make-gauges, convert."""
+"""The command line: train, evaluate, predict, check-data, compare, report, plot, make-gauges, convert."""
 
 from __future__ import annotations
 
@@ -75,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     command = add("compare", _compare, "Run methods x settings x seeds and print one table.", _compare_help())
     command.add_argument("config", help="YAML file")
     command.add_argument("overrides", **overrides)
+    command = add("report", _report, "Write report.html and the model card of finished runs again.")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    command = add("plot", _plot, "Write the figures of a finished run's report as files.")
+    command.add_argument("run", help="run folder")
+    command.add_argument("--format", choices=("pdf", "png"), default="pdf", help="pdf (default) or png")
+    command.add_argument("--out", help="folder to write to (default: RUN/figures)")
     command = add("make-gauges", _make_gauges, "Write generated gauge pictures and their labels.csv to a folder.")
     command.add_argument("folder", help="folder to write to")
     command.add_argument("--kind", default="thermometer", help="kind of instrument (default thermometer)")
@@ -184,6 +190,34 @@ def _compare(arguments: argparse.Namespace) -> int:
     from ordinalclip.compare import compare
 
     print(compare(arguments.config, arguments.overrides, arguments.quiet))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ordinalclip.card import write_card
+    from ordinalclip.progress import Progress
+    from ordinalclip.record import read_run
+    from ordinalclip.report import write_report
+
+    for run in Progress(arguments.runs, "reporting", unit="runs", quiet=arguments.quiet):
+        record = read_run(run)
+        print(write_report(record))
+        print(write_card(record))
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from ordinalclip.plots import save_figure
+    from ordinalclip.record import read_run
+    from ordinalclip.report import run_figures
+
+    folder = Path(arguments.out or Path(arguments.run) / "figures")
+    figures = run_figures(read_run(arguments.run))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (figure, _) in figures.items():
+        path = folder / f"{name}.{arguments.format}"
+        save_figure(figure, path)
+        print(path)
     return 0
 
 

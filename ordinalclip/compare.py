@@ -13,15 +13,15 @@ A comparison is a YAML file:
 Every setting runs on the first `tuning_seeds` seeds; the one with the best mean validation MAE runs on the others
 too. Every method must bring the same number of settings, unless nothing of it learns. Runs that are complete are not
 run again, so an interrupted comparison goes on where it was. The test part is predicted once, by the runs of the
-chosen setting, after the choice. Written: table.md, results.csv, and model/: of the method with the best mean
-validation MAE, the run of the first seed.
+chosen setting, after the choice. Written: table.md, results.csv, report.html, and model/: of the method with the best
+mean validation MAE, the run of the first seed. That run gets a report of its own; evaluation.report=true writes one
+for every run.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -40,10 +40,13 @@ from pydantic import Field
 from ordinalclip.config import DataConfig, RanksConfig, RunConfig, Section, apply_overrides, parse_config, read_yaml
 from ordinalclip.data import Parts, load_parts
 from ordinalclip.progress import Progress
+from ordinalclip.record import shown
+from ordinalclip.report import ComparedMethod, document_run, never_fatal, write_comparison_report
 from ordinalclip.training import evaluate_run, train
 
 FIXED = {"zero_shot", "constant"}  # nothing learns: one setting is all there is
 COLUMNS = {"mae": "MAE", "rmse": "RMSE", "r2": "R2", "accuracy": "accuracy", "spearman": "Spearman"}
+HEADS = (*COLUMNS.values(), "ordinality", "s / run", "setting chosen")
 
 
 class MethodConfig(Section):
@@ -95,7 +98,7 @@ class Comparison:
         self, name: str, method: MethodConfig, number: int, setting: dict[str, Any], seed: int, source: str
     ) -> RunConfig:
         label = "".join(c if c.isalnum() else "-" for c in name.lower())
-        content = _merged(self.config.base, method.base)
+        content = _merged({"evaluation": {"report": False}}, _merged(self.config.base, method.base))
         overrides = [f"{key}={json.dumps(value)}" for key, value in setting.items()]
         content = apply_overrides(content, [*overrides, f"seed={seed}", "evaluation.test=false"])
         content["output_dir"] = str(self.folder / "runs" / f"{label}-{number}-seed{seed}")
@@ -127,9 +130,13 @@ class Comparison:
                     evaluate_run(Path(run.output_dir), _parts_of(run), quiet=True)
         rows = [self._row(name, number) for name, number in chosen.items()]
         self._write(rows)
-        best = min(rows, key=lambda row: row["validation_mae"])["method"]
-        model = Path(self.runs[best, chosen[best], self.seeds[0]].output_dir) / "model"
-        shutil.copytree(model, self.folder / "model", dirs_exist_ok=True)
+        best = min(rows, key=lambda row: row["validation_mae"])
+        winner = self.runs[best["method"], chosen[best["method"]], self.seeds[0]]
+        spread = f"Over seeds {self._seeds}: MAE {shown(best['mae'], best['mae_std'])} {winner.ranks.unit}".rstrip()
+        document_run(winner.output_dir, _parts_of(winner), remark=f"{spread} (mean ± standard deviation).")
+        shutil.copytree(Path(winner.output_dir) / "model", self.folder / "model", dirs_exist_ok=True)
+        with never_fatal(self.folder):
+            self._report(rows, chosen, best["method"])
         return rows
 
     def _train(self, runs: list[RunConfig], progress: Progress) -> None:
@@ -176,26 +183,42 @@ class Comparison:
             writer.writeheader()
             writer.writerows(rows)
 
+    def _report(self, rows: list[dict[str, Any]], chosen: dict[str, int], best: str) -> None:
+        methods = [
+            ComparedMethod(
+                row["method"],
+                [Path(self.runs[row["method"], chosen[row["method"]], seed].output_dir) for seed in self.seeds],
+                _cells(row),
+                ", ".join(f"{key}={value}" for key, value in json.loads(row["setting"]).items()) or "-",
+            )
+            for row in sorted(rows, key=lambda row: row["mae"])
+        ]
+        write_comparison_report(self.folder, self.config.title, HEADS, methods, self._note(), best)
+
     def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as Markdown: mean +- standard deviation over the seeds, best MAE first."""
-        heads = [*COLUMNS.values(), "ordinality", "s / run", "setting chosen"]
-        lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1) + "---|"]
+        lines = [f"| method | {' | '.join(HEADS)} |", "|---|" + "---:|" * (len(HEADS) - 1) + "---|"]
         for row in sorted(rows, key=lambda row: row["mae"]):
-            cells = [_cell(row, key) for key in [*COLUMNS, "ordinality"]]
-            seconds = f"{row['train_seconds']:.0f}" if row["train_seconds"] else "-"
-            lines.append(f"| {row['method']} | {' | '.join(cells)} | {seconds} | `{row['setting']}` |")
+            lines.append(f"| {row['method']} | {' | '.join(_cells(row))} | `{row['setting']}` |")
+        title = f"{self.config.title}\n\n" if self.config.title else ""
+        return title + "\n".join(lines) + f"\n\n{self._note()}\n"
+
+    @property
+    def _seeds(self) -> str:
+        return ", ".join(map(str, self.seeds))
+
+    def _note(self) -> str:
+        """What the table's figures are."""
         unit = self.config.base.get("ranks", {}).get("unit", "")
-        seeds = ", ".join(map(str, self.seeds))
         tuning = ", ".join(map(str, self.seeds[: self.config.tuning_seeds]))
         choice = "One setting per method, fixed beforehand."
         if any(len(method.settings) > 1 for method in self.config.methods.values()):
             choice = f"Settings chosen by the validation MAE on seed {tuning}."
-        note = (
-            f"Test part, mean and standard deviation over seeds {seeds}{f'; MAE and RMSE in {unit}' if unit else ''}. "
+        errors = f"; MAE and RMSE in {unit}" if unit else ""
+        return (
+            f"Test part, mean and standard deviation over seeds {self._seeds}{errors}. "
             f"MAE, RMSE, R2 and Spearman by median, accuracy by argmax. {choice}"
         )
-        title = f"{self.config.title}\n\n" if self.config.title else ""
-        return title + "\n".join(lines) + f"\n\n{note}\n"
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
@@ -221,7 +244,8 @@ def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False
     comparison = load_comparison(path, overrides)
     table = comparison.table(comparison.run(quiet))
     elapsed = time.monotonic() - started
-    return f"{table}\n{comparison.num_runs} runs in {comparison.folder}/runs, {elapsed:.0f} s this time.\n"
+    runs = f"{comparison.num_runs} runs in {comparison.folder}/runs, {elapsed:.0f} s this time."
+    return f"{table}\n{runs}\nreport: {comparison.folder}/report.html\n"
 
 
 def _train_run(run: RunConfig) -> str:
@@ -260,9 +284,7 @@ def _is_complete(run: RunConfig) -> bool:
     return read_yaml(folder / "config.yaml") == run.model_dump(mode="json")
 
 
-def _cell(row: dict[str, Any], key: str) -> str:
-    mean, spread = row[key], row[f"{key}_std"]
-    if mean is None or math.isnan(mean):
-        return "-"
-    digits = 2 if abs(mean) >= 1 else 3
-    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row's cells below `HEADS`, without the setting."""
+    seconds = f"{row['train_seconds']:.0f}" if row["train_seconds"] else "-"
+    return [*(shown(row[key], row[f"{key}_std"]) for key in [*COLUMNS, "ordinality"]), seconds]

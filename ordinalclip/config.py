@@ -98,6 +98,7 @@ class DataConfig(Section):
     stratify: list[str] = Field([], description="columns whose every combination is split in the same shares")
     group: str = Field("", description="column (subject, duplicate) whose equal rows stay in one part")
     shots: int | None = Field(None, ge=1, description="few-shot: this many random training images per rank")
+    license: str = Field("", description="licence of the pictures, for the model card")
     kinds: list[str] = Field(["thermometer"], description="gauges: kinds of instrument")
     num_train: int = Field(64, ge=1, description="gauges: training images")
     num_validation: int = Field(100, ge=1, description="gauges: validation images")
@@ -234,6 +235,7 @@ class EvaluationConfig(Section):
     decoding: Decoding = Field("median", description="how the saved model turns a distribution into one value")
     cs: list[float] = Field([5.0], description="CS@k: share of errors of at most k, in the label's unit")
     test: bool = Field(True, description="read the test part at the end of training")
+    report: bool = Field(True, description="write report.html and the model card at the end of training")
 
 
 class RunConfig(Section):

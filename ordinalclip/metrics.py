@@ -1,6 +1,7 @@
 """Metrics of ordered predictions as pure functions, and as modules of the `evaluate` library that need no network.
 
-All but `ordinality` take (N,) predictions and references over the WHOLE test part: never average them over batches.
+All but `ordinality` and `shot_groups` take (N,) predictions and references over the WHOLE test part: never average
+them over batches.
 """
 
 from __future__ import annotations
@@ -64,6 +65,69 @@ def spearman(predictions: ArrayLike, references: ArrayLike) -> float:
     """Spearman's rank correlation (SRC), ties at their mean rank; NaN when either side is constant."""
     predicted, true = _pair(predictions, references)
     return pearson(stats.rankdata(predicted), stats.rankdata(true))
+
+
+def bootstrap_interval(
+    metric: Callable[..., float],
+    predictions: ArrayLike,
+    references: ArrayLike,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a metric over the rows of one part (Efron & Tibshirani, 1993).
+
+    It says how far the figure would move with other images of the same kind, not with another training. Resamples on
+    which the metric is not defined are left out; NaN where it is defined on none.
+
+    >>> low, high = bootstrap_interval(mean_absolute_error, [20, 30, 44], [21, 27, 40])
+    >>> 1 <= low <= 8 / 3 <= high <= 4
+    True
+    """
+    predicted, true = _pair(predictions, references)
+    rng = np.random.default_rng(seed)
+    rows = (rng.integers(0, len(true), len(true)) for _ in range(resamples))
+    figures = np.asarray([metric(predicted[chosen], true[chosen]) for chosen in rows])
+    figures = figures[np.isfinite(figures)]
+    if figures.size == 0:
+        return float("nan"), float("nan")
+    low, high = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def shot_groups(train_counts: ArrayLike) -> dict[str, np.ndarray]:
+    """Which ranks have many, a medium number of, or few training labels (Yang et al., ICML 2021).
+
+    Args:
+        train_counts: (R,) number of training labels of each rank.
+
+    Returns:
+        (R,) masks: "many" (more than 100), "medium" (20 to 100), "few" (less than 20, none included), and "unseen",
+        those of the few that have no training label at all.
+    """
+    counts = np.asarray(train_counts)
+    return {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20, "unseen": counts == 0}
+
+
+def mae_by_shots(
+    predictions: ArrayLike, references: ArrayLike, label_ranks: ArrayLike, train_counts: ArrayLike
+) -> dict[str, dict[str, float | int | None]]:
+    """MAE of the images whose rank belongs to each of `shot_groups`.
+
+    Args:
+        label_ranks: (N,) true rank of every image.
+        train_counts: (R,) number of training labels of each rank.
+
+    Returns:
+        by group: "ranks" and "num", the numbers of ranks and of images, and "mae", None without images.
+    """
+    predicted, true = _pair(predictions, references)
+    table: dict[str, dict[str, float | int | None]] = {}
+    for name, members in shot_groups(train_counts).items():
+        chosen = members[np.asarray(label_ranks)]
+        mae = mean_absolute_error(predicted[chosen], true[chosen]) if chosen.any() else None
+        table[name] = {"ranks": int(members.sum()), "num": int(chosen.sum()), "mae": mae}
+    return table
 
 
 def ordinality(prototypes: Tensor) -> float:

@@ -27,6 +27,7 @@ QUICK = (
     "train.max_steps=4",
     "train.batch_size=8",
     "train.lr=1e-3",
+    "evaluation.report=false",  # takes longer than the run
 )
 
 NOISY = ("data.augment.flip=true", "data.augment.crop_ratio=1.2", "model.dropout=0.1")

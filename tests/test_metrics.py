@@ -5,7 +5,14 @@ import pytest
 import torch
 from scipy import stats
 
-from ordinalclip.metrics import METRICS, cumulative_score, load_metric, ordinality
+from ordinalclip.metrics import (
+    METRICS,
+    bootstrap_interval,
+    cumulative_score,
+    load_metric,
+    mae_by_shots,
+    ordinality,
+)
 
 
 @pytest.fixture
@@ -62,3 +69,31 @@ def test_ordinality_against_loops():
     assert ordinality(torch.stack([angles.cos(), angles.sin()], dim=1)) == 1.0
     with pytest.raises(ValueError, match="R >= 2"):
         ordinality(torch.zeros(1, 3))
+
+
+def test_mae_by_shots_against_a_loop(pair):
+    predicted, true = pair
+    counts = [0, 101, 100, 20, 19, 1, 300, 0, 50, 5]
+    ranks = true.astype(int)
+    table = mae_by_shots(predicted, true, ranks, counts)
+    for name, chosen in (
+        ("many", {1, 6}), ("medium", {2, 3, 8}), ("few", {0, 4, 5, 7, 9}), ("unseen", {0, 7}),
+    ):  # fmt: skip
+        errors = [abs(p - t) for p, t, r in zip(predicted, true, ranks, strict=True) if r in chosen]
+        assert table[name] == {
+            "ranks": len(chosen),
+            "num": len(errors),
+            "mae": pytest.approx(sum(errors) / len(errors)),
+        }
+    assert mae_by_shots([1.0], [0.0], [0], [5, 200])["many"] == {"ranks": 1, "num": 0, "mae": None}
+
+
+def test_bootstrap_interval_against_scipy(pair):
+    ours = bootstrap_interval(METRICS["mae"], *pair, resamples=4000)
+    theirs = stats.bootstrap(
+        pair, METRICS["mae"], paired=True, vectorized=False, method="percentile", n_resamples=4000, random_state=1
+    ).confidence_interval
+    assert ours == pytest.approx(tuple(theirs), abs=0.05)
+    assert ours == bootstrap_interval(METRICS["mae"], *pair, resamples=4000)  # drawn by its own generator
+    assert bootstrap_interval(METRICS["mae"], [3.0], [1.0]) == (2.0, 2.0)
+    assert np.isnan(bootstrap_interval(METRICS["spearman"], [1, 1, 1], [0, 1, 2])).all()

@@ -61,7 +61,10 @@ def test_plain_lines_in_a_file(commands, monkeypatch):
         shown = errors_of(monkeypatch, command, io.StringIO())
         assert "\r" not in shown
         unit = "runs" if title == "comparing" else "images"
-        assert re.search(rf"^{title}[^\n]*: \d+ of \d+, \d+ s left, [\d.]+ {unit}/s", shown, re.MULTILINE), (title, shown)
+        assert re.search(rf"^{title}[^\n]*: \d+ of \d+, \d+ s left, [\d.]+ {unit}/s", shown, re.MULTILINE), (
+            title,
+            shown,
+        )
 
 
 def test_nothing_when_quiet(commands, monkeypatch):

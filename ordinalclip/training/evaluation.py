@@ -31,10 +31,11 @@ from ordinalclip.heads import (
     decode,
 )
 from ordinalclip.images import crop, normalise
-from ordinalclip.metrics import METRICS, cumulative_score, ordinality
+from ordinalclip.metrics import METRICS, cumulative_score, mae_by_shots, ordinality
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress
 from ordinalclip.ranks import Ranks
+from ordinalclip.report import document_run
 from ordinalclip.training.distributed import gather_outputs, make_accelerator
 from ordinalclip.training.sampling import shares
 
@@ -110,10 +111,17 @@ def predictions_of(model: OrdinalModel, outputs: Outputs) -> dict[str, np.ndarra
     return {**values, "rank": decoded["argmax"].rank.numpy(), "probabilities": probabilities.numpy()}
 
 
-def score(predictions: dict[str, np.ndarray], part: Part, ranks: Ranks, cs: list[float]) -> dict[str, Any]:
+def score(
+    predictions: dict[str, np.ndarray],
+    part: Part,
+    ranks: Ranks,
+    cs: list[float],
+    train_counts: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """Figures of a part: headline ones, and all of them under each decoding.
 
-    The headline is fixed in advance: everything by `median`, accuracy by `argmax`.
+    The headline is fixed in advance: everything by `median`, accuracy by `argmax`. With `train_counts`, the number of
+    training labels of each rank, also the MAE by `metrics.shot_groups`.
     """
     table: dict[str, Any] = {}
     for how in get_args(Decoding):
@@ -123,6 +131,8 @@ def score(predictions: dict[str, np.ndarray], part: Part, ranks: Ranks, cs: list
         figures["accuracy"] = METRICS["accuracy"](nearest, part.ranks)
         figures.update({f"cs@{k:g}": cumulative_score(values, part.values, k) for k in cs})
         table[how] = {name: None if math.isnan(value) else value for name, value in figures.items()}
+    if train_counts is not None:
+        table["mae_by_shots"] = mae_by_shots(predictions["median"], part.values, part.ranks, train_counts)
     return {"num": len(part), **table["median"], "accuracy": table["argmax"]["accuracy"], **table}
 
 
@@ -132,13 +142,20 @@ def model_ordinality(model: OrdinalModel) -> float | None:
 
 
 def evaluate_parts(
-    model: OrdinalModel, parts: dict[str, Part], accelerator: Accelerator, config: RunConfig, folder: Path, quiet: bool
+    model: OrdinalModel,
+    parts: dict[str, Part],
+    accelerator: Accelerator,
+    config: RunConfig,
+    folder: Path,
+    quiet: bool,
+    train_counts: Sequence[int],
 ) -> dict[str, Any]:
     """Predict and score parts, and keep every prediction in `folder/predictions.parquet`.
 
     Args:
         model: a deployed model.
         parts: by name; predictions of parts that are in the file already are replaced.
+        train_counts: number of training labels of each rank.
 
     Returns:
         figures by part's name, see `score`.
@@ -149,7 +166,7 @@ def evaluate_parts(
         title = f"evaluating {name}"
         outputs = outputs_of(model, part, accelerator, options.batch_size, config.data.workers, title, quiet)
         predictions = predictions_of(model, outputs)
-        figures[name] = score(predictions, part, model.head.ranks, options.cs)
+        figures[name] = score(predictions, part, model.head.ranks, options.cs, train_counts)
         tables.append(predictions_table(name, part, predictions))
     if accelerator.is_main_process and tables:
         path, temporary = folder / "predictions.parquet", folder / "predictions.partial"
@@ -206,12 +223,14 @@ def evaluate_run(
     model = OrdinalModel.from_pretrained(folder / "model").to(accelerator.device)
     ranks = model.head.ranks.rank_of(parts.test.values, parts.test.row_names())
     test = replace(parts.test, ranks=ranks.numpy())  # other data may hold other distinct labels
+    figures = json.loads(metrics.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as elsewhere:
-        target = Path(elsewhere) if overrides else folder
-        figures = evaluate_parts(model, {"test": test}, accelerator, config, target, quiet)
-    figures = {**json.loads(metrics.read_text(encoding="utf-8")), **figures}
+        target, counts = Path(elsewhere) if overrides else folder, figures["train_counts"]
+        figures |= evaluate_parts(model, {"test": test}, accelerator, config, target, quiet, counts)
     if accelerator.is_main_process and not overrides:
         write_json(metrics, figures)
+        if config.evaluation.report:
+            document_run(folder, parts, model)
     return figures
 
 

@@ -26,6 +26,7 @@ from ordinalclip.heads import Targets, at_least_float32
 from ordinalclip.images import Augmentation
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress, announced
+from ordinalclip.report import document_run
 from ordinalclip.training import checkpoint
 from ordinalclip.training.distributed import (
     MicroBatches,
@@ -59,7 +60,7 @@ def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) ->
         quiet: show no progress.
 
     Returns:
-        the run folder: config.yaml, log.jsonl, metrics.json, predictions.parquet, model/, checkpoints/.
+        the run folder: config.yaml, log.jsonl, metrics.json, predictions.parquet, report.html, model/, checkpoints/.
 
     Raises:
         ValueError: bad configuration or data; the message names the key or row. A loss or gradient that is not
@@ -387,13 +388,14 @@ class Trainer:
         merge_adapters(self.model.encoder.tower)
 
     def _finish(self) -> None:
-        """Evaluate the chosen model, write metrics.json, predictions.parquet and model/."""
+        """Evaluate the chosen model, write metrics.json, predictions.parquet, model/ and its card, report.html."""
         model = self._deployed()
         (self.folder / "predictions.parquet").unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         wanted = {"validation": self.parts.validation, "test": self.parts.test if self.config.evaluation.test else None}
         present = {name: part for name, part in wanted.items() if part is not None}
-        figures = evaluate_parts(model, present, self.accelerator, self.config, self.folder, self.quiet)
+        counts = torch.bincount(torch.from_numpy(self.parts.train.ranks), minlength=len(self.parts.ranks)).tolist()
+        figures = evaluate_parts(model, present, self.accelerator, self.config, self.folder, self.quiet, counts)
         figures.update(
             method=self.config.method,
             seed=self.config.seed,
@@ -401,10 +403,13 @@ class Trainer:
             steps=self.step,
             best_step=self.best_step,
             num_train=len(self.parts.train),
+            train_counts=counts,
             parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad) if self.learns else 0,
             train_seconds=self.train_seconds,
         )
         if self.main:
             model.save_pretrained(self.folder / "model")
             write_json(self.folder / "metrics.json", figures)
+            if self.config.evaluation.report:
+                document_run(self.folder, self.parts, model)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,385 @@
+"""Reports, figures and model cards of real runs: what they say, that they need nothing else, that nothing escapes."""
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from ordinalclip import plots, report
+from ordinalclip.cli import main
+from ordinalclip.compare import load_comparison
+from ordinalclip.config import load_config, parse_config
+from ordinalclip.data import Parts
+from ordinalclip.heads import available_heads
+from ordinalclip.ranks import Ranks
+from ordinalclip.record import read_run, shown
+from ordinalclip.training import evaluate_run, train
+
+TINY = {
+    "data": {"num_train": 24, "num_validation": 12, "num_test": 12},
+    "ranks": {"low": 0, "high": 100, "num": 21, "unit": "%"},
+    "train": {"max_steps": 4, "batch_size": 8, "lr": 1e-3},
+}
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(HTMLParser):
+    """The tags, texts by `data-*` attribute and ids of a page; a tag that is not closed in order fails."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.texts, self.ids = [], [], {}, []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in VOID:
+            self.open.append((tag, dict(attributes)))
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open[-1][0] == tag, f"</{tag}> closes <{self.open[-1][0]}> at {self.getpos()}"
+        self.open.pop()
+
+    def handle_data(self, text):
+        tag, attributes = self.open[-1] if self.open else ("", {})
+        for name, value in [("tag", tag), *attributes.items()]:
+            if name in ("tag", "data-figure", "data-group", "class"):
+                self.texts.setdefault(value, []).append(text)
+
+
+def page_of(folder):
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def figures_of(folder):
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An OrdinalCLIP run with all parts."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    return train(parse_config({**TINY, "output_dir": str(folder)}, "tiny"), quiet=True)
+
+
+@pytest.fixture
+def reported(quick):
+    """A function (overrides) -> configuration of a quick run that writes its report."""
+    return lambda *overrides: quick("evaluation.report=true", *overrides)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A function (overrides) -> configuration of a run on ten PNG files in three grades."""
+    rows = ["image,label"]
+    for number in range(10):
+        pixels = np.random.default_rng(number).integers(0, 60, (40, 48, 3)) + 80 * (number % 3)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"cell{number}.png")
+        rows.append(f"cell{number}.png,{number % 3}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    base = [f"output_dir={tmp_path}/run", "train.max_steps=2", "train.batch_size=4", "data.source=table"]
+    return lambda *more: load_config(None, [*base, f"data.root={tmp_path}", "data.table=labels.csv", *more])
+
+
+def test_a_report_is_one_well_formed_file(run):
+    text = (run / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(text) < 3e6
+    assert len(set(page.ids)) == len(page.ids)
+    assert {"agreement", "error_by_value", "feature_map", "similarity", "learning_curves"} <= set(page.ids)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/")), (tag, name)
+    assert not re.search(r"url\((?!#)|@import", text)
+    for target in re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text):
+        assert target in page.ids
+    assert sum(tag == "img" for tag, _ in page.tags) == 12
+
+
+def test_the_figures_are_those_of_metrics_json(run):
+    page, figures = page_of(run), figures_of(run)
+    for name in ("mae", "rmse", "r2", "accuracy", "spearman", "cs@5"):
+        assert page.texts[name][0] == shown(figures["test"][name])
+    assert page.texts["ordinality"][0] == shown(figures["ordinality"])
+    assert page.texts["few"] == [shown(figures["test"]["mae_by_shots"]["few"]["mae"])]
+    assert "many" not in page.texts  # no rank has as many as that
+    assert sum(figures["train_counts"]) == figures["num_train"] == 24
+    intervals = [re.fullmatch(r"([-\d.]+) to ([-\d.]+)", text) for text in page.texts["interval"]]
+    low, high = (float(group) for group in intervals[0].groups())
+    assert low <= figures["test"]["mae"] <= high
+    record = read_run(run)
+    always = record.ranks.values[int(np.searchsorted(np.cumsum(figures["train_counts"]), 24 / 2))]
+    assert record.constant_error() == pytest.approx(np.abs(record.predictions.labels - always).mean())
+
+
+def test_figures_follow_the_theme_of_the_page(run):
+    text = (run / "report.html").read_text(encoding="utf-8")
+    drawings = re.findall(r"<svg role=.*?</svg>", text, re.DOTALL)
+    assert len(drawings) == 5
+    for drawing in drawings:
+        assert "var(--ink)" in drawing
+        assert not any(colour in drawing for colour in plots.THEME)
+    for variable in plots.THEME.values():
+        assert text.count(f"{variable}: #") == 2  # light and dark
+
+
+@pytest.mark.parametrize("method", sorted(set(available_heads()) - {"prototypes"}))
+def test_every_method_has_a_report_and_a_card(reported, method):
+    run = train(reported(f"method={method}", "train.max_steps=2"), quiet=True)
+    page, figures = page_of(run), figures_of(run)
+    assert ("similarity" in page.ids) == (figures["ordinality"] is not None)
+    assert ("learning_curves" in page.ids) == (figures["steps"] > 0)
+    has_distribution = read_run(run).predictions.probabilities is not None
+    assert ("axis" in (attributes.get("class") for _, attributes in page.tags)) == has_distribution
+    assert shown(figures["test"]["mae"]) in (run / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_constant_answer_has_no_correlation(reported):
+    run = train(reported("method=constant"), quiet=True)
+    page = page_of(run)
+    assert figures_of(run)["test"]["spearman"] is None
+    assert page.texts["spearman"] == ["-"]
+    assert "not defined" in page.texts["interval"]
+    assert "| Spearman |" not in (run / "model" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "split, shown_part",
+    [("[0.5,0,0.5]", "test"), ("[0.5,0.5,0]", "validation"), ("[1,0,0]", ""), ("[0.8,0,0.2]", "test")],
+)
+def test_parts_may_be_missing(table, split, shown_part):
+    run = train(table(f"data.split={split}"), quiet=True)
+    page, record = page_of(run), read_run(run)
+    assert record.part == shown_part
+    assert ("confusion" in page.ids) == bool(shown_part)
+    assert ("mae" in page.texts) == bool(shown_part)
+    card = (run / "model" / "README.md").read_text(encoding="utf-8")
+    assert ("nothing is known about its error" in card) == (not shown_part)
+    assert ("optimistic" in card) == (shown_part == "validation")
+
+
+def test_evaluating_later_brings_the_test_part_into_the_report(reported):
+    run = train(reported("evaluation.test=false"), quiet=True)
+    assert read_run(run).part == "validation"
+    figures = evaluate_run(run, quiet=True)
+    assert page_of(run).texts["mae"][0] == shown(figures["test"]["mae"])
+    assert len(figures["test"]["mae_by_shots"]) == 4
+
+
+def test_hostile_names_are_text(table, tmp_path):
+    name = "\"><img src=x onerror='alert(1)'>&amp;$x^$.png"
+    (tmp_path / "cell0.png").rename(tmp_path / name)
+    csv = (tmp_path / "labels.csv").read_text().replace("cell0.png", '"' + name.replace('"', '""') + '"')
+    (tmp_path / "labels.csv").write_text(csv)
+    folder = tmp_path / "<b>run"
+    names = "['<script>a', '$\\frac$', '\"c\"']"
+    ranks = ["ranks.values=[0,1,2]", f"ranks.names={names}", "ranks.unit='<i>$ & %'"]
+    data = ["data.table=''", "data.train_table=labels.csv", "data.test_table=labels.csv"]
+    run = train(table(*data, f"output_dir={json.dumps(str(folder))}", *ranks), quiet=True)
+    page = page_of(run)
+    assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert all(attributes["src"].startswith("data:image/jpeg;base64,") for attributes in images)
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert name in page.texts["name"]  # all ten images are among the best or the worst
+    assert "<script>a" in page.texts["text"]  # the ranks' names in a figure
+    assert ModelCard.load(run / "model" / "README.md").data.library_name == "ordinalclip"
+
+
+def test_without_the_data_pictures_are_left_out(table, tmp_path, caplog, capsys):
+    run = train(table("data.split=[0.6,0,0.4]"), quiet=True)
+    for file in tmp_path.glob("cell*.png"):
+        file.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert main(["report", str(run), "--quiet"]) == 0
+    assert "the data cannot be read" in caplog.text
+    assert capsys.readouterr().out.splitlines() == [str(run / "report.html"), str(run / "model" / "README.md")]
+    page = page_of(run)
+    assert "feature_map" not in page.ids
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert "confusion" in page.ids
+
+
+def test_other_data_than_was_predicted_is_not_shown(run, caplog):
+    """A run on data in memory leaves a configuration that may name other data."""
+    record = read_run(run)
+    shifted = replace(record.images, values=record.images.values[::-1])
+    parts = Parts(train=shifted, validation=None, test=shifted, ranks=record.ranks)
+    assert read_run(run, parts).images is None
+    assert "not that of the predictions" in caplog.text
+
+
+@pytest.mark.parametrize("ending, start", [("pdf", b"%PDF"), ("png", b"\x89PNG")])
+def test_plot_writes_files(run, tmp_path, capsys, ending, start):
+    assert main(["plot", str(run), "--format", ending, "--out", str(tmp_path / "figures"), "--quiet"]) == 0
+    files = sorted((tmp_path / "figures").iterdir())
+    assert [file.stem for file in files] == [
+        "agreement",
+        "error_by_value",
+        "feature_map",
+        "learning_curves",
+        "similarity",
+    ]
+    assert all(file.read_bytes().startswith(start) for file in files)
+    assert sorted(capsys.readouterr().out.splitlines()) == [str(file) for file in files]
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "no finished run" in capsys.readouterr().err
+
+
+def test_the_card_is_a_hub_card(run, reported):
+    card, figures = ModelCard.load(run / "model" / "README.md"), figures_of(run)["test"]
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {name: figures[name] for name in ("mae", "rmse", "accuracy", "spearman")}
+    assert card.data.license == "apache-2.0"
+    assert "image-ordinal-regression" in card.data.tags
+    assert "A label can be sensitive" in card.text
+    assert "Fairness" not in card.text
+    people = train(reported("ranks.unit=years", "data.license=CC BY 4.0", "train.max_steps=1"), quiet=True)
+    text = ModelCard.load(people / "model" / "README.md").text
+    assert "**Fairness.**" in text
+    assert "* Data: CC BY 4.0." in text
+
+
+def test_a_failing_report_does_not_lose_the_run(reported, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(report, "write_report", fail)
+    run = train(reported("train.max_steps=1"), quiet=True)
+    assert figures_of(run)["test"]["num"] == 12
+    assert (run / "model" / "model.safetensors").is_file()
+    assert not (run / "report.html").exists()
+    assert "report or model card not written" in caplog.text
+    assert "no space left" in caplog.text
+
+
+def test_no_report_where_none_is_wanted(quick):
+    config = quick("evaluation.report=false", "train.max_steps=1")
+    run = train(config, quiet=True)
+    assert not (run / "report.html").exists()
+    (run / "report.html").write_text("of an earlier run")
+    assert not (train(config, quiet=True) / "report.html").exists()
+    assert not (run / "model" / "README.md").exists()
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    rates = [{"train.lr": 1e-3}, {"train.lr": 1e-5}]
+    methods = {
+        "OrdinalCLIP": {"base": {"method": "ordinalclip"}, "settings": rates},
+        "L1": {"base": {"method": "l1"}, "settings": rates},
+        "constant": {"base": {"method": "constant"}},
+        "<b>zero</b> $shot$": {"base": {"method": "zero_shot"}},
+    }
+    content = {"output_dir": f"{folder}/out", "seeds": [1, 2], "base": TINY, "methods": methods}
+    (folder / "c.yaml").write_text(yaml.safe_dump(content))
+    load_comparison(folder / "c.yaml").run(quiet=True)
+    return folder / "out"
+
+
+def test_a_comparison_has_a_report_with_links_and_its_winner_one_of_its_own(compared):
+    page = page_of(compared)
+    lines = (compared / "table.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][1:]
+    texts = page.texts["td"] + page.texts["code"]
+    assert len(rows) == 4
+    assert all(cell in texts for row in rows for cell in row[:-1])
+    assert "train.lr=0.001" in texts or "train.lr=1e-05" in texts
+    assert "b" not in {tag for tag, _ in page.tags}
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert len(links) == 8
+    assert all((compared / link).exists() for link in links)
+    (own,) = [link for link in links if link.endswith("report.html")]
+    card = (compared / "model" / "README.md").read_text(encoding="utf-8")
+    assert card == ((compared / own).parent / "model" / "README.md").read_text(encoding="utf-8")
+    assert "Over seeds 1, 2: MAE " in card
+    assert "Over seeds 1, 2: MAE " in (compared / own).read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_in_a_browser_nothing_overflows_and_nothing_complains(kind, run, compared, tmp_path):
+    """The report in a frame as wide as a phone; the page says how wide its content is."""
+    html = ((run if kind == "run" else compared) / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "phone.html").write_text(
+        """<body><iframe width=390 height=800 style="border:0"></iframe><script>
+        const frame = document.querySelector("iframe");
+        frame.onload = () => {
+          const page = frame.contentDocument, drawing = page.querySelector("figure svg").getBoundingClientRect();
+          document.body.dataset.found = [page.documentElement.scrollWidth, page.querySelectorAll("figure").length,
+            Math.round(drawing.width)].join(" ");
+        };
+        frame.srcdoc = """
+        + json.dumps(html).replace("</", "<\\/")
+        + "</script></body>",
+        encoding="utf-8",
+    )
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=5000",
+    ]
+    done = subprocess.run(
+        [BROWSER, *options, f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"file://{tmp_path}/phone.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(r'data-found="(\d+) (\d+) (\d+)"', done.stdout)
+    assert found, done.stderr[-2000:]
+    width, figures, drawing = map(int, found.groups())
+    assert width <= 390
+    assert figures == (5 if kind == "run" else 2)
+    assert 250 < drawing <= 390
+    assert "CONSOLE" not in done.stderr
+
+
+def test_principal_components_against_the_covariance():
+    features = np.random.default_rng(0).normal(size=(40, 5)) * [5, 1, 3, 1, 1]
+    points, shares = plots.principal_components(features)
+    variances = np.sort(np.linalg.eigvalsh(np.cov(features.T)))[::-1]
+    assert points.var(axis=0, ddof=1) == pytest.approx(variances[:2])
+    assert shares == pytest.approx(variances[:2] / variances.sum())
+    for degenerate in (np.ones((3, 4)), np.ones((1, 4)), np.arange(4.0)[:, None]):
+        points, shares = plots.principal_components(degenerate)
+        assert points.shape == (len(degenerate), 2)
+        assert np.isfinite(points).all()
+        assert np.isfinite(shares).all()
+
+
+def test_value_bins():
+    few = Ranks((0, 1, 4))
+    assert plots.value_bins(few).tolist() == [-0.5, 0.5, 2.5, 5.5]
+    assert plots.value_bins(Ranks.linear(0, 100, 101)).tolist() == pytest.approx(np.linspace(0, 100, 13))
+
+
+def test_a_confusion_matrix_counts_and_many_points_become_hexagons():
+    figure = plots.confusion(np.asarray([0, 0, 1, 2]), np.asarray([0, 1, 1, 0]), ["a", "b", "c"])
+    (axes,) = figure.axes
+    assert [int(text.get_text()) for text in axes.texts] == [1, 1, 0, 0, 1, 0, 1, 0, 0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    labels = np.random.default_rng(0).uniform(0, 9, 4000)
+    hexagons = plots.agreement(labels, labels, "years")
+    assert hexagons.axes[0].get_xlabel() == "true value (years)"
+    assert hexagons.axes[0].collections[0].get_array().sum() == 4000
+    assert len(plots.agreement(np.asarray([3.0]), np.asarray([3.0])).axes) == 1
