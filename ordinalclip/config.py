@@ -294,7 +294,7 @@ def read_yaml(path: str | Path | None) -> dict[str, Any]:
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested `content` with dotted "key=value" overrides applied; values are parsed as YAML."""
+    """A copy of nested `content` with dotted "key=value" overrides applied; values are YAML, or else text."""
     content = deepcopy(content)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -308,8 +308,8 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
                 raise ValueError(f"override {override!r}: {parent} is a value, not a section")
         try:
             place[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from error
+        except yaml.YAMLError:  # such as ranks.unit=%
+            place[last] = text
     return content
 
 

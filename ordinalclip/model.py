@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, cached_file
 from ordinalclip.backbones import Backbone, PixelSpec, load_backbone
 from ordinalclip.heads import Decoding, Head, HeadContext, Prediction, Targets, build_head
 from ordinalclip.processing import OrdinalImageProcessor
+from ordinalclip.progress import without_bars
 from ordinalclip.ranks import Ranks
 from ordinalclip.tokenization import save_tokenizer
 
@@ -218,7 +219,8 @@ class OrdinalModel(PreTrainedModel):
             raise ValueError(f"form {form!r} is unknown; choices: deployed, trainable")
         model = self.deploy() if form == "deployed" else self
         options = {"save_original_format": False, **kwargs}  # else transformers renames the weights of its own towers
-        super(OrdinalModel, model).save_pretrained(save_directory, **options)
+        with without_bars():
+            super(OrdinalModel, model).save_pretrained(save_directory, **options)
         self.image_processor.save_pretrained(save_directory)
         if form == "trainable" and self.tokenizer is not None:
             save_tokenizer(self.tokenizer, Path(save_directory) / TOKENIZER_FOLDER)

@@ -26,6 +26,7 @@ from ordinalclip.ranks import Ranks
 
 INK, MUTED, GRID, BLUE, ORANGE = "#1b1f24", "#66707c", "#dfe3e8", "#0072b2", "#e69f00"
 PALETTE = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+MARKERS = "osD^vX"  # with the colours: two blues are one in the dark
 THEME = {INK: "--ink", MUTED: "--muted", GRID: "--grid", BLUE: "--blue"}
 VALUE_COLOURS = LinearSegmentedColormap.from_list("values", matplotlib.colormaps["viridis"](np.linspace(0.2, 0.92, 64)))
 STYLE: Any = {
@@ -201,14 +202,15 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
         evaluated, errors = [row["step"] for row in validated], [row["validation_mae"] for row in validated]
         axes[1].plot(evaluated, errors, color=ORANGE, marker="o", markersize=4, linewidth=1.6)
         if best_step in evaluated:
-            axes[1].axvline(
-                best_step, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=f"model: step {best_step}"
-            )
+            chosen = {"linestyle": (0, (4, 3)), "label": f"model: step {best_step}"}
+            axes[1].axvline(best_step, color=MUTED, linewidth=1, **chosen)
             axes[1].legend(loc="best")
         axes[1].set_ylabel(_label("validation MAE", unit))
         axes[1].set_ylim(bottom=0)
         figure.align_ylabels()
-    (axes[1] if validated else axes).set_xlabel("step")
+    below = axes[1] if validated else axes
+    below.set_xlabel("step")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -245,7 +247,7 @@ def error_by_method(
         means = [error[chosen].mean() if chosen.any() else np.nan for chosen in _members(labels, edges)]
         above = 3 - number / len(answers)  # the better, the higher up
         if number < coloured:
-            bright = {"color": PALETTE[number], "marker": "o", "markersize": 3.5, "linewidth": 1.6}
+            bright = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 4.5, "linewidth": 1.6}
             axes.plot(middles, means, label=_short(name, 34), zorder=above, **bright)
         else:
             label = (_short(name, 34) if len(answers) == coloured + 1 else "others") if number == coloured else None

@@ -94,3 +94,15 @@ def show_library_bars(quiet: bool) -> None:
     else:
         huggingface_hub.utils.enable_progress_bars()
         datasets.enable_progress_bars()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No bars of transformers within a `with` block: it shows one for every file that it writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    yield
+    if shown:
+        logging.enable_progress_bar()

@@ -395,6 +395,8 @@ PartialState().destroy_process_group()
 """
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes_train_every_family_as_one(spec_of, tmp_path):
     """torchrun with gloo, one launch for all: the losses of every step agree with those of one process."""
     names = [*FAMILIES, "timm:test_resnet"]
@@ -410,7 +412,7 @@ def test_two_processes_train_every_family_as_one(spec_of, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += [str(tmp_path / "runs.py"), json.dumps([overrides(name, "two") for name in names])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560, check=False)
     assert done.returncode == 0, done.stderr[-9000:]
     for name in names:
         losses = []
