@@ -4,9 +4,9 @@
     python benchmarks/invariance.py --fault local-loss     # a planted fault: must end in red, with status 1
 
 Each number of processes is one launch of torchrun (gloo) that trains all methods with all micro-batches through
-`ordinalclip train`: the shipped tiny CLIP, crop, flip, dropout and drop-path on. Shown is the largest relative
-difference to one process without micro-batches, of the losses of all steps and of the final weights' norm of
-difference. In float64 both have to agree to 1e-8, in float32 the losses to 1e-3.
+`ordinalclip train`: the shipped tiny CLIP (at 32 px, to save time), crop, flip, dropout and drop-path on. Shown is the
+largest relative difference to one process without micro-batches, of the losses of all steps and of the final weights'
+norm of difference. In float64 both have to agree to 1e-8, in float32 the losses to 1e-3.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ OPTIONS = [
     "ranks.num=21",
     "data.num_train=48",
     "data.num_validation=8",
+    "data.num_test=1",
     "data.augment.flip=true",
     "data.augment.crop_ratio=1.2",
+    "model.image_size=32",
     "model.dropout=0.1",
     "model.drop_path=0.1",
     "train.lr=1e-3",
     "train.eval_every=1000",
     "evaluation.test=false",
+    "evaluation.report=false",
 ]
 
 
@@ -83,8 +86,8 @@ def work(arguments: argparse.Namespace) -> None:
     for method in arguments.methods:
         for precision in TOLERANCE:
             for name, size in micro_batches(arguments.batch_size, processes).items():
-                if precision == "float32" and name == "1/8":
-                    continue  # as exact as 1/2, and slow
+                if precision == "float32" and name != "none":
+                    continue  # what is exact in float64 is within rounding in float32
                 folder = run_folder(arguments.folder, processes, method, name, precision)
                 command = ["train", "default", "--quiet", f"method={method}", f"output_dir={folder}", *OPTIONS]
                 command += [f"train.precision={precision}", f"train.max_steps={arguments.steps}"]
