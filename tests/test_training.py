@@ -35,7 +35,7 @@ def test_micro_batches_do_not_change_the_curve(quick, tmp_path, method):
             quiet=True,
         )
         curves.append(losses_of(folder))
-        weights.append(load_checkpoint(folder / "checkpoints" / "step-00000004")[0])
+        weights.append(load_checkpoint(folder / "checkpoints" / "step-00000004").weights)
     for curve, weight in zip(curves[1:], weights[1:], strict=True):
         assert np.abs(curve / curves[0] - 1).max() < 1e-10
         for name, tensor in weight.items():
@@ -44,7 +44,7 @@ def test_micro_batches_do_not_change_the_curve(quick, tmp_path, method):
 
 def test_stock_dropout_would_change_the_curve(quick, tmp_path, monkeypatch):
     """The test above can fail: with stock dropout in place of `SampleNoise` the curves part."""
-    monkeypatch.setattr(trainer_module, "use_sample_noise", lambda module, seed, first_layer=0: [])
+    monkeypatch.setattr("ordinalclip.training.preparation.use_sample_noise", lambda module, seed, first_layer=0: [])
     curves = [
         losses_of(
             train(
@@ -80,7 +80,7 @@ def test_processes_do_not_change_the_curve(quick, tmp_path, num_processes):
     for name in ("validation", "test"):
         one, other = (json.loads((folder / "metrics.json").read_text())[name]["mae"] for folder in (single, several))
         assert other == pytest.approx(one, rel=1e-6)
-    weights = [load_checkpoint(folder / "checkpoints" / "step-00000004")[0] for folder in (single, several)]
+    weights = [load_checkpoint(folder / "checkpoints" / "step-00000004").weights for folder in (single, several)]
     difference = sum((weights[0][name] - weights[1][name]).double().norm() ** 2 for name in weights[0]) ** 0.5
     assert difference / sum(tensor.double().norm() ** 2 for tensor in weights[0].values()) ** 0.5 < 1e-8
     assert (
@@ -281,7 +281,10 @@ def test_bf16_keeps_logits_in_float32(quick, tmp_path):
     [
         (("train.mixed_precision=fp16",), "fp16 needs a GPU"),
         (("train.freeze=[encodr.*]",), "'encodr.*' matches no parameter"),
-        (("model.batch_norm=local", "train.micro_batch_size=2"), "batch_norm=local is not exact with"),
+        (
+            ("model.batch_norm=local", "train.micro_batch_size=2"),
+            "batch_norm=local is not exact: its statistics depend on train.micro_batch_size",
+        ),
         (("train.resume=nowhere",), "train.resume=nowhere: no checkpoint there"),
     ],
 )

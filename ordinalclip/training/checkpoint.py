@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from ordinalclip.training.optimization import WeightAverage
 
 logger = logging.getLogger(__name__)
 PREFIX = "step-"
+FROZEN = "head.text."
 MANIFEST = "sha256.json"
 EXECUTION = {  # how a run is executed, not what it computes
     "output_dir",
@@ -128,6 +131,31 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         index, _, key = name.partition(".")
         entries.setdefault(int(index), {})[key] = value
     return Checkpoint(folder, weights, {"state": entries, "param_groups": saved["param_groups"]}, state)
+
+
+def weights_of(model: nn.Module, average: WeightAverage | None) -> dict[str, Tensor]:
+    """All that training changes, running average included; the frozen text tower is rebuilt from its own weights."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(FROZEN)}
+    if average is not None:
+        weights.update((f"average.{name}", tensor) for name, tensor in average.average.items())
+    return weights
+
+
+def load_weights(model: nn.Module, average: WeightAverage | None, weights: dict[str, Tensor]) -> None:
+    """Take up what `weights_of` gave.
+
+    Raises:
+        ValueError: weights of another model.
+    """
+    own = {name for name in model.state_dict() if not name.startswith(FROZEN)}
+    own |= {f"average.{name}" for name in (average.average if average else ())}
+    if own != weights.keys():
+        missing, unexpected = sorted(own - weights.keys())[:5], sorted(weights.keys() - own)[:5]
+        raise ValueError(f"checkpoint does not fit the model: missing {missing}, unexpected {unexpected}")
+    if average is not None:
+        for name, tensor in average.average.items():
+            tensor.copy_(weights[f"average.{name}"])
+    model.load_state_dict({n: tensor for n, tensor in weights.items() if not n.startswith("average.")}, strict=False)
 
 
 def checkpoints(folder: Path) -> list[Path]:

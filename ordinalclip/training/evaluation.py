@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -90,6 +90,16 @@ def outputs_of(
 def targets_of(part: Part) -> Targets:
     """All labels of a part."""
     return Targets(torch.from_numpy(part.values), torch.from_numpy(part.ranks))
+
+
+def deployed(model: OrdinalModel, parts: Parts, outputs: Callable[[OrdinalModel, Part], Outputs]) -> OrdinalModel:
+    """The model as it is served, its head first fitted on training and validation outputs if it wants that."""
+    model.eval()
+    if model.head.needs_fit:
+        train = outputs(model, parts.train), targets_of(parts.train)
+        part = parts.validation
+        model.head.fit(train, None if part is None else (outputs(model, part), targets_of(part)))
+    return model.deploy()
 
 
 def predictions_of(model: OrdinalModel, outputs: Outputs) -> dict[str, np.ndarray]:

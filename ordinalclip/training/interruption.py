@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM ends a run after the step in hand, with a checkpoint and an exit status of its own."""
+"""What ends a run early: SIGTERM, after the step in hand, with a checkpoint and a status of its own; bad numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -58,6 +59,9 @@ class Interruption:
         return bool(flag.item())
 
 
-def ignore_sigterm(_worker: int = 0) -> None:
-    """For data workers: a signal to the whole process group must not break the batch in hand."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def not_finite(terms: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """Which terms of a loss are not finite, or else the gradients of which parameters, three at most."""
+    if wrong := [f"{name} is {term.item()}" for name, term in terms.items() if not torch.isfinite(term).all()]:
+        return wrong
+    spoilt = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    return [f"the gradient of {name} is not finite (loss {terms['loss'].item():g})" for name in spoilt[:3]]

@@ -6,12 +6,13 @@ there is no partial batch, small sets work, and resuming needs one integer.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ordinalclip.backbones import PixelSpec
 from ordinalclip.data import Part
@@ -90,6 +91,23 @@ class StreamDataset(Dataset):
         rng = np.random.default_rng([self.stream.seed, VIEW, position])
         pixels = self.augmentation(image, self.spec, rng)
         return pixels, float(self.part.values[index]), int(self.part.ranks[index]), position
+
+
+def stream_loader(sampler: StreamSampler, dataset: StreamDataset, workers: int, prefetch: int) -> DataLoader:
+    """The batches of a sampler, decoded by `workers` processes, each `prefetch` batches ahead."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_ignore_sigterm,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _ignore_sigterm(_worker: int) -> None:
+    """A signal to the whole process group must not break the batch in hand; workers end with their parent."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class SampleNoise(nn.Module):

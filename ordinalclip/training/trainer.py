@@ -21,8 +21,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
 from ordinalclip.config import RunConfig
-from ordinalclip.data import Parts, load_parts
-from ordinalclip.heads import Targets, at_least_float32
+from ordinalclip.data import Part, Parts, load_parts
+from ordinalclip.heads import Outputs, Targets, at_least_float32
 from ordinalclip.images import Augmentation
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress, announced
@@ -36,19 +36,19 @@ from ordinalclip.training.distributed import (
     make_accelerator,
 )
 from ordinalclip.training.evaluation import (
+    deployed,
     evaluate_parts,
     model_ordinality,
     outputs_of,
     predictions_of,
     score,
-    targets_of,
     write_json,
 )
 from ordinalclip.training.imbalance import sample_weights
-from ordinalclip.training.interruption import Interruption, Preempted, ignore_sigterm
+from ordinalclip.training.interruption import Interruption, Preempted, not_finite
 from ordinalclip.training.optimization import WeightAverage, lr_factor, make_optimizer
 from ordinalclip.training.preparation import build_model, merge_adapters, prepare_model, use_precision
-from ordinalclip.training.sampling import Stream, StreamDataset, StreamSampler, shares
+from ordinalclip.training.sampling import Stream, StreamDataset, StreamSampler, shares, stream_loader
 
 
 def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) -> Path:
@@ -82,6 +82,7 @@ class Trainer:
             options.mixed_precision, options.trackers, config.output_dir, options.process_group_timeout
         )
         self.main = self.accelerator.is_main_process
+        self.place = self.accelerator.process_index, self.accelerator.num_processes
         self.quiet = quiet or not self.main
         if options.batch_size < self.accelerator.num_processes:
             raise ValueError(
@@ -103,6 +104,7 @@ class Trainer:
         self.best_step: int | None = None
         self.best_value = math.inf
         self.train_seconds = 0.0
+        self.num_trained = 0
         if self.learns:
             self._prepare()
 
@@ -117,6 +119,7 @@ class Trainer:
         self.average = WeightAverage(model, options.ema) if options.ema else None
         self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.num_trained = sum(parameter.numel() for parameter in self.trained)
         encoder, self.head = (
             self.accelerator.prepare(module) if any(p.requires_grad for p in module.parameters()) else module
             for module in (model.encoder, model.head)
@@ -150,7 +153,11 @@ class Trainer:
         self.started = started = time.monotonic()
         with Interruption(self.accelerator.num_processes) as interruption:
             for batch in self._loader():
-                row = self._step(batch)
+                try:
+                    row = self._step(batch)
+                except ValueError:  # numbers that went wrong: what led there is worth keeping
+                    self._write_log(rows)
+                    raise
                 self.step += 1
                 rows.append({"step": self.step, **row, "seconds": time.monotonic() - started})
                 due = self.step % every == 0 or self.step == total
@@ -175,18 +182,16 @@ class Trainer:
 
     def _loader(self) -> DataLoader:
         """The batches that are left, this process's share of each."""
-        config, accelerator = self.config, self.accelerator
-        augmentation = Augmentation(**config.data.augment.model_dump())
-        workers = config.data.workers
-        return DataLoader(
-            StreamDataset(self.parts.train, self.model.config.pixel_spec, augmentation, self.stream),
-            batch_sampler=StreamSampler(
-                config.train.batch_size, self.step, self.total, accelerator.process_index, accelerator.num_processes
+        return stream_loader(
+            StreamSampler(self.config.train.batch_size, self.step, self.total, *self.place),
+            StreamDataset(
+                self.parts.train,
+                self.model.config.pixel_spec,
+                Augmentation(**self.config.data.augment.model_dump()),
+                self.stream,
             ),
-            num_workers=workers,
-            prefetch_factor=config.data.prefetch if workers else None,
-            worker_init_fn=ignore_sigterm,
-            pin_memory=accelerator.device.type == "cuda",
+            self.config.data.workers,
+            self.config.data.prefetch,
         )
 
     def _is_stale(self) -> bool:
@@ -241,20 +246,12 @@ class Trainer:
         Raises:
             ValueError: with step, what is not finite, learning rate and the rows of the batch.
         """
-        scaled = self.accelerator.scaler is not None
-        if bool(torch.isfinite(terms["loss"])) and (scaled or bool(torch.isfinite(norm))):
+        checked = [*terms.values(), *([norm] if self.accelerator.scaler is None else [])]
+        if bool(torch.isfinite(torch.stack([value.detach().to(norm) for value in checked])).all()):
             return
-        wrong = [f"{name} is {term.item()}" for name, term in terms.items() if not torch.isfinite(term).all()]
-        wrong = (
-            wrong
-            or [
-                f"the gradient of {name} is not finite (loss {terms['loss'].item():g})"
-                for name, parameter in self.model.named_parameters()
-                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
-            ][:3]
-        )
         rows = ", ".join(self.parts.train.names[row] for row in self._batch_rows())
-        raise ValueError(f"step {self.step + 1}: {'; '.join(wrong)}; learning rate {lr:g}; rows of the batch: {rows}")
+        what = "; ".join(not_finite(terms, self.model))
+        raise ValueError(f"step {self.step + 1}: {what}; learning rate {lr:g}; rows of the batch: {rows}")
 
     def _write_log(self, rows: list[dict[str, Any]]) -> None:
         """Append rows to log.jsonl and the trackers; this is where the device is waited for."""
@@ -267,22 +264,9 @@ class Trainer:
             for row in rows:
                 self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
-    def _deployed(self) -> OrdinalModel:
-        """The model as it is served, its head fitted on training and validation outputs if it wants that."""
-        self.model.eval()
-        if self.model.head.needs_fit:
-            train = self._outputs(self.model, self.parts.train), targets_of(self.parts.train)
-            validation = None
-            if self.parts.validation is not None:
-                validation = self._outputs(self.model, self.parts.validation), targets_of(self.parts.validation)
-            self.model.head.fit(train, validation)
-        return self.model.deploy()
-
-    def _outputs(self, model: OrdinalModel, part: Any, title: str = "") -> dict[str, Tensor]:
-        options = self.config.evaluation
-        return outputs_of(
-            model, part, self.accelerator, options.batch_size, self.config.data.workers, title, self.quiet
-        )
+    def _outputs(self, model: OrdinalModel, part: Part) -> Outputs:
+        batch_size, workers = self.config.evaluation.batch_size, self.config.data.workers
+        return outputs_of(model, part, self.accelerator, batch_size, workers, quiet=self.quiet)
 
     def _validate(self) -> dict[str, float]:
         """Validation MAE by the chosen decoding; remembers the best step."""
@@ -292,7 +276,7 @@ class Trainer:
         if self.config.model.batch_norm == "local":
             average_running_statistics(self.model.encoder, self.accelerator.num_processes)
         with self.average.applied() if self.average else nullcontext():
-            model = self._deployed()
+            model = deployed(self.model, self.parts, self._outputs)
             predictions = predictions_of(model, self._outputs(model, self.parts.validation))
         figures = score(predictions, self.parts.validation, self.parts.ranks, self.config.evaluation.cs)
         value = figures[self.config.evaluation.decoding]["mae"]
@@ -315,25 +299,15 @@ class Trainer:
                 "config": self.config.model_dump(mode="json"),
             }
             folder = self.folder / "checkpoints"
-            checkpoint.save_checkpoint(folder, self.step, self._weights(), self.optimizer.optimizer.state_dict(), state)
+            checkpoint.save_checkpoint(
+                folder,
+                self.step,
+                checkpoint.weights_of(self.model, self.average),
+                self.optimizer.optimizer.state_dict(),
+                state,
+            )
             checkpoint.prune(folder, self.config.train.keep_checkpoints, self.best_step)
         self.accelerator.wait_for_everyone()
-
-    def _weights(self) -> dict[str, Tensor]:
-        """All that training changes; the frozen text tower is rebuilt from its own weights."""
-        weights = {name: t for name, t in self.model.state_dict().items() if not name.startswith("head.text.")}
-        if self.average is not None:
-            weights.update((f"average.{name}", tensor) for name, tensor in self.average.average.items())
-        return weights
-
-    def _load_weights(self, weights: dict[str, Tensor]) -> None:
-        if self.average is not None:
-            for name, tensor in self.average.average.items():
-                tensor.copy_(weights.pop(f"average.{name}"))
-        missing, unexpected = self.model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if not name.startswith("head.text.")]
-        if missing or unexpected:
-            raise ValueError(f"checkpoint does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}")
 
     def _resume(self) -> None:
         """Continue at the step after the checkpoint that `train.resume` names, or start with an empty log."""
@@ -343,7 +317,7 @@ class Trainer:
             return
         state = found.state
         checkpoint.check_same_experiment(found.folder, state["config"], self.config.model_dump(mode="json"))
-        self._load_weights(found.weights)
+        checkpoint.load_weights(self.model, self.average, found.weights)
         self.optimizer.optimizer.load_state_dict(found.optimizer)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -360,7 +334,8 @@ class Trainer:
         """Once nothing stands against this run: the folder holds no finished one until it is finished again."""
         self.accelerator.wait_for_everyone()  # nobody reads the old checkpoints any more
         if self.main:
-            (self.folder / "metrics.json").unlink(missing_ok=True)
+            for result in ("metrics.json", "report.html"):
+                (self.folder / result).unlink(missing_ok=True)
             self.config.save(self.folder / "config.yaml")
 
     def _start_anew(self) -> None:
@@ -382,14 +357,14 @@ class Trainer:
                     last = deepcopy(self.model)
                 merge_adapters(last.encoder.tower)
                 last.save_pretrained(self.folder / "model-last")
-            self._load_weights(checkpoint.load_checkpoint(best).weights)
+            checkpoint.load_weights(self.model, self.average, checkpoint.load_checkpoint(best).weights)
         if self.average is not None:
             self.average.swap()
         merge_adapters(self.model.encoder.tower)
 
     def _finish(self) -> None:
         """Evaluate the chosen model, write metrics.json, predictions.parquet, model/ and its card, report.html."""
-        model = self._deployed()
+        model = deployed(self.model, self.parts, self._outputs)
         (self.folder / "predictions.parquet").unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         wanted = {"validation": self.parts.validation, "test": self.parts.test if self.config.evaluation.test else None}
@@ -404,7 +379,7 @@ class Trainer:
             best_step=self.best_step,
             num_train=len(self.parts.train),
             train_counts=counts,
-            parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad) if self.learns else 0,
+            parameters=self.num_trained,
             train_seconds=self.train_seconds,
         )
         if self.main:
