@@ -128,7 +128,8 @@ def differences(folder: Path, reference: Path) -> tuple[float, float]:
     if found.shape != right.shape:
         return float("inf"), float("inf")
     vector = weights(reference)
-    return float(np.abs(found / right - 1).max()), ((weights(folder) - vector).norm() / vector.norm()).item()
+    relative = np.abs(found - right) / np.maximum(np.abs(right), 1e-9)  # some losses are 0 in some batches
+    return float(relative.max()), ((weights(folder) - vector).norm() / vector.norm()).item()
 
 
 def main() -> int:
