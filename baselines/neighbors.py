@@ -127,9 +127,9 @@ class RadiusNeighbors(nn.Module):
                 rows = slice(first, first + QUERY_BLOCK)
                 query = queries[rows] - center
                 query_norm = query.square().sum(dim=1)
-                # Two sums of D products and their difference: see Higham, Accuracy and Stability, section 3.1.
-                slack = (query.shape[1] + 4) * torch.finfo(torch.float64).eps
-                slack = slack * (query_norm.sqrt() + norms.max().sqrt()).square()
+                # Bound on the rounding error of sums of D products: Higham, Accuracy and Stability, section 3.1.
+                rounding = (query.shape[1] + 4) * torch.finfo(torch.float64).eps
+                slack = rounding * (query_norm.sqrt() + norms.max().sqrt()).square()
                 shifted = torch.addmm(norms, query, centered.t(), alpha=-2)  # |q|^2 is added to those that count
                 closest = torch.minimum(nearest[rows], shifted.amin(dim=1) + query_norm) + 2 * slack
                 reach = closest.clamp(min=max(limits)) + slack
