@@ -58,8 +58,8 @@ def main() -> None:
     queries, _ = curve(rng, arguments.queries, arguments.width)
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load "
-        f"{os.getloadavg()[0]:.1f}; torch {torch.__version__}, seed {SEED}; bank {arguments.bank:,} x {arguments.width}, "
-        f"{arguments.queries:,} queries"
+        f"{os.getloadavg()[0]:.1f}; torch {torch.__version__}, seed {SEED}; "
+        f"bank {arguments.bank:,} x {arguments.width}, {arguments.queries:,} queries"
     )
     print("| radius | seconds | processor seconds | peak memory above the bank, GB | largest difference |")
     print("|---:|---:|---:|---:|---:|")

@@ -66,8 +66,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load "
-        f"{os.getloadavg()[0]:.1f}; torch {torch.__version__}, numpy {np.__version__}, scipy {scipy.__version__}, scikit-learn "
-        f"{sklearn.__version__}, seed {SEED}"
+        f"{os.getloadavg()[0]:.1f}; torch {torch.__version__}, numpy {np.__version__}, scipy {scipy.__version__}, "
+        f"scikit-learn {sklearn.__version__}, seed {SEED}"
     )
     print("| | here, s | other, s | other / here | difference |\n|---|---:|---:|---:|---:|")
     rng = np.random.default_rng(SEED)

@@ -55,6 +55,16 @@ def test_against_a_loop(small_blocks, radius, offset, scale):
     assert answers.numpy() == pytest.approx(loop(features, labels, queries, radius), rel=1e-8)
 
 
+def test_clusters_far_from_the_middle(small_blocks):
+    """Norms of 1e5 and distances of 1e-3: the products alone would be wrong in the first digit."""
+    features, labels = rows(60, scale=1e-3)
+    features[::2] += 1e5
+    features[1::2] -= 1e5
+    for radius in (2**-12, 2**-9, 2**-8):
+        answers = RadiusNeighbors(radius).fit(features, labels).predict(features + 1e-4)
+        assert answers.numpy() == pytest.approx(loop(features, labels, features + 1e-4, radius), rel=1e-8)
+
+
 def test_ties_and_distances_equal_to_the_radius(small_blocks):
     grid = np.stack(np.meshgrid(np.arange(6.0), np.arange(6.0)), axis=-1).reshape(-1, 2) + 1000
     features, labels = np.concatenate([grid, grid[::-1]]), np.arange(72.0)  # every point twice, labels apart
