@@ -1,7 +1,7 @@
 """Metrics of ordered predictions as pure functions, and as modules of the `evaluate` library that need no network.
 
-All but `ordinality` and `shot_groups` take (N,) predictions and references over the WHOLE test part: never average
-them over batches.
+All but `ordinality`, `shot_groups` and those of a feature space (which live in `space.py`) take (N,) predictions and
+references over the WHOLE test part: never average them over batches.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ import torch
 from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
+
+from ordinalclip.space import best_residual_variance as best_residual_variance
+from ordinalclip.space import d5 as d5
+from ordinalclip.space import residual_variance as residual_variance
 
 
 def mean_absolute_error(predictions: ArrayLike, references: ArrayLike) -> float:

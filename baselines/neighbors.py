@@ -1,0 +1,203 @@
+"""Labels read out from the neighbours in feature space, for the methods that learn a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from ordinalclip.heads import at_least_float32
+
+QUERY_BLOCK, BANK_BLOCK = 256, 8192  # one block of distances: 16 MB
+PAIR_BLOCK = 8192  # pairs whose distance is recomputed at a time
+PRECISION = 1e-10  # largest rounding error of d^2 that is let pass, as a share of the squared radius
+
+
+class RadiusNeighbors(nn.Module):
+    """Weighted mean label of the training features around a query (Chao et al., MICCAI 2022).
+
+    All training features within radius q of the query count, and always the single nearest (the first of equals),
+    with weight exp(-(3 d / q)^2 / 2) + 1e-16 at Euclidean distance d. The search is exact: see `_answers`.
+
+    Args:
+        radius: q > 0, in the unit of the features; None: `fit` finds it on the validation part.
+
+    Attributes:
+        features, labels: (N, D) and (N,), the bank; empty before `fit`. Loading a state takes over the saved size.
+        radius: (), NaN as long as it is not known.
+
+    >>> RadiusNeighbors(1.0).fit([[0.0], [1.0], [5.0]], [10.0, 20.0, 50.0]).predict([[0.5], [4.0], [9.0]])
+    tensor([15., 50., 50.])
+    """
+
+    features: Tensor
+    labels: Tensor
+    radius: Tensor
+
+    def __init__(self, radius: float | None = None):
+        super().__init__()
+        if radius is not None and not 0 < radius < float("inf"):
+            raise ValueError(f"radius must be a finite number above 0, got {radius}")
+        self.register_buffer("features", torch.empty(0, 0))
+        self.register_buffer("labels", torch.empty(0))
+        self.register_buffer("radius", torch.tensor(float("nan") if radius is None else float(radius)))
+
+    def fit(
+        self,
+        features: ArrayLike | Tensor,
+        labels: ArrayLike | Tensor,
+        validation: tuple[ArrayLike | Tensor, ArrayLike | Tensor] | None = None,
+    ) -> Self:
+        """Keep the training part; with a validation part, find the radius on it.
+
+        The search is the authors': bisection of [0.001, 0.5] on the slope of the validation MAE, taken between the
+        middle and 0.02 beyond it (or the width of the interval, when that is less), until the interval is at most
+        0.005 wide; then the best radius of a grid of +-0.03 in steps of 0.002 around its middle, the middle itself
+        among equals.
+
+        Args:
+            features: (N, D), N >= 1.
+            labels: (N,).
+            validation: features (V, D) and labels (V,).
+
+        Raises:
+            ValueError: wrong shapes, an empty part, numbers that are not finite, or no way to know the radius.
+        """
+        if validation is None and self.radius.isnan():
+            raise ValueError("the radius is not known: pass RadiusNeighbors(radius) or fit(..., validation=)")
+        features, labels = _labelled(features, labels, "training")
+        if validation is not None:
+            validation = _labelled(*validation, "validation")
+            _check_width(validation[0], features.shape[1], "validation features")
+        self.features, self.labels = features.clone(), labels.clone()
+        if validation is not None:
+            self.radius.fill_(self._best_radius(*validation))
+        return self
+
+    def predict(self, queries: ArrayLike | Tensor) -> Tensor:
+        """Label of each of (Q, D) features: (Q,), in the dtype and unit of the labels.
+
+        Raises:
+            RuntimeError: before `fit`. ValueError: a wrong shape, or numbers that are not finite.
+        """
+        if len(self.features) == 0:
+            raise RuntimeError("RadiusNeighbors.predict needs a bank of training features: call fit first")
+        queries = _features(queries, "queries")
+        _check_width(queries, self.features.shape[1], "queries")
+        return self._answers(queries, [self.radius.item()])[0].to(self.labels)
+
+    def _best_radius(self, features: Tensor, labels: Tensor) -> float:
+        def errors(*radii: float) -> list[float]:
+            return (self._answers(features, radii) - labels.double()).abs().mean(dim=1).tolist()
+
+        low, high = 0.001, 0.5
+        while high - low > 0.005:
+            middle = (low + high) / 2
+            here, beyond = errors(middle, middle + min(0.02, high - low))
+            low, high = (low, middle) if beyond >= here else (middle, high)
+        middle = (low + high) / 2
+        grid = [middle + 0.002 * step for step in sorted(range(-15, 16), key=abs)]
+        grid = [radius for radius in grid if radius > 0]
+        maes = errors(*grid)
+        return grid[maes.index(min(maes))]
+
+    @torch.no_grad()
+    def _answers(self, queries: Tensor, radii: Sequence[float]) -> Tensor:
+        """(len(radii), Q) weighted mean labels, in one pass over the bank.
+
+        Distances come from blocked float64 matrix products, |q|^2 + |f|^2 - 2 q.f around the mean of the bank, with a
+        bound on their rounding error. Where that error could decide, the distance is computed again from the
+        difference: next to a radius, next to the smallest distance, and all of them when the features are so
+        long, or the radius so small, that the weights would suffer.
+        """
+        queries, count = queries.double(), len(queries)
+        center = self.features.mean(dim=0).double()  # any point near the middle will do
+        limits = [radius**2 for radius in radii]
+        total, weighted = queries.new_zeros(2, len(limits), count)
+        nearest, nearest_label = queries.new_full((count,), torch.inf), queries.new_zeros(count)
+        for start in range(0, len(self.features), BANK_BLOCK):
+            bank = self.features[start : start + BANK_BLOCK].double()
+            labels = self.labels[start : start + BANK_BLOCK].double()
+            centered = bank - center
+            norms = centered.square().sum(dim=1)
+            for first in range(0, count, QUERY_BLOCK):
+                rows = slice(first, first + QUERY_BLOCK)
+                query = queries[rows] - center
+                query_norm = query.square().sum(dim=1)
+                # Bound on the rounding error of sums of D products: Higham, Accuracy and Stability, section 3.1.
+                rounding = (query.shape[1] + 4) * torch.finfo(torch.float64).eps
+                slack = rounding * (query_norm.sqrt() + norms.max().sqrt()).square()
+                shifted = torch.addmm(norms, query, centered.t(), alpha=-2)  # |q|^2 is added to those that count
+                closest = torch.minimum(nearest[rows], shifted.amin(dim=1) + query_norm) + 2 * slack
+                reach = closest.clamp(min=max(limits)) + slack
+                row, column = (shifted <= (reach - query_norm).unsqueeze(1)).nonzero(as_tuple=True)
+                squared = shifted[row, column] + query_norm[row]
+
+                contender = squared <= closest[row]
+                doubtful = contender | (slack > PRECISION * min(limits))[row]
+                for limit in limits:
+                    doubtful |= (squared - limit).abs() <= slack[row]
+                squared[doubtful] = _exact(queries[rows], bank, row[doubtful], column[doubtful])
+
+                for number, limit in enumerate(limits):
+                    weight = (squared * (-4.5 / limit)).exp_().add_(1e-16).masked_fill_(squared > limit, 0)
+                    total[number, rows].index_add_(0, row, weight)
+                    weighted[number, rows].index_add_(0, row, weight * labels[column])
+
+                row, column, squared = row[contender], column[contender], squared[contender]
+                best = nearest[rows].scatter_reduce(0, row, squared, "amin")
+                hit = (squared == best[row]) & (squared < nearest[rows][row])
+                chosen = torch.full_like(best, len(bank), dtype=torch.int64)
+                chosen.scatter_reduce_(0, row[hit], column[hit], "amin")
+                found = chosen < len(bank)
+                nearest[rows] = best
+                nearest_label[rows] = torch.where(found, labels[chosen.clamp(max=len(bank) - 1)], nearest_label[rows])
+        return torch.where(total > 0, weighted / total, nearest_label)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Make room for a saved bank of any size; names, and that its parts fit each other, are checked as always."""
+        features, labels = (state_dict.get(prefix + name) for name in ("features", "labels"))
+        if features is not None and labels is not None and features.shape[:1] == labels.shape:
+            self.features = torch.empty_like(features, device=self.features.device)
+            self.labels = torch.empty_like(labels, device=self.labels.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _exact(queries: Tensor, bank: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Squared distances of pairs (row, column) from the differences, a few thousand at a time."""
+    pairs = zip(row.split(PAIR_BLOCK), column.split(PAIR_BLOCK), strict=True)
+    return torch.cat([(queries[some] - bank[other]).square().sum(dim=1) for some, other in pairs])
+
+
+def _features(features: ArrayLike | Tensor, name: str) -> Tensor:
+    checked = at_least_float32(torch.as_tensor(features)).detach()
+    if checked.ndim != 2 or checked.shape[1] == 0:
+        raise ValueError(f"{name} must be (N, D) with D >= 1, got shape {tuple(checked.shape)}")
+    if not checked.is_floating_point():
+        checked = checked.float()
+    low, high = checked.aminmax(dim=1)  # isfinite of the whole would need the memory of a second bank
+    if not (finite := low.isfinite() & high.isfinite()).all():
+        raise ValueError(f"{name} must be finite; row {int((~finite).nonzero()[0])} is not")
+    return checked
+
+
+def _labelled(features: ArrayLike | Tensor, labels: ArrayLike | Tensor, part: str) -> tuple[Tensor, Tensor]:
+    checked = _features(features, f"{part} features")
+    values = torch.as_tensor(labels).detach()
+    if len(checked) == 0 or values.shape != checked.shape[:1]:
+        raise ValueError(
+            f"{part} labels must be (N,) for (N, D) features with N >= 1, got shapes {tuple(values.shape)} "
+            f"and {tuple(checked.shape)}"
+        )
+    values = at_least_float32(values) if values.is_floating_point() else values.to(checked)
+    if not (finite := values.isfinite()).all():
+        raise ValueError(f"{part} labels must be finite; row {int((~finite).nonzero()[0])} is not")
+    return checked, values
+
+
+def _check_width(features: Tensor, width: int, name: str) -> None:
+    if features.shape[1] != width:
+        raise ValueError(f"{name} must have the {width} columns of the training features, got {features.shape[1]}")

@@ -1,0 +1,178 @@
+"""The neighbour read-out against published figures, a plain loop, and itself after saving."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from baselines import neighbors
+from baselines.neighbors import RadiusNeighbors
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines_open.json").read_text())["nn"]
+
+
+def loop(features, labels, queries, radius):
+    """The definition, one query at a time, in float64."""
+    features, labels, queries = (np.asarray(given, dtype=np.float64) for given in (features, labels, queries))
+    answers = []
+    for query in queries:
+        distance = np.sqrt(((features - query) ** 2).sum(axis=1))
+        chosen = sorted(set(np.flatnonzero(distance <= radius)) | {int(np.argmin(distance))})
+        weight = np.exp(-((3 * distance[chosen] / radius) ** 2) / 2) + 1e-16
+        answers.append((weight * labels[chosen]).sum() / weight.sum())
+    return np.array(answers)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(neighbors, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(neighbors, "BANK_BLOCK", 11)
+    monkeypatch.setattr(neighbors, "PAIR_BLOCK", 5)
+
+
+def rows(count, width=6, seed=0, offset=0.0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(offset, scale, (count, width)), rng.uniform(0, 100, count)
+
+
+@pytest.mark.parametrize("radius", GOLDEN["predictions_by_radius"])
+def test_golden(radius):
+    bank, labels = np.array(GOLDEN["bank"], np.float32), np.array(GOLDEN["bank_labels"], np.float32)
+    answers = RadiusNeighbors(float(radius)).fit(bank, labels).predict(np.array(GOLDEN["queries"], np.float32))
+    assert answers.dtype == torch.float32
+    assert answers.numpy() == pytest.approx(GOLDEN["predictions_by_radius"][radius], abs=1e-5)
+
+
+@pytest.mark.parametrize("radius", [2**-9, 0.5, 2.0, 64.0])  # exact in float32, as the buffer is
+@pytest.mark.parametrize("offset, scale", [(0, 1), (1000, 1), (-5, 1e-3)])
+def test_against_a_loop(small_blocks, radius, offset, scale):
+    """Radii that hold none, some and all of the bank; features far from the origin, where products cancel."""
+    features, labels = rows(60, offset=offset, scale=scale)
+    queries = np.concatenate([rows(20, seed=1, offset=offset, scale=scale)[0], features[:3]])
+    answers = RadiusNeighbors(radius).fit(features, labels).predict(queries)
+    assert answers.numpy() == pytest.approx(loop(features, labels, queries, radius), rel=1e-8)
+
+
+def test_clusters_far_from_the_middle(small_blocks):
+    """Norms of 1e5 and distances of 1e-3: the products alone would be wrong in the first digit."""
+    features, labels = rows(60, scale=1e-3)
+    features[::2] += 1e5
+    features[1::2] -= 1e5
+    for radius in (2**-12, 2**-9, 2**-8):
+        answers = RadiusNeighbors(radius).fit(features, labels).predict(features + 1e-4)
+        assert answers.numpy() == pytest.approx(loop(features, labels, features + 1e-4, radius), rel=1e-8)
+
+
+def test_ties_and_distances_equal_to_the_radius(small_blocks):
+    grid = np.stack(np.meshgrid(np.arange(6.0), np.arange(6.0)), axis=-1).reshape(-1, 2) + 1000
+    features, labels = np.concatenate([grid, grid[::-1]]), np.arange(72.0)  # every point twice, labels apart
+    for radius in (0.25, 1.0, 5.0):  # 0.25: the first of two equals; 1 and 5: points exactly on the circle
+        queries = np.concatenate([grid, grid + np.array([0.5, 0.0])])
+        answers = RadiusNeighbors(radius).fit(features, labels).predict(queries)
+        assert answers.numpy() == pytest.approx(loop(features, labels, queries, radius), rel=1e-9)
+
+
+def test_answers_do_not_depend_on_blocks_and_order(monkeypatch):
+    features, labels = rows(50)
+    queries = rows(30, seed=2)[0]
+    whole = RadiusNeighbors(1.5).fit(features, labels).predict(queries)
+    order = np.random.default_rng(3).permutation(50)
+    torch.testing.assert_close(RadiusNeighbors(1.5).fit(features[order], labels[order]).predict(queries), whole)
+    monkeypatch.setattr(neighbors, "BANK_BLOCK", 3)
+    monkeypatch.setattr(neighbors, "QUERY_BLOCK", 1)
+    torch.testing.assert_close(RadiusNeighbors(1.5).fit(features, labels).predict(queries), whole)
+
+
+def search(mae):
+    """The radius search as a loop over a function of the radius."""
+    low, high = 0.001, 0.5
+    while high - low > 0.005:
+        middle = (low + high) / 2
+        if mae(middle + min(0.02, high - low)) >= mae(middle):
+            high = middle
+        else:
+            low = middle
+    best = (low + high) / 2
+    least, start = mae(best), best
+    for step in range(1, 16):
+        for radius in (start - 0.002 * step, start + 0.002 * step):
+            if radius > 0 and mae(radius) < least:
+                best, least = radius, mae(radius)
+    return best
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
+def test_radius_search(noise):
+    """Noisy labels want many neighbours, clean ones few."""
+    rng = np.random.default_rng(4)
+    place = rng.uniform(0, 1, (90, 1))
+    features, labels = np.hstack([place, place**2]), 3 * place[:, 0] + noise * rng.normal(size=90)
+    train, validation = (features[:60], labels[:60]), (features[60:], labels[60:])
+    fitted = RadiusNeighbors().fit(*train, validation=validation)
+    expected = search(lambda radius: np.abs(loop(*train, validation[0], radius) - validation[1]).mean())
+    assert fitted.radius.item() == pytest.approx(expected, rel=1e-6)
+    if noise != 0.1:
+        assert (expected > 0.2) == (noise == 1.0)
+
+
+def test_saved_bank_is_restored_strictly():
+    features, labels = rows(20)
+    fitted = RadiusNeighbors(0.7).fit(torch.tensor(features).float(), torch.tensor(labels).float())
+    restored = torch.nn.Sequential(RadiusNeighbors())  # inside another module, as in a head
+    restored.load_state_dict(torch.nn.Sequential(fitted).state_dict(), strict=True)
+    queries = torch.tensor(rows(5, seed=1)[0])
+    assert torch.equal(restored[0].predict(queries), fitted.predict(queries))
+    state = fitted.state_dict()
+    assert set(state) == {"features", "labels", "radius"}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        RadiusNeighbors().load_state_dict({"features": state["features"], "radius": state["radius"]})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        RadiusNeighbors().load_state_dict({**state, "labels": state["labels"][:4]})
+
+
+def test_the_bank_is_a_copy_and_may_be_replaced():
+    features, labels = (torch.tensor(array) for array in rows(20))
+    model = RadiusNeighbors(0.5).fit(features, labels)
+    before = model.predict(features)
+    labels += 100
+    assert torch.equal(model.predict(features), before)
+    model.fit(features[:4], labels[:4])
+    assert model.features.shape == (4, 6)
+    assert model.predict(features[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("radius", [0, -0.1, float("nan"), float("inf")])
+def test_bad_radius(radius):
+    with pytest.raises(ValueError, match="finite number above 0"):
+        RadiusNeighbors(radius)
+
+
+def test_bad_input():
+    features, labels = rows(8)
+    broken = features.copy()
+    broken[5, 2] = np.nan
+    model = RadiusNeighbors(0.5)
+    with pytest.raises(RuntimeError, match="call fit first"):
+        model.predict(features)
+    with pytest.raises(ValueError, match=r"RadiusNeighbors\(radius\) or fit\(..., validation=\)"):
+        RadiusNeighbors().fit(features, labels)
+    for arguments, message in (
+        ((features[0], labels), r"training features must be \(N, D\).*\(6,\)"),
+        ((features[:0], labels[:0]), "N >= 1"),
+        ((features, labels[:5]), r"got shapes \(5,\) and \(8, 6\)"),
+        ((features, labels[:, None]), r"got shapes \(8, 1\)"),
+        ((broken, labels), "training features must be finite; row 5"),
+        ((features, broken[:, 2]), "training labels must be finite; row 5"),
+        ((features, labels, (features[:, :2], labels)), "validation features must have the 6 columns.* got 2"),
+        ((features, labels, (features[:0], labels[:0])), "validation labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.fit(*arguments)
+        assert len(model.features) == 0  # a refused part changes nothing
+    model.fit(features, labels)
+    with pytest.raises(ValueError, match=r"queries must have the 6 columns.* got 3"):
+        model.predict(features[:, :3])
+    with pytest.raises(ValueError, match="queries must be finite; row 5"):
+        model.predict(broken)
