@@ -1,6 +1,6 @@
 """A million rows on three processes: memory stays flat, and the second epoch starts as fast as the first.
 
-    python benchmarks/large_data.py                     # writes 0.2 GB to a temporary folder
+    python benchmarks/large_data.py                     # some minutes; writes to a temporary folder
 
 A Parquet table of small PNG pictures is trained on by `ordinalclip train` under torchrun (gloo). Shown for every
 process: private memory (Linux: anonymous pages of /proc/self/smaps_rollup; the memory-mapped table does not count) once

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -54,6 +55,8 @@ def make_accelerator(
     if missing:  # Accelerate itself would leave them out without a word
         available = ", ".join(map(str, get_available_trackers())) or "none"
         raise ValueError(f"train.trackers: {', '.join(missing)} is not installed or not known; installed: {available}")
+    # Its successor in PyTorch, forward_sync_buffers, is not to be had through Accelerate yet.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         log_with=log_with or None,
