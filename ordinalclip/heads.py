@@ -136,6 +136,10 @@ class Head(nn.Module):
         """Parameters that take the prompts' learning rate; all others of the head take the head's."""
         return []
 
+    def standardise(self, values: Tensor) -> Tensor:
+        """For regressors: (B,) label values by the mean and standard deviation of the training labels."""
+        return (values - self.label_mean) / self.label_std
+
     def predict_value(self, standardised: Tensor) -> Prediction:
         """For regressors: (B,) predictions in standardised label units as a `Prediction`."""
         value = at_least_float32(standardised) * self.label_std + self.label_mean
