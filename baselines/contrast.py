@@ -41,10 +41,11 @@ def rank_n_contrast_loss(
 
 
 class RankNContrast(EmbeddingHead):
-    """Rank-N-Contrast, read out by a linear L1 probe.
+    """Rank-N-Contrast on two augmented views of every picture, read out by a linear L1 probe.
 
     Args:
         temperature: of the similarities.
+        views: of every picture, each a row of the batch: B pictures are encoded `views` times.
         embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
     """
 
@@ -52,6 +53,7 @@ class RankNContrast(EmbeddingHead):
         self,
         context: HeadContext,
         temperature: float = 2.0,
+        views: int = 2,
         embedding_dim: int = 64,
         hidden_dim: int | None = 256,
         readout: Readout = "l1",
@@ -60,7 +62,9 @@ class RankNContrast(EmbeddingHead):
         super().__init__(context, embedding_dim, hidden_dim, readout, radius)
         if not temperature > 0:
             raise ValueError(f"head.temperature must be above 0, got {temperature:g}")
-        self.temperature = temperature
+        if views < 1:
+            raise ValueError(f"head.views must be at least 1, got {views}")
+        self.temperature, self.views = temperature, views
 
     def embedding_loss(self, embedding: Tensor, targets: Targets) -> dict[str, Tensor]:
         return {"loss": rank_n_contrast_loss(embedding, targets.values, self.temperature, targets.weights)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -94,14 +94,6 @@ class EmbeddingHead(Head):
         if self.readout == "l1":
             return self.predict_value(outputs["standardised"])
         return self.predict_value(self.neighbors.predict(outputs["embedding"]))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A bank has the size of the training part that it was fitted on: take that of what is loaded."""
-        for name in ("features", "labels"):
-            saved = state_dict.get(f"{prefix}neighbors.{name}")
-            if saved is not None and self.readout == "neighbors":
-                setattr(self.neighbors, name, getattr(self.neighbors, name).new_empty(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _layers(input_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,3 +49,10 @@ class RadiusNeighbors(nn.Module):
         near = distances <= radius.clamp(min=distances.min(dim=1, keepdim=True).values)
         weights = (torch.exp(-(3 * distances / radius).square() / 2) + 1e-16) * near
         return weights @ labels / weights.sum(dim=1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Make room for a saved bank of any size."""
+        for name in ("features", "labels"):
+            if f"{prefix}{name}" in state_dict:
+                setattr(self, name, getattr(self, name).new_empty(state_dict[f"{prefix}{name}"].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)

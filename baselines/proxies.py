@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.losses import (
     ArcFaceLoss,
     ContrastiveLoss,
@@ -109,7 +110,14 @@ class Triplet(ClassMetricHead):
 
 
 class NPair(ClassMetricHead):
-    """N-pair loss (Sohn, NeurIPS 2016): of each rank that the batch holds twice, one pair against all the others."""
+    """N-pair loss (Sohn, NeurIPS 2016): of each rank that the batch holds twice, one pair against all the others.
+
+    Inner products of embeddings as they are; the paper's penalty on their norms is left to weight decay. A sample's
+    weight counts where it is the anchor.
+
+    Args:
+        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+    """
 
     def __init__(
         self,
@@ -120,7 +128,9 @@ class NPair(ClassMetricHead):
         radius: float = 0.1,
     ):
         super().__init__(context, embedding_dim, hidden_dim, readout, radius)
-        self.criterion = NPairsLoss(reducer=DoNothingReducer())
+        self.criterion = NPairsLoss(
+            distance=DotProductSimilarity(normalize_embeddings=False), reducer=DoNothingReducer()
+        )
 
 
 class CosFace(ClassMetricHead):

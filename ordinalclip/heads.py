@@ -100,7 +100,12 @@ class Head(nn.Module):
 
     Subclasses take a `HeadContext` first and their options as keyword arguments with defaults, and define
     `forward` and `loss`; heads that give no `logits` (B, R) also define `predict`.
+
+    Attributes:
+        views: how many augmented views of every picture are in a training batch, as rows of their own.
     """
+
+    views = 1
 
     def __init__(self, context: HeadContext):
         super().__init__()

@@ -37,7 +37,7 @@ def test_micro_batches_do_not_change_the_curve(quick, tmp_path, method):
         curves.append(losses_of(folder))
         weights.append(load_checkpoint(folder / "checkpoints" / "step-00000004")[0])
     for curve, weight in zip(curves[1:], weights[1:], strict=True):
-        assert np.abs(curve / curves[0] - 1).max() < 1e-10
+        assert curve == pytest.approx(curves[0], rel=1e-10)  # some losses are 0 in batches without equal ranks
         for name, tensor in weight.items():
             assert torch.allclose(tensor, weights[0][name], atol=1e-7), name
 
