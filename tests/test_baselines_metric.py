@@ -14,6 +14,7 @@ from baselines.rm_loss import RMLoss
 from baselines.triplet import adaptive_triplet_loss, draw_triples
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.heads import HeadContext, Targets, build_head
+from ordinalclip.training import Trainer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines_open.json").read_text())
 RANKS = Ranks.linear(0, 100, 6)
@@ -211,6 +212,20 @@ def test_rank_n_contrast_sees_the_order_of_labels_only():
     features, labels, _ = batch()
     plain = rank_n_contrast_loss(features, labels).item()
     assert rank_n_contrast_loss(features, 40 - 12 * labels).item() == pytest.approx(plain)
+
+
+def test_rank_n_contrast_trains_on_two_views(quick):
+    """A batch of 8 pictures has 16 rows: each picture twice in a row, in two crops."""
+    run = Trainer(quick("method=rank_n_contrast", "data.augment.crop_ratio=1.3"), quiet=True)
+    pixels, values, ranks, positions = next(iter(run._loader()))
+    assert positions.tolist() == list(range(16))
+    rows = run._batch_rows()
+    assert rows[::2] == rows[1::2]
+    assert torch.equal(values[::2], values[1::2])
+    assert torch.equal(ranks[::2], ranks[1::2])
+    assert all(not torch.equal(*pair) for pair in pixels.view(8, 2, *pixels.shape[1:]))
+    single = Trainer(quick("method=rank_n_contrast", "head.views=1"), quiet=True)
+    assert single._batch_rows() == rows[::2]
 
 
 def test_far_embeddings_do_not_overflow():
