@@ -6,11 +6,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import layer_norm, normalize
 
 from baselines.linear import FullPrecisionLinear
 from baselines.neighbors import RadiusNeighbors
-from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets
+from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets, at_least_float32
 from ordinalclip.losses import absolute_error
 
 Readout = Literal["neighbors", "l1"]
@@ -18,6 +18,9 @@ Readout = Literal["neighbors", "l1"]
 
 class EmbeddingHead(Head):
     """Features -> embedding -> value. Subclasses define `embedding_loss`, which shapes the embedding.
+
+    Features are standardised (layer norm without weights) before the layers, so that the embedding starts at a scale
+    near that of standardised labels whatever the backbone's: losses that compare the two collapse otherwise.
 
     Read-outs:
         neighbors: mean label of the training embeddings near the query (`RadiusNeighbors`). `fit` takes the bank
@@ -56,7 +59,8 @@ class EmbeddingHead(Head):
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, D) features -> (B, E) embedding, float32 at least."""
-        embedding = self.layers(features)
+        features = at_least_float32(features)
+        embedding = self.layers(layer_norm(features, features.shape[-1:]))
         return normalize(embedding, dim=-1) if self.normalised else embedding
 
     def forward(self, features: Tensor) -> Outputs:

@@ -35,7 +35,7 @@ def test_micro_batches_do_not_change_the_curve(quick, tmp_path, method):
             quiet=True,
         )
         curves.append(losses_of(folder))
-        weights.append(load_checkpoint(folder / "checkpoints" / "step-00000004")[0])
+        weights.append(load_checkpoint(folder / "checkpoints" / "step-00000004").weights)
     for curve, weight in zip(curves[1:], weights[1:], strict=True):
         assert curve == pytest.approx(curves[0], rel=1e-10)  # some losses are 0 in batches without equal ranks
         for name, tensor in weight.items():
@@ -80,7 +80,7 @@ def test_processes_do_not_change_the_curve(quick, tmp_path, num_processes):
     for name in ("validation", "test"):
         one, other = (json.loads((folder / "metrics.json").read_text())[name]["mae"] for folder in (single, several))
         assert other == pytest.approx(one, rel=1e-6)
-    weights = [load_checkpoint(folder / "checkpoints" / "step-00000004")[0] for folder in (single, several)]
+    weights = [load_checkpoint(folder / "checkpoints" / "step-00000004").weights for folder in (single, several)]
     difference = sum((weights[0][name] - weights[1][name]).double().norm() ** 2 for name in weights[0]) ** 0.5
     assert difference / sum(tensor.double().norm() ** 2 for tensor in weights[0].values()) ** 0.5 < 1e-8
     assert (
