@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import losses_of
 from safetensors.torch import load_file, save_file
 
 from baselines import HEADS
@@ -14,7 +16,7 @@ from baselines.rm_loss import RMLoss
 from baselines.triplet import adaptive_triplet_loss, draw_triples
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.heads import HeadContext, Targets, build_head
-from ordinalclip.training import Trainer
+from ordinalclip.training import Trainer, train
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines_open.json").read_text())
 RANKS = Ranks.linear(0, 100, 6)
@@ -348,6 +350,18 @@ def test_every_space_is_read_out_both_ways(method, readout):
         others = [p.grad for name, p in head.named_parameters() if not name.startswith("probe.")]
         assert all(grad is None or (grad == 0).all() for grad in others)  # the probe never shapes the space
         assert terms["loss"].item() == pytest.approx((terms["embedding_loss"] + terms["readout_loss"]).item())
+
+
+@pytest.mark.parametrize("method", ["rm_loss", "atrip"])
+def test_resuming_brings_threshold_bank_and_triples_back(quick, method):
+    """Steps 3 and 4 from the checkpoint of step 2 are those of the run that was not stopped."""
+    config = quick(f"method={method}", "train.eval_every=2")
+    folder = train(config, quiet=True)
+    losses, figures = losses_of(folder), json.loads((folder / "metrics.json").read_text())
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    train(config.model_copy(update={"train": config.train.model_copy(update={"resume": "auto"})}), quiet=True)
+    assert losses_of(folder).tolist() == losses.tolist()
+    assert json.loads((folder / "metrics.json").read_text())["test"] == figures["test"]
 
 
 @pytest.mark.parametrize("form", ["deployed", "trainable"])
