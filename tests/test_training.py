@@ -224,6 +224,7 @@ LEARNING = {  # options, largest MAE, smallest Spearman correlation, where 60 st
     "rank_n_contrast": (FAST_HEAD, 14, 0.7),  # the L1 probe
     "rm_loss": (GENTLE, 14, 0.7),
     "triplet": (GENTLE, 14, 0.7),
+    "l2_softmax": (GENTLE, 14, 0.7),
 }
 
 
