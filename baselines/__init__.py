@@ -1,7 +1,28 @@
-"""The methods that OrdinalCLIP is compared with, each a head on image features."""
+"""The methods that OrdinalCLIP and RM-Loss are compared with, each a head on image features."""
 
 HEADS = {
-    "cnn": "baselines.classification:CNNHead",
-    "l1": "baselines.regression:L1",
     "constant": "baselines.constant:Constant",
+    "l1": "baselines.regression:L1",
+    "mse": "baselines.regression:MSE",
+    "huber": "baselines.regression:Huber",
+    "plc": "baselines.correlation:PLC",
+    "src": "baselines.correlation:SRC",
+    "plc_src": "baselines.correlation:PLCSRC",
+    "cross_entropy": "baselines.classification:CrossEntropy",
+    "cnn": "baselines.classification:CNNHead",
+    "sord": "baselines.distributions:SORD",
+    "dldl_v2": "baselines.distributions:DLDLv2",
+    "mean_variance": "baselines.distributions:MeanVariance",
+    "ordreg": "baselines.thresholds:OrdReg",
+    "coral": "baselines.thresholds:CORAL",
+    "corn": "baselines.thresholds:CORN",
+    "rm_loss": "baselines.rm_loss:RMLossHead",
+    "atrip": "baselines.triplet:AdaptiveTriplet",
+    "rank_n_contrast": "baselines.contrast:RankNContrast",
+    "contrastive": "baselines.proxies:Contrastive",
+    "triplet": "baselines.proxies:Triplet",
+    "n_pair": "baselines.proxies:NPair",
+    "cosface": "baselines.proxies:CosFace",
+    "arcface": "baselines.proxies:ArcFace",
+    "l2_softmax": "baselines.proxies:L2Softmax",
 }

@@ -6,8 +6,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from baselines.linear import FullPrecisionLinear
 from ordinalclip.heads import Head, HeadContext, Outputs, Targets, at_least_float32
 from ordinalclip.losses import cross_entropy
+
+
+class CrossEntropy(Head):
+    """A linear classifier of the ranks, as if they had nothing to do with each other."""
+
+    def __init__(self, context: HeadContext):
+        super().__init__(context)
+        self.linear = FullPrecisionLinear(context.input_dim, len(context.ranks))
+
+    def forward(self, features: Tensor) -> Outputs:
+        return {"logits": self.linear(features)}
+
+    def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        return {"loss": cross_entropy(outputs["logits"], targets.ranks, targets.weights)}
 
 
 class CNNHead(Head):

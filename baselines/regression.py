@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
+from torch.nn.functional import huber_loss
 
-from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets, at_least_float32
-from ordinalclip.losses import absolute_error
+from baselines.linear import FullPrecisionLinear
+from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets
+from ordinalclip.losses import absolute_error, weighted_mean
 
 
-class L1(Head):
-    """A linear layer trained on the absolute error of standardised labels."""
+class Regressor(Head):
+    """A linear layer to one number; subclasses define `error`."""
 
     def __init__(self, context: HeadContext):
         super().__init__(context)
-        self.linear = nn.Linear(context.input_dim, 1)
+        self.linear = FullPrecisionLinear(context.input_dim, 1)
 
     def forward(self, features: Tensor) -> Outputs:
-        with torch.autocast(features.device.type, enabled=False):
-            weight, bias = at_least_float32(self.linear.weight), at_least_float32(self.linear.bias)
-            return {"standardised": linear(at_least_float32(features), weight, bias).squeeze(-1)}
+        return {"standardised": self.linear(features).squeeze(-1)}
+
+    def error(self, standardised: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """(B,) predictions, labels, both standardised, and weights -> scalar."""
+        raise NotImplementedError(f"{type(self).__name__} defines no error")
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
-        standardised = (targets.values - self.label_mean) / self.label_std
-        return {"loss": absolute_error(outputs["standardised"], standardised, targets.weights)}
+        return {"loss": self.error(outputs["standardised"], self.standardise(targets.values), targets.weights)}
 
     def predict(self, outputs: Outputs) -> Prediction:
         return self.predict_value(outputs["standardised"])
+
+
+class L1(Regressor):
+    """Absolute error of standardised labels."""
+
+    def error(self, standardised: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        return absolute_error(standardised, labels, weights)
+
+
+class MSE(Regressor):
+    """Squared error of standardised labels."""
+
+    def error(self, standardised: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        return weighted_mean((standardised - labels).square(), weights)
+
+
+class Huber(Regressor):
+    """Huber's error of standardised labels: e^2 / 2 up to `delta`, delta (|e| - delta / 2) beyond.
+
+    Args:
+        delta: where the error turns from squared to absolute, in standard deviations of the training labels.
+    """
+
+    def __init__(self, context: HeadContext, delta: float = 1.0):
+        super().__init__(context)
+        if not delta > 0:
+            raise ValueError(f"head.delta must be above 0, got {delta:g}")
+        self.delta = delta
+
+    def error(self, standardised: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        return weighted_mean(huber_loss(standardised, labels, reduction="none", delta=self.delta), weights)

@@ -100,7 +100,12 @@ class Head(nn.Module):
 
     Subclasses take a `HeadContext` first and their options as keyword arguments with defaults, and define
     `forward` and `loss`; heads that give no `logits` (B, R) also define `predict`.
+
+    Attributes:
+        views: how many augmented views of every picture are in a training batch, as rows of their own.
     """
+
+    views = 1
 
     def __init__(self, context: HeadContext):
         super().__init__()
@@ -135,6 +140,10 @@ class Head(nn.Module):
     def prompt_parameters(self) -> list[nn.Parameter]:
         """Parameters that take the prompts' learning rate; all others of the head take the head's."""
         return []
+
+    def standardise(self, values: Tensor) -> Tensor:
+        """For regressors: (B,) label values by the mean and standard deviation of the training labels."""
+        return (values - self.label_mean) / self.label_std
 
     def predict_value(self, standardised: Tensor) -> Prediction:
         """For regressors: (B,) predictions in standardised label units as a `Prediction`."""

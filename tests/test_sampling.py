@@ -25,6 +25,11 @@ def test_stream_is_endless_permutations():
     assert order[:5] != [Stream(5, seed=4).at(position) for position in range(5)]
 
 
+def test_views_are_positions_in_a_row():
+    stream, views = Stream(5, seed=3), Stream(5, seed=3, views=2)
+    assert [views.at(position) for position in range(20)] == [stream.at(k // 2) for k in range(20)]
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
 def test_shares_cover_every_batch_once(num_processes):
     assert sum(shares(32, num_processes)) == 32

@@ -29,14 +29,15 @@ class Stream:
         num_samples: N, the length of an epoch.
         seed: of the experiment.
         ranks: (N,) ranks, for epochs in which every rank comes equally often; None: every sample once an epoch.
+        views: how many positions in a row hold the same sample.
 
     >>> stream = Stream(4, seed=7)
     >>> sorted(stream.at(position) for position in range(4, 8))
     [0, 1, 2, 3]
     """
 
-    def __init__(self, num_samples: int, seed: int, ranks: np.ndarray | None = None):
-        self.num_samples, self.seed, self.ranks = num_samples, seed, ranks
+    def __init__(self, num_samples: int, seed: int, ranks: np.ndarray | None = None, views: int = 1):
+        self.num_samples, self.seed, self.ranks, self.views = num_samples, seed, ranks, views
         self.orders: dict[int, np.ndarray] = {}
 
     def order(self, epoch: int) -> np.ndarray:
@@ -49,7 +50,7 @@ class Stream:
 
     def at(self, position: int) -> int:
         """Index of the sample at a position."""
-        epoch, offset = divmod(position, self.num_samples)
+        epoch, offset = divmod(position // self.views, self.num_samples)
         return int(self.order(epoch)[offset])
 
 

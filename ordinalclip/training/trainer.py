@@ -111,10 +111,12 @@ class Trainer:
     def _prepare(self) -> None:
         """Model, order of samples, optimiser, DDP."""
         config, options, model, train = self.config, self.config.train, self.model, self.parts.train
-        self.shares = shares(options.batch_size, self.accelerator.num_processes)
+        self.rows = options.batch_size * model.head.views  # of a batch
+        self.shares = shares(self.rows, self.accelerator.num_processes)
         micro_batched = options.micro_batch_size is not None and options.micro_batch_size < max(self.shares)
         noises, self.head_noises = prepare_model(model, config, self.accelerator.num_processes, micro_batched)
-        self.stream = Stream(len(train), config.seed, train.ranks if options.sampling == "balanced" else None)
+        balanced = train.ranks if options.sampling == "balanced" else None
+        self.stream = Stream(len(train), config.seed, balanced, model.head.views)
         self.weights = sample_weights(train.ranks, len(self.parts.ranks), options.weighting, options.lds_sigma)
         self.average = WeightAverage(model, options.ema) if options.ema else None
         self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
@@ -183,7 +185,7 @@ class Trainer:
     def _loader(self) -> DataLoader:
         """The batches that are left, this process's share of each."""
         return stream_loader(
-            StreamSampler(self.config.train.batch_size, self.step, self.total, *self.place),
+            StreamSampler(self.rows, self.step, self.total, *self.place),
             StreamDataset(
                 self.parts.train,
                 self.model.config.pixel_spec,
@@ -237,8 +239,7 @@ class Trainer:
 
     def _batch_rows(self) -> list[int]:
         """Rows of the training part in the global batch of this step."""
-        size = self.config.train.batch_size
-        return [self.stream.at(position) for position in range(self.step * size, (self.step + 1) * size)]
+        return [self.stream.at(position) for position in range(self.step * self.rows, (self.step + 1) * self.rows)]
 
     def _check_finite(self, terms: dict[str, Tensor], norm: Tensor, lr: float) -> None:
         """Stop before the update that would spoil the weights. With fp16 the scaler skips steps of infinite gradients.

@@ -1,0 +1,70 @@
+"""Rank-N-Contrast: a contrastive loss that ranks samples by the distances of their labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from baselines.embedding import EmbeddingHead, Readout
+from baselines.pairs import mean_of, pairwise_distances, without_diagonal
+from ordinalclip.heads import HeadContext, Targets, at_least_float32
+
+
+def rank_n_contrast_loss(
+    features: Tensor, labels: Tensor, temperature: float = 2.0, weights: Tensor | None = None
+) -> Tensor:
+    """Rank-N-Contrast (Zha et al., NeurIPS 2023, eq. 2) of n samples, or of n views of fewer.
+
+    With s_ij = -||f_i - f_j|| / temperature and d_ij = |y_i - y_j|, the mean over pairs i != j of
+    -log(e^s_ij / sum of e^s_ik over all k != i with d_ik >= d_ij). A sorted search and one cumulative sum per row give
+    all denominators in O(n^2 log n) time and O(n^2) memory. Views are rows of their own, with their image's label.
+
+    Args:
+        features: (n, D).
+        labels: (n,), in a unit in which equal distances are equal numbers: only their order counts.
+        temperature: > 0.
+        weights: (n,) or None; a pair counts w_i w_j.
+
+    Returns:
+        a scalar; 0 for fewer than two samples.
+    """
+    features = at_least_float32(features)
+    similarity = without_diagonal(pairwise_distances(features)) / -temperature
+    distance = without_diagonal((labels[:, None] - labels).abs())
+    nearest_last = distance.argsort(dim=1, descending=True)
+    sums = similarity.gather(1, nearest_last).logcumsumexp(dim=1)
+    ascending = distance.gather(1, nearest_last).flip(1).contiguous()
+    at_least_as_far = distance.shape[1] - torch.searchsorted(ascending, distance.contiguous())
+    losses = sums.gather(1, at_least_as_far - 1) - similarity
+    pairs = torch.ones_like(losses) if weights is None else without_diagonal(weights[:, None] * weights)
+    return mean_of(losses, pairs)
+
+
+class RankNContrast(EmbeddingHead):
+    """Rank-N-Contrast on two augmented views of every picture, read out by a linear L1 probe.
+
+    Args:
+        temperature: of the similarities.
+        views: of every picture, each a row of the batch: B pictures are encoded `views` times.
+        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+    """
+
+    def __init__(
+        self,
+        context: HeadContext,
+        temperature: float = 2.0,
+        views: int = 2,
+        embedding_dim: int = 64,
+        hidden_dim: int | None = 256,
+        readout: Readout = "l1",
+        radius: float = 0.1,
+    ):
+        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        if not temperature > 0:
+            raise ValueError(f"head.temperature must be above 0, got {temperature:g}")
+        if views < 1:
+            raise ValueError(f"head.views must be at least 1, got {views}")
+        self.temperature, self.views = temperature, views
+
+    def embedding_loss(self, embedding: Tensor, targets: Targets) -> dict[str, Tensor]:
+        return {"loss": rank_n_contrast_loss(embedding, targets.values, self.temperature, targets.weights)}

@@ -1,0 +1,213 @@
+"""Metric losses that know classes only, here the ranks; through pytorch-metric-learning where it has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_metric_learning.distances import DotProductSimilarity
+from pytorch_metric_learning.losses import (
+    ArcFaceLoss,
+    ContrastiveLoss,
+    CosFaceLoss,
+    NPairsLoss,
+    TripletMarginLoss,
+)
+from pytorch_metric_learning.miners import BatchHardMiner
+from pytorch_metric_learning.reducers import DoNothingReducer
+from torch import Tensor
+
+from baselines.embedding import EmbeddingHead, Readout
+from baselines.linear import FullPrecisionLinear
+from baselines.pairs import mean_of
+from ordinalclip.heads import HeadContext, Targets
+from ordinalclip.losses import cross_entropy
+
+
+def weighted_reduction(terms: dict[str, dict[str, Any]], embedding: Tensor, weights: Tensor | None = None) -> Tensor:
+    """What `DoNothingReducer` leaves of a loss, as the sum over its terms of the mean over elements above 0.
+
+    This is the library's `AvgNonZeroReducer`, with sample weights: an element counts the product of the weights of
+    the samples that it is made of. A batch without pairs or triplets gives 0, with a gradient.
+    """
+    total = embedding.sum() * 0
+    for term in terms.values():
+        losses, indices = term["losses"], term["indices"]
+        if not torch.is_tensor(losses):  # the library's 0: nothing of this kind in the batch
+            continue
+        counted = (losses > 0).to(losses.dtype)
+        if weights is not None:
+            for index in indices if isinstance(indices, tuple) else (indices,):
+                counted = counted * weights[index]
+        total = total + mean_of(losses, counted)
+    return total
+
+
+class ClassMetricHead(EmbeddingHead):
+    """An embedding shaped by one of the library's losses on ranks as classes, `criterion`."""
+
+    criterion: torch.nn.Module
+
+    def mined(self, embedding: Tensor, ranks: Tensor) -> tuple[Tensor, ...] | None:
+        """Indices of pairs or triplets; None: all."""
+        return None
+
+    def embedding_loss(self, embedding: Tensor, targets: Targets) -> dict[str, Tensor]:
+        terms = self.criterion(embedding, targets.ranks, self.mined(embedding, targets.ranks))
+        return {"loss": weighted_reduction(terms, embedding, targets.weights)}
+
+
+class Contrastive(ClassMetricHead):
+    """Contrastive loss (Hadsell et al., CVPR 2006): equal ranks together, others at least `margin` apart.
+
+    Args:
+        margin: distance on the unit sphere.
+        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+    """
+
+    normalised = True
+
+    def __init__(
+        self,
+        context: HeadContext,
+        margin: float = 1.0,
+        embedding_dim: int = 64,
+        hidden_dim: int | None = 256,
+        readout: Readout = "neighbors",
+        radius: float = 0.1,
+    ):
+        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        self.criterion = ContrastiveLoss(neg_margin=margin, reducer=DoNothingReducer())
+
+
+class Triplet(ClassMetricHead):
+    """Triplet loss (Schroff et al., CVPR 2015) on the hardest positive and negative of every anchor.
+
+    Hermans et al. (2017) name this "batch hard"; all triplets of a batch would be B^3.
+
+    Args:
+        margin: difference of distances on the unit sphere.
+        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+    """
+
+    normalised = True
+
+    def __init__(
+        self,
+        context: HeadContext,
+        margin: float = 0.2,
+        embedding_dim: int = 64,
+        hidden_dim: int | None = 256,
+        readout: Readout = "neighbors",
+        radius: float = 0.1,
+    ):
+        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        self.criterion = TripletMarginLoss(margin=margin, reducer=DoNothingReducer())
+        self.miner = BatchHardMiner()
+
+    def mined(self, embedding: Tensor, ranks: Tensor) -> tuple[Tensor, ...]:
+        return self.miner(embedding, ranks)
+
+
+class NPair(ClassMetricHead):
+    """N-pair loss (Sohn, NeurIPS 2016): of each rank that the batch holds twice, one pair against all the others.
+
+    Inner products of embeddings as they are; the paper's penalty on their norms is left to weight decay. A sample's
+    weight counts where it is the anchor.
+
+    Args:
+        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+    """
+
+    def __init__(
+        self,
+        context: HeadContext,
+        embedding_dim: int = 64,
+        hidden_dim: int | None = 256,
+        readout: Readout = "neighbors",
+        radius: float = 0.1,
+    ):
+        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        self.criterion = NPairsLoss(
+            distance=DotProductSimilarity(normalize_embeddings=False), reducer=DoNothingReducer()
+        )
+
+
+class CosFace(ClassMetricHead):
+    """CosFace (Wang et al., CVPR 2018): a proxy per rank, margin on the cosine.
+
+    Args:
+        margin: taken off the cosine with the right proxy.
+        scale: of the cosines.
+        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+    """
+
+    normalised = True
+
+    def __init__(
+        self,
+        context: HeadContext,
+        margin: float = 0.35,
+        scale: float = 64.0,
+        embedding_dim: int = 64,
+        hidden_dim: int | None = 256,
+        readout: Readout = "neighbors",
+        radius: float = 0.1,
+    ):
+        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        options = {"margin": margin, "scale": scale, "reducer": DoNothingReducer()}
+        self.criterion = CosFaceLoss(len(context.ranks), self.embedding_dim, **options)
+
+
+class ArcFace(ClassMetricHead):
+    """ArcFace (Deng et al., CVPR 2019): a proxy per rank, margin on the angle.
+
+    Args:
+        margin: added to the angle with the right proxy, in degrees.
+        scale: of the cosines.
+        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+    """
+
+    normalised = True
+
+    def __init__(
+        self,
+        context: HeadContext,
+        margin: float = 28.6,
+        scale: float = 64.0,
+        embedding_dim: int = 64,
+        hidden_dim: int | None = 256,
+        readout: Readout = "neighbors",
+        radius: float = 0.1,
+    ):
+        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        options = {"margin": margin, "scale": scale, "reducer": DoNothingReducer()}
+        self.criterion = ArcFaceLoss(len(context.ranks), self.embedding_dim, **options)
+
+
+class L2Softmax(EmbeddingHead):
+    """L2-softmax (Ranjan et al., 2017): softmax cross-entropy on embeddings of fixed length.
+
+    Args:
+        scale: that length, in the loss; embeddings are read out at length 1.
+        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+    """
+
+    normalised = True
+
+    def __init__(
+        self,
+        context: HeadContext,
+        scale: float = 16.0,
+        embedding_dim: int = 64,
+        hidden_dim: int | None = 256,
+        readout: Readout = "neighbors",
+        radius: float = 0.1,
+    ):
+        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        self.scale = scale
+        self.classifier = FullPrecisionLinear(self.embedding_dim, len(context.ranks))
+
+    def embedding_loss(self, embedding: Tensor, targets: Targets) -> dict[str, Tensor]:
+        logits = self.classifier(self.scale * embedding)
+        return {"loss": cross_entropy(logits, targets.ranks, targets.weights)}
