@@ -119,7 +119,7 @@ def test_an_interrupted_run_is_not_complete(comparison, tmp_path, monkeypatch):
     load_comparison(comparison).run(quiet=True)
     changed = load_comparison(comparison, ["train.max_steps=3"])
 
-    def die(self, batch, total):
+    def die(self, batch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -228,7 +228,10 @@ LEARNING = {  # options, largest MAE, smallest Spearman correlation, where 60 st
 }
 
 
-@pytest.mark.parametrize("method", TRAINABLE)
+@pytest.mark.parametrize(
+    "method",
+    [name if name in ("ordinalclip", "l1") else pytest.param(name, marks=pytest.mark.slow) for name in TRAINABLE],
+)
 def test_learns(quick, method):
     """On a kind the tiny CLIP has never seen, 64 images take every method well below the constant predictor's 25."""
     own, most, least = LEARNING.get(method, ((), 14, 0.7))
