@@ -30,7 +30,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 slow-test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow -n 0
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
