@@ -26,6 +26,6 @@ def test_all_heads_with_unequal_shares():
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["local-loss", "local-batch-norm", "scaled-gradient"])
 def test_a_planted_fault_is_red(fault):
-    done = table("--steps", "2", "--processes", "2", "--batch-size", "16", "--methods", "ordinalclip", "--fault", fault)
+    done = table("--steps", "2", "--processes", "2", "--batch-size", "32", "--methods", "ordinalclip", "--fault", fault)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "**RED**" in done.stdout

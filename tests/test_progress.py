@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 
@@ -116,6 +117,7 @@ def test_downloads(tmp_path, where):
     command = [sys.executable, "-m", "ordinalclip", "train", "default", "model.backbone=hf:tiny/vit", "model.text=tiny"]
     command += [*QUICK, "train.max_steps=1", f"output_dir={tmp_path}/run", *(["--quiet"] if where == "quiet" else [])]
     theirs, ours = pty.openpty()
+    termios.tcsetwinsize(ours, (40, 120))  # bars fit themselves to the window
     stderr = subprocess.PIPE if where == "file" else ours
     done = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
     os.close(ours)
