@@ -99,10 +99,15 @@ def show_library_bars(quiet: bool) -> None:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """No bars of transformers within a `with` block: it shows one for every file that it writes."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    yield
-    if shown:
-        logging.enable_progress_bar()
+    shown, hub_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # which takes the hub's along
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if hub_shown:
+            enable_progress_bars()

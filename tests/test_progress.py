@@ -74,6 +74,31 @@ def test_nothing_when_quiet(commands, monkeypatch):
         assert errors_of(monkeypatch, [*command, "--quiet"], Terminal()) == ""
 
 
+def test_saving_leaves_the_bars_of_the_libraries_as_they_were():
+    """All off; those of the hub on, as on the command line in a terminal; all on. After an error too."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    def state():
+        return logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+
+    @progress.without_bars()
+    def fail():
+        assert state() == (False, False)
+        raise OSError("disk full")
+
+    progress.show_library_bars(quiet=True)
+    for switch, expected in (
+        (logging.disable_progress_bar, (False, False)),
+        (enable_progress_bars, (False, True)),
+        (logging.enable_progress_bar, (True, True)),
+    ):
+        switch()
+        with pytest.raises(OSError, match="disk full"):
+            fail()
+        assert state() == expected
+
+
 class Hub(http.server.SimpleHTTPRequestHandler):
     """As much of a model hub as a download needs: the files of a folder, with their etags."""
 
