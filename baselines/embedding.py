@@ -63,6 +63,10 @@ class EmbeddingHead(Head):
         embedding = self.layers(layer_norm(features, features.shape[-1:]))
         return normalize(embedding, dim=-1) if self.normalised else embedding
 
+    def space(self, features: Tensor) -> Tensor:
+        """The embedding."""
+        return self.embed(features)
+
     def forward(self, features: Tensor) -> Outputs:
         with torch.autocast(features.device.type, enabled=False):
             outputs = {"embedding": self.embed(features)}

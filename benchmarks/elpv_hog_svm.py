@@ -3,7 +3,7 @@
     python benchmarks/elpv_hog_svm.py --root FOLDER    # FOLDER holds labels.csv and images/
 
 Features at 64 px, an RBF support-vector machine, four settings of which the validation part of the first seed chooses,
-the splits of configs/compare/elpv.yaml. 143 s on a CPU core (scikit-learn 1.9, scikit-image 0.26), seeds 1 to 3:
+the splits of configs/compare/elpv_long.yaml. 143 s on a CPU core (scikit-learn 1.9, scikit-image 0.26), seeds 1 to 3:
 
     HOG + SVM   MAE 0.589 +- 0.031   accuracy 0.728 +- 0.009   Spearman 0.539 +- 0.020
     constant    MAE 1.008            accuracy 0.576

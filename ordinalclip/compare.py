@@ -5,10 +5,14 @@ A comparison is a YAML file:
     output_dir: runs/compare/demo
     seeds: [1, 2, 3]
     base: {data: ..., ranks: ..., model: ..., train: ...}   # keys of a run, shared by all methods
+    settings: [{train.lr: 1e-3}, {train.lr: 3e-3}]          # tried for every method; validation chooses one
     methods:
       OrdinalCLIP:                                          # a row of the table
         base: {method: ordinalclip, head: {...}}            # keys of a run, for this method
-        settings: [{train.lr: 1e-3}, {train.lr: 3e-3}]      # tried; validation chooses one for all seeds
+        settings: [...]                                     # its own instead of those above, as many
+    variants:                                               # a table each; default: one without a name
+      all the data: {}
+      10 %: {data.train_share: 0.1, train.max_steps: 100}   # keys of a run that are different
 
 Every setting runs on the first `tuning_seeds` seeds; the one with the best mean validation MAE runs on the others
 too. Every method must bring the same number of settings, unless nothing of it learns. Runs that are complete are not
@@ -20,38 +24,42 @@ for every run.
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing
 import os
+import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from ordinalclip import __version__
 from ordinalclip.config import DataConfig, RanksConfig, RunConfig, Section, apply_overrides, parse_config, read_yaml
 from ordinalclip.data import Parts, load_parts
+from ordinalclip.leaderboard import Entry, Leaderboard, write_csv
 from ordinalclip.progress import Progress
 from ordinalclip.record import shown
-from ordinalclip.report import ComparedMethod, document_run, never_fatal, write_comparison_report
+from ordinalclip.report import document_run, never_fatal, write_comparison_report
 from ordinalclip.training import evaluate_run, train
 
 FIXED = {"zero_shot", "constant"}  # nothing learns: one setting is all there is
-COLUMNS = {"mae": "MAE", "rmse": "RMSE", "r2": "R2", "accuracy": "accuracy", "spearman": "Spearman"}
-HEADS = (*COLUMNS.values(), "ordinality", "s / run", "setting chosen")
+OWN_KEYS = {"output_dir", "method", "head", "seed"}  # in which the runs of a variant differ by nature
+Setting = dict[str, Any]  # dotted keys of a run
+Settings = Annotated[list[Setting], Field(min_length=1)]
 
 
 class MethodConfig(Section):
     base: dict[str, Any] = Field({}, description="keys of a run for this method")
-    settings: list[dict[str, Any]] = Field([{}], min_length=1, description="dotted keys to try; validation chooses")
+    settings: Settings | None = Field(None, description="tried instead of the comparison's; validation chooses")
 
 
 class CompareConfig(Section):
@@ -59,9 +67,14 @@ class CompareConfig(Section):
     title: str = Field("", description="a sentence above the table")
     seeds: list[int] = Field([1, 2, 3], min_length=1, description="one run per method, setting and seed")
     tuning_seeds: int = Field(1, ge=1, description="how many of the seeds, the first ones, choose between settings")
-    jobs: int = Field(1, ge=1, description="runs at a time, each in its own process with its share of the cores")
+    jobs: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="runs at a time, each a process with its share of the cores; auto: a core each, on a GPU one"
+    )
+    keep_checkpoints: bool = Field(False, description="keep checkpoints/ and model-last/ of finished runs")
     base: dict[str, Any] = Field({}, description="keys of a run, shared by all methods")
-    methods: dict[str, MethodConfig] = Field(description="a row of the table each")
+    settings: Settings = Field([{}], description="dotted keys to try for every method that learns")
+    methods: dict[str, MethodConfig] = Field(min_length=1, description="a row of the table each")
+    variants: dict[str, Setting] = Field({"": {}}, min_length=1, description="a table each: dotted keys that differ")
 
 
 class Comparison:
@@ -71,6 +84,9 @@ class Comparison:
         config: the comparison.
         source: its name in errors.
 
+    Attributes:
+        runs: configuration of every run that may be needed, by (variant, method, number of the setting, seed).
+
     Raises:
         ValueError: a run's configuration that is wrong, or methods with unequal numbers of settings.
     """
@@ -79,146 +95,199 @@ class Comparison:
         self.config = config
         self.folder = Path(config.output_dir)
         self.seeds = config.seeds
-        tried: dict[str, int] = {}
-        self.runs: dict[tuple[str, int, int], RunConfig] = {}
-        for name, method in config.methods.items():
-            for number, setting in enumerate(method.settings):
-                for seed in self.seeds:
-                    run = self._run_config(name, method, number, setting, seed, source)
-                    self.runs[name, number, seed] = run
-                    if run.method not in FIXED:
-                        tried[name] = len(method.settings)
+        self.runs: dict[tuple[str, str, int, int], RunConfig] = {}
+        self.settings = {name: self._settings_of(method) for name, method in config.methods.items()}
+        for variant in config.variants:
+            for seed in self.seeds:  # runs on the same data one after the other
+                for name, settings in self.settings.items():
+                    for number, setting in enumerate(settings):
+                        run = self._run_config(variant, name, number, setting, seed, source)
+                        self.runs[variant, name, number, seed] = run
         folders = Counter(run.output_dir for run in self.runs.values())
         if shared := [folder for folder, times in folders.items() if times > 1]:
-            raise ValueError(f"{source}: method names (or seeds) are too alike, runs would share {', '.join(shared)}")
+            raise ValueError(
+                f"{source}: names of methods or variants (or seeds) are too alike, runs would share {', '.join(shared)}"
+            )
+        tried = {name: len(self.settings[name]) for name, method in config.methods.items() if self._learns(method)}
         if len(set(tried.values())) > 1:
             raise ValueError(f"{source}: every method needs the same number of settings to try, got {tried}")
 
-    def _run_config(
-        self, name: str, method: MethodConfig, number: int, setting: dict[str, Any], seed: int, source: str
-    ) -> RunConfig:
-        label = "".join(c if c.isalnum() else "-" for c in name.lower())
-        content = _merged({"evaluation": {"report": False}}, _merged(self.config.base, method.base))
-        overrides = [f"{key}={json.dumps(value)}" for key, value in setting.items()]
-        content = apply_overrides(content, [*overrides, f"seed={seed}", "evaluation.test=false"])
-        content["output_dir"] = str(self.folder / "runs" / f"{label}-{number}-seed{seed}")
-        return parse_config(content, f"{source}, method {name!r}, setting {number}")
+    def _learns(self, method: MethodConfig) -> bool:
+        return method.base.get("method", self.config.base.get("method")) not in FIXED
+
+    def _settings_of(self, method: MethodConfig) -> list[Setting]:
+        return method.settings or (self.config.settings if self._learns(method) else [{}])
+
+    def _run_config(self, variant: str, name: str, number: int, setting: Setting, seed: int, source: str) -> RunConfig:
+        content = _merged({"evaluation": {"report": False, "space": True}}, self.config.base)
+        content = _merged(content, self.config.methods[name].base)
+        keys = {**self.config.variants[variant], **setting, "seed": seed, "evaluation.test": False}
+        content = apply_overrides(content, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+        folder = self.folder / "runs" / _label(variant) / f"{_label(name)}-{number}-seed{seed}"
+        content["output_dir"] = str(folder)
+        where = f"variant {variant!r}, method {name!r}" if variant else f"method {name!r}"
+        return parse_config(content, f"{source}, {where}, setting {number}")
 
     def run(self, quiet: bool = False) -> list[dict[str, Any]]:
         """Train what is missing, choose settings by validation, read the test part, write the tables.
 
         Returns:
-            a row per method: its figures with mean and standard deviation over seeds.
+            a row per variant and method: its figures with mean and standard deviation over seeds.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        methods = self.config.methods
-        tuning, rest = self.seeds[: self.config.tuning_seeds], self.seeds[self.config.tuning_seeds :]
-        tuned = [run for (_, _, seed), run in self.runs.items() if seed in tuning]
-        self.num_runs = len(tuned) + len(methods) * len(rest)
-        progress: Progress = Progress(None, "comparing", self.num_runs, "runs", quiet)
-        self._train(tuned, progress)
-        chosen = {}
-        for name, method in methods.items():
-            validation = [self._mean(name, k, tuning, "validation", "mae") for k in range(len(method.settings))]
-            chosen[name] = validation.index(min(validation))
-        self._train([self.runs[name, number, seed] for name, number in chosen.items() for seed in rest], progress)
-        progress.close()
-        for name, number in chosen.items():
-            for seed in self.seeds:
-                run = self.runs[name, number, seed]
-                if "test" not in _metrics(run):
-                    evaluate_run(Path(run.output_dir), _parts_of(run), quiet=True)
-        rows = [self._row(name, number) for name, number in chosen.items()]
-        self._write(rows)
-        best = min(rows, key=lambda row: row["validation_mae"])
-        winner = self.runs[best["method"], chosen[best["method"]], self.seeds[0]]
-        spread = f"Over seeds {self._seeds}: MAE {shown(best['mae'], best['mae_std'])} {winner.ranks.unit}".rstrip()
+        config, tuning = self.config, self.seeds[: self.config.tuning_seeds]
+        tuned = [run for (_, _, _, seed), run in self.runs.items() if seed in tuning]
+        kept = len(config.variants) * len(config.methods) * len(self.seeds)
+        self.num_runs = len(tuned) + len(config.variants) * len(config.methods) * (len(self.seeds) - len(tuning))
+        with self._workers() as call:
+            progress: Progress = Progress(None, "comparing", self.num_runs, "runs", quiet)
+            self._each(_train_run, tuned, _is_complete, call, progress)
+            chosen = {
+                (variant, name): self._choose(variant, name, tuning)
+                for variant in config.variants
+                for name in config.methods
+            }
+            final = [run for (v, m, number, _), run in self.runs.items() if number == chosen[v, m]]
+            rest = [run for run in final if run.seed not in tuning]
+            self._each(_train_run, rest, _is_complete, call, progress)
+            progress.close()
+            progress = Progress(None, "reading the test part", kept, "runs", quiet)
+            self._each(_test_run, final, _is_tested, call, progress)
+            progress.close()
+        boards = [
+            Leaderboard(variant, [self._entry(variant, name, chosen[variant, name]) for name in config.methods])
+            for variant in config.variants
+        ]
+        rows = [row for board in boards for row in board.rows]
+        (self.folder / "table.md").write_text(self.table(boards), encoding="utf-8")
+        write_csv(self.folder / "results.csv", rows)
+        self._keep_best(boards)
+        return rows
+
+    def _keep_best(self, boards: Sequence[Leaderboard]) -> None:
+        """The report, and the model of the best method by validation with a report of its own."""
+        board, entry = min(
+            ((board, entry) for board in boards for entry in board.entries), key=lambda pair: pair[1].validation_mae
+        )
+        number = self.settings[entry.name].index(entry.setting)
+        winner = self.runs[board.variant, entry.name, number, self.seeds[0]]
+        row = next(row for row in board.rows if row["method"] == entry.name)
+        spread = f"Over seeds {self._seeds}: MAE {shown(row['mae'], row['mae_std'])} {winner.ranks.unit}".rstrip()
         document_run(winner.output_dir, _parts_of(winner), remark=f"{spread} (mean ± standard deviation).")
         shutil.copytree(Path(winner.output_dir) / "model", self.folder / "model", dirs_exist_ok=True)
         with never_fatal(self.folder):
-            self._report(rows, chosen, best["method"])
-        return rows
+            best = entry.name + (f" ({board.variant})" if board.variant else "")
+            write_comparison_report(self.folder, self.config.title, boards, self.note(), best)
 
-    def _train(self, runs: list[RunConfig], progress: Progress) -> None:
-        """Train the runs that are not complete, `jobs` at a time, each in a process of its own when several."""
-        missing = [run for run in runs if not _is_complete(run)]
-        progress.advance(len(runs) - len(missing))
-        if self.config.jobs == 1:
-            for run in missing:
-                progress.advance(1, _train_run(run))
-            return
-        threads = max(1, (os.cpu_count() or 1) // self.config.jobs)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.config.jobs, context, torch.set_num_threads, (threads,)) as pool:
-            waiting = {pool.submit(_train_run, run): run for run in missing}
-            for done in as_completed(waiting):
-                if done.exception() is not None:
-                    pool.shutdown(cancel_futures=True)
-                    raise ValueError(f"{waiting[done].output_dir}: {done.exception()}") from done.exception()
-                progress.advance(1, done.result())
-
-    def _mean(self, name: str, number: int, seeds: Sequence[int], part: str, figure: str) -> float:
-        """Mean over seeds of a figure of a setting's runs."""
-        return float(np.mean([_metrics(self.runs[name, number, seed])[part][figure] for seed in seeds]))
-
-    def _row(self, name: str, chosen: int) -> dict[str, Any]:
-        results = [_metrics(self.runs[name, chosen, seed]) for seed in self.seeds]
-        row: dict[str, Any] = {"method": name, "setting": json.dumps(self.config.methods[name].settings[chosen])}
-        figures = {key: [result["test"][key] for result in results] for key in COLUMNS}
-        figures["mae_expectation"] = [result["test"]["expectation"]["mae"] for result in results]
-        figures["ordinality"] = [result["ordinality"] for result in results]
-        figures["train_seconds"] = [result["train_seconds"] for result in results]
-        for key, values in figures.items():
-            known = [value for value in values if value is not None]
-            row[key] = float(np.mean(known)) if known else None
-            row[f"{key}_std"] = float(np.std(known, ddof=1)) if len(known) > 1 else None
-        row["validation_mae"] = self._mean(name, chosen, self.seeds, "validation", "mae")
-        row["settings_tried"] = len(self.config.methods[name].settings)
-        return row
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        (self.folder / "table.md").write_text(self.table(rows), encoding="utf-8")
-        with (self.folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def _report(self, rows: list[dict[str, Any]], chosen: dict[str, int], best: str) -> None:
-        methods = [
-            ComparedMethod(
-                row["method"],
-                [Path(self.runs[row["method"], chosen[row["method"]], seed].output_dir) for seed in self.seeds],
-                _cells(row),
-                ", ".join(f"{key}={value}" for key, value in json.loads(row["setting"]).items()) or "-",
-            )
-            for row in sorted(rows, key=lambda row: row["mae"])
+    def _choose(self, variant: str, name: str, tuning: Sequence[int]) -> int:
+        """The setting with the smallest mean validation MAE over the tuning seeds."""
+        means = [
+            float(np.mean([_metrics(self.runs[variant, name, k, seed])["validation"]["mae"] for seed in tuning]))
+            for k in range(len(self.settings[name]))
         ]
-        write_comparison_report(self.folder, self.config.title, HEADS, methods, self._note(), best)
+        return means.index(min(means))
 
-    def table(self, rows: list[dict[str, Any]]) -> str:
-        """The rows as Markdown: mean +- standard deviation over the seeds, best MAE first."""
-        lines = [f"| method | {' | '.join(HEADS)} |", "|---|" + "---:|" * (len(HEADS) - 1) + "---|"]
-        for row in sorted(rows, key=lambda row: row["mae"]):
-            lines.append(f"| {row['method']} | {' | '.join(_cells(row))} | `{row['setting']}` |")
-        title = f"{self.config.title}\n\n" if self.config.title else ""
-        return title + "\n".join(lines) + f"\n\n{self._note()}\n"
+    def _entry(self, variant: str, name: str, number: int) -> Entry:
+        folders = [Path(self.runs[variant, name, number, seed].output_dir) for seed in self.seeds]
+        return Entry(name, folders, self.settings[name][number], len(self.settings[name]))
+
+    @contextmanager
+    def _workers(self) -> Iterator[ProcessPoolExecutor | None]:
+        """Processes for several jobs, None for one."""
+        jobs = self.config.jobs
+        if jobs == "auto":
+            jobs = 1 if torch.cuda.is_available() else _num_cores()
+        if jobs == 1:
+            yield None
+            return
+        threads = max(1, _num_cores() // jobs)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _each(
+        self,
+        work: Callable[[RunConfig], str],
+        runs: Sequence[RunConfig],
+        is_done: Callable[[RunConfig], bool],
+        pool: ProcessPoolExecutor | None,
+        progress: Progress,
+    ) -> None:
+        """Do the work for every run that it is not done for."""
+        missing = [run for run in runs if not is_done(run)]
+        progress.advance(len(runs) - len(missing))
+        if pool is None:
+            for run in missing:
+                progress.advance(1, work(run))
+                self._tidy(run)
+            return
+        waiting = {pool.submit(work, run): run for run in missing}
+        for done in as_completed(waiting):
+            if done.exception() is not None:
+                raise ValueError(f"{waiting[done].output_dir}: {done.exception()}") from done.exception()
+            progress.advance(1, done.result())
+            self._tidy(waiting[done])
+
+    def _tidy(self, run: RunConfig) -> None:
+        """A finished run is never resumed: its checkpoints would fill the disk."""
+        if not self.config.keep_checkpoints:
+            for name in ("checkpoints", "model-last"):
+                shutil.rmtree(Path(run.output_dir) / name, ignore_errors=True)
+
+    def table(self, boards: Sequence[Leaderboard]) -> str:
+        """All tables as Markdown: mean +- standard deviation over the seeds, best MAE first."""
+        parts = [self.config.title] if self.config.title else []
+        for board in boards:
+            parts += [f"### {board.variant}"] if board.variant else []
+            parts.append(board.markdown())
+        return "\n\n".join([*parts, *self.note()]) + "\n"
 
     @property
     def _seeds(self) -> str:
         return ", ".join(map(str, self.seeds))
 
-    def _note(self) -> str:
-        """What the table's figures are."""
+    def note(self) -> list[str]:
+        """What the table's figures are, in paragraphs."""
         unit = self.config.base.get("ranks", {}).get("unit", "")
-        tuning = ", ".join(map(str, self.seeds[: self.config.tuning_seeds]))
-        choice = "One setting per method, fixed beforehand."
-        if any(len(method.settings) > 1 for method in self.config.methods.values()):
-            choice = f"Settings chosen by the validation MAE on seed {tuning}."
-        errors = f"; MAE and RMSE in {unit}" if unit else ""
-        return (
-            f"Test part, mean and standard deviation over seeds {self._seeds}{errors}. "
-            f"MAE, RMSE, R2 and Spearman by median, accuracy by argmax. {choice}"
+        errors = f"; MAE, RMSE and D5 in {unit}" if unit else ""
+        figures = (
+            f"Test part, mean and standard deviation over seeds {self._seeds}{errors}. Values by median, accuracy by "
+            "argmax. PLC and SRC: Pearson's and Spearman's correlation; D5 and RV (residual variance): of the feature "
+            "space, smaller is better. 95 %: bootstrap interval of the MAE over the test images. * larger errors than "
+            "the first row's by the one-tailed paired t-test (p < 0.05, errors averaged by image), ** also after "
+            "Holm's correction. ms / step: median; trained: parameters; MB: of the saved model."
         )
+        return [figures, f"{self._choice()} {self._unequal()}".rstrip(), _environment()]
+
+    def _choice(self) -> str:
+        """How settings came about."""
+        tried = {name: self.settings[name] for name, method in self.config.methods.items() if self._learns(method)}
+        if all(len(settings) == 1 for settings in tried.values()):
+            return "One setting per method, fixed beforehand."
+        tuning = ", ".join(map(str, self.seeds[: self.config.tuning_seeds]))
+        choice = f"Settings chosen by the validation MAE on seed {tuning}"
+        if all(settings == self.config.settings for settings in tried.values()):
+            listed = (", ".join(f"{key}={value}" for key, value in each.items()) for each in self.config.settings)
+            return f"{choice}; tried for every method: {' | '.join(listed)}."
+        return f"{choice}, of {len(next(iter(tried.values())))} for each method."
+
+    def _unequal(self) -> str:
+        """In which keys the methods differ beyond what they are and what was tried."""
+        variant = next(iter(self.config.variants))
+        tuned: set[str] = set()
+        for settings in self.settings.values():
+            tuned.update(key for setting in settings for key in setting)
+        flat = [_flat(self.runs[variant, name, 0, self.seeds[0]].model_dump()) for name in self.config.methods]
+        keys = [
+            key
+            for key in flat[0]
+            if not {key, key.partition(".")[0]} & (OWN_KEYS | tuned) and len({str(each[key]) for each in flat}) > 1
+        ]
+        return f"Not the same for all methods: {', '.join(keys)}." if keys else ""
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
@@ -239,10 +308,11 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
 
 def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False) -> str:
-    """Run a comparison file and return its table as Markdown."""
+    """Run a comparison file and return its tables as Markdown."""
     started = time.monotonic()
     comparison = load_comparison(path, overrides)
-    table = comparison.table(comparison.run(quiet))
+    comparison.run(quiet)
+    table = (comparison.folder / "table.md").read_text(encoding="utf-8")
     elapsed = time.monotonic() - started
     runs = f"{comparison.num_runs} runs in {comparison.folder}/runs, {elapsed:.0f} s this time."
     return f"{table}\n{runs}\nreport: {comparison.folder}/report.html\n"
@@ -251,6 +321,39 @@ def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False
 def _train_run(run: RunConfig) -> str:
     """Train one run; returns the name of its folder."""
     return train(run, _parts_of(run), quiet=True).name
+
+
+def _test_run(run: RunConfig) -> str:
+    """Read the test part with one run; returns the name of its folder."""
+    evaluate_run(Path(run.output_dir), _parts_of(run), quiet=True)
+    return Path(run.output_dir).name
+
+
+def _is_tested(run: RunConfig) -> bool:
+    return "test" in _metrics(run)
+
+
+def _num_cores() -> int:
+    return os.cpu_count() or 1
+
+
+def _environment() -> str:
+    """Machine and versions."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}"
+    return f"{device}, {_num_cores()} CPU cores; ordinalclip {__version__}, torch {torch.__version__}."
+
+
+def _label(name: str) -> str:
+    """A name as part of a path."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
+    return flat
 
 
 def _parts_of(run: RunConfig) -> Parts:
@@ -282,9 +385,3 @@ def _is_complete(run: RunConfig) -> bool:
     if not ((folder / "metrics.json").is_file() and (folder / "config.yaml").is_file()):
         return False
     return read_yaml(folder / "config.yaml") == run.model_dump(mode="json")
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    """A row's cells below `HEADS`, without the setting."""
-    seconds = f"{row['train_seconds']:.0f}" if row["train_seconds"] else "-"
-    return [*(shown(row[key], row[f"{key}_std"]) for key in [*COLUMNS, "ordinality"]), seconds]

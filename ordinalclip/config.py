@@ -93,11 +93,14 @@ class DataConfig(Section):
     )
     split_seed: int | None = Field(None, ge=0, description="seed of the split; default: the run's seed")
     draw_seed: int | None = Field(
-        None, ge=0, description="seed of few-shot and label-shift draws; default: that of the split"
+        None, ge=0, description="seed of draws by shots, train_share and label shift; default: that of the split"
     )
     stratify: list[str] = Field([], description="columns whose every combination is split in the same shares")
     group: str = Field("", description="column (subject, duplicate) whose equal rows stay in one part")
     shots: int | None = Field(None, ge=1, description="few-shot: this many random training images per rank")
+    train_share: float = Field(
+        1.0, gt=0, le=1, description="share of the training images of every rank that is kept, at least one"
+    )
     license: str = Field("", description="licence of the pictures, for the model card")
     kinds: list[str] = Field(["thermometer"], description="gauges: kinds of instrument")
     num_train: int = Field(64, ge=1, description="gauges: training images")
@@ -234,6 +237,12 @@ class EvaluationConfig(Section):
     batch_size: int = Field(256, ge=1, description="images at once in one process")
     decoding: Decoding = Field("median", description="how the saved model turns a distribution into one value")
     cs: list[float] = Field([5.0], description="CS@k: share of errors of at most k, in the label's unit")
+    space: bool = Field(
+        False, description="D5 and residual variance of the feature space on the test part (seconds for 1,000 images)"
+    )
+    space_ks: list[Annotated[int, Field(ge=2)]] = Field(
+        [5, 10, 20, 50], min_length=1, description="residual variance: sizes of the neighbourhood, the best counts"
+    )
     test: bool = Field(True, description="read the test part at the end of training")
     report: bool = Field(True, description="write report.html and the model card at the end of training")
 

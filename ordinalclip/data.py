@@ -190,6 +190,8 @@ def make_parts(raw: dict[str, datasets.Dataset], config: DataConfig, ranks: Rank
     draw = seed if config.draw_seed is None else config.draw_seed
     if config.shots is not None:
         named["train"] = few_shot(named["train"], config.shots, draw)
+    if config.train_share < 1:
+        named["train"] = thinned(named["train"], config.train_share, draw)
     if config.shift_ranks is not None:
         named["train"] = label_shift(named["train"], config.shift_ranks, config.shift_keep, draw)
     return Parts(named["train"], named.get("validation"), named.get("test"), label_space)
@@ -200,6 +202,19 @@ def few_shot(part: Part, shots: int, seed: int) -> Part:
     rng = np.random.default_rng([seed, 1])
     chosen = [rng.permutation(np.flatnonzero(part.ranks == rank))[:shots] for rank in np.unique(part.ranks)]
     return part.select(np.sort(np.concatenate(chosen)))
+
+
+def thinned(part: Part, share: float, seed: int) -> Part:
+    """A share of the rows of every rank, at least one, drawn by their own generator.
+
+    The same seed draws smaller shares from larger ones.
+    """
+    rng = np.random.default_rng([seed, 3])
+    kept = []
+    for rank in np.unique(part.ranks):
+        members = rng.permutation(np.flatnonzero(part.ranks == rank))
+        kept.append(members[: max(1, round(share * len(members)))])
+    return part.select(np.sort(np.concatenate(kept)))
 
 
 def label_shift(part: Part, num_ranks: int, keep: float, seed: int) -> Part:

@@ -117,6 +117,11 @@ class Head(nn.Module):
         """(B, D) features -> named tensors whose first dimension is B."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
+    def space(self, features: Tensor) -> Tensor:
+        """(B, D) features -> (B, E), the space that answers are read from, for D5 and residual variance.
+        Default: the features."""
+        return features
+
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         """Scalars on the WHOLE batch: "loss" is the total that is minimised, the rest is logged."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
@@ -180,6 +185,10 @@ class PrototypeHead(Head):
     def text_features(self) -> Tensor:
         """The R prototypes, (R, D)."""
         return self.prototypes
+
+    def space(self, features: Tensor) -> Tensor:
+        """The projected features, of length 1."""
+        return normalize(at_least_float32(self.projection(features)), dim=-1)
 
     def forward(self, features: Tensor) -> Outputs:
         prototypes = self.text_features()

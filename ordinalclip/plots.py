@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ordinalclip.ranks import Ranks
+from ordinalclip.significance import Verdict
 
 INK, MUTED, GRID, BLUE, ORANGE = "#1b1f24", "#66707c", "#dfe3e8", "#0072b2", "#e69f00"
 PALETTE = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
@@ -218,7 +219,7 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
 def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "") -> Figure:
     """MAE of every method: a dot per seed, their mean and standard deviation; best on top."""
     order = sorted(errors, key=lambda name: float(np.mean(errors[name])), reverse=True)
-    figure, axes = _figure(max(2.2, 0.9 + 0.34 * len(order)))
+    figure, axes = _figure(_height_of(order))
     for place, name in enumerate(order):
         maes = np.asarray(errors[name])
         spread = maes.std(ddof=1) if len(maes) > 1 else 0
@@ -227,6 +228,55 @@ def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "") -> Figu
     axes.set_yticks(range(len(order)), [_short(name, 34) for name in order])
     axes.set(xlabel=_label("test MAE", unit), xlim=(0, None), ylim=(-0.6, len(order) - 0.4))
     axes.grid(axis="y", visible=False)
+    return figure
+
+
+@styled
+def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "") -> Figure:
+    """How much larger the mean error of every method is than that of the best, with interval; filled where it is
+    larger beyond chance. Smallest difference on top."""
+    order = sorted(verdicts, key=lambda name: verdicts[name].difference, reverse=True)
+    figure, axes = _figure(_height_of(order))
+    for place, name in enumerate(order):
+        verdict = verdicts[name]
+        low, high = verdict.difference_interval
+        sure = verdict.p_holm is not None and verdict.p_holm < 0.05
+        around = [[max(0.0, verdict.difference - low)], [max(0.0, high - verdict.difference)]]
+        face = {"markerfacecolor": BLUE if sure else "none", "markeredgewidth": 1.6}
+        axes.errorbar(
+            verdict.difference, place, xerr=around, fmt="o", color=BLUE, markersize=6, capsize=3, linewidth=1.6, **face
+        )
+    axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_yticks(range(len(order)), [_short(name, 34) for name in order])
+    axes.set(xlabel=_label("MAE above the best", unit), ylim=(-0.6, len(order) - 0.4))
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+@styled
+def mae_by_variant(errors: Mapping[str, Sequence[Sequence[float]]], variants: Sequence[str], unit: str = "") -> Figure:
+    """MAE in every variant, a line per method with its standard deviation over seeds; the best on average in colours.
+
+    Args:
+        errors: by method, for every variant the MAE of each seed.
+    """
+    figure, axes = _figure(3.6)
+    means = {name: np.asarray([np.mean(maes) for maes in each]) for name, each in errors.items()}
+    order = sorted(errors, key=lambda name: float(means[name].mean()))
+    places = np.arange(len(variants))
+    for number, name in enumerate(order):
+        above = 3 - number / len(order)
+        if number < len(PALETTE):
+            spread = [np.std(maes, ddof=1) if len(maes) > 1 else 0 for maes in errors[name]]
+            bright = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 4.5, "linewidth": 1.6}
+            shifted = places + 0.02 * (number - (min(len(order), len(PALETTE)) - 1) / 2)  # bars beside each other
+            axes.errorbar(shifted, means[name], spread, label=_short(name, 34), zorder=above, capsize=2, **bright)
+        else:
+            label = "others" if number == len(PALETTE) else None
+            axes.plot(places, means[name], label=label, zorder=above, color=MUTED, alpha=0.7, linewidth=1)
+    axes.set_xticks(places, [_short(name) for name in variants])
+    axes.set(ylabel=_label("test MAE", unit), ylim=(0, None))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
     return figure
 
 
@@ -317,6 +367,11 @@ def _figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
     ratios = options.pop("height_ratios", None)
     figure = Figure(figsize=(WIDTH, height))
     return figure, figure.subplots(rows, 1, height_ratios=ratios, **options)
+
+
+def _height_of(rows: Sequence[str]) -> float:
+    """Inches for a line of text each."""
+    return max(2.2, 0.9 + 0.34 * min(len(rows), 8) + 0.22 * max(0, len(rows) - 8))
 
 
 def _bare(axes: Axes) -> None:

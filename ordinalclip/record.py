@@ -187,13 +187,14 @@ def image_features(model: OrdinalModel, part: Part, rows: np.ndarray, batch_size
     return torch.cat(features).numpy()
 
 
-def shown(value: float | None, spread: float | None = None) -> str:
-    """A figure as reports and tables show it: two decimals, three below 1, "-" where there is none.
+def shown(value: float | None, spread: float | None = None, digits: int | None = None) -> str:
+    """A figure as reports and tables show it: two decimals, three below 1, or `digits`; "-" where there is none.
 
-    >>> shown(4.4051), shown(0.97), shown(4.4051, 0.5811), shown(None)
-    ('4.41', '0.970', '4.41 ± 0.58', '-')
+    >>> shown(4.4051), shown(0.97), shown(4.4051, 0.5811), shown(12.345, digits=1), shown(None)
+    ('4.41', '0.970', '4.41 ± 0.58', '12.3', '-')
     """
     if value is None or math.isnan(value):
         return "-"
-    digits = 2 if abs(value) >= 1 else 3
+    if digits is None:
+        digits = 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")

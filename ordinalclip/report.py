@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -30,10 +29,11 @@ from PIL import Image, ImageOps
 from ordinalclip import plots
 from ordinalclip.card import data_name, write_card
 from ordinalclip.data import Parts
+from ordinalclip.leaderboard import Leaderboard
 from ordinalclip.metrics import METRICS, bootstrap_interval, shot_groups
 from ordinalclip.model import OrdinalModel
 from ordinalclip.ranks import Ranks
-from ordinalclip.record import HEADLINE, RunRecord, image_features, read_predictions, read_run, shown
+from ordinalclip.record import HEADLINE, RunRecord, image_features, read_run, shown
 
 logger = logging.getLogger(__name__)
 MAP_IMAGES = 300
@@ -141,69 +141,79 @@ def run_figures(record: RunRecord) -> dict[str, tuple[Figure, str]]:
     return figures
 
 
-@dataclass(frozen=True)
-class ComparedMethod:
-    """A row of a comparison.
-
-    Attributes:
-        name: of the method.
-        folders: the runs of its chosen setting, one per seed.
-        cells: its figures as they stand in the table.
-        setting: the setting that was chosen, as text.
-    """
-
-    name: str
-    folders: Sequence[Path]
-    cells: Sequence[str]
-    setting: str
-
-
 def write_comparison_report(
-    folder: Path, title: str, heads: Sequence[str], methods: Sequence[ComparedMethod], note: str, best: str
+    folder: Path, title: str, boards: Sequence[Leaderboard], notes: Sequence[str], best: str
 ) -> Path:
     """Write `report.html` into a comparison's folder.
 
     Args:
-        title: a sentence above the table.
-        heads: names of the table's columns after the method's.
-        methods: best first; their runs hold predictions of the test part.
-        note: what the figures are, below the table.
-        best: the method of the comparison's model.
+        title: a sentence above the tables.
+        boards: one per variant; their runs hold predictions of the test part.
+        notes: what the figures are, in paragraphs below the tables.
+        best: which method's model the comparison keeps.
     """
-    ranks = Ranks(**json.loads((methods[0].folders[0] / "model" / "config.json").read_text(encoding="utf-8"))["ranks"])
-    answers, maes = {}, {}
-    for method in methods:
-        given = [read_predictions(run, "test") for run in method.folders]
-        maes[method.name] = [float(each.errors.mean()) for each in given]
-        answers[method.name] = (
-            np.concatenate([each.labels for each in given]),
-            np.concatenate([each.values for each in given]),
-        )
-    figures = {
-        "mae_by_method": (
-            plots.mae_by_method(maes, ranks.unit),
-            "Test MAE: mean and standard deviation over the seeds (blue), each seed (orange).",
-        ),
-        "error_by_method": (
-            plots.error_by_method(answers, ranks),
-            "Where the errors are: test MAE by true value, over all seeds.",
-        ),
-    }
+    first = boards[0].entries[0].folders[0] / "model" / "config.json"
+    ranks = Ranks(**json.loads(first.read_text(encoding="utf-8"))["ranks"])
     page = _environment().get_template("comparison.html")
     content = page.render(
         title=title,
         folder=folder,
         unit=ranks.unit,
-        heads=heads,
-        methods=methods,
-        note=note,
+        boards=boards,
+        notes=notes,
         best=best,
-        links={method.name: [_link(folder, run) for run in method.folders] for method in methods},
-        figures=_inlined(figures),
+        link=lambda run: _link(folder, run),
+        overview=_inlined(_overview(boards, ranks.unit)),
+        figures=[
+            _inlined(comparison_figures(board, ranks), f"-{number}" if number else "")
+            for number, board in enumerate(boards)
+        ],
     )
     path = folder / "report.html"
     path.write_text(content, encoding="utf-8")
     return path
+
+
+def comparison_figures(board: Leaderboard, ranks: Ranks) -> dict[str, tuple[Figure, str]]:
+    """mae_by_method, difference_to_best and error_by_method, each with the sentence below it."""
+    maes = {entry.name: entry.maes for entry in board.entries}
+    answers = {
+        entry.name: (
+            np.concatenate([each.labels for each in entry.predictions]),
+            np.concatenate([each.values for each in entry.predictions]),
+        )
+        for entry in board.entries
+    }
+    best, *others = board.entries
+    figures = {
+        "mae_by_method": (
+            plots.mae_by_method(maes, ranks.unit),
+            "Test MAE: mean and standard deviation over the seeds (blue), each seed (orange).",
+        )
+    }
+    if others:
+        figures["difference_to_best"] = (
+            plots.difference_to_best({other.name: board.verdicts[other.name] for other in others}, ranks.unit),
+            f"How much larger the error is than that of {best.name}, on the same images, with 95 % bootstrap interval. "
+            "Filled: larger by the paired test after Holm's correction (p < 0.05).",
+        )
+    figures["error_by_method"] = (
+        plots.error_by_method(answers, ranks),
+        "Where the errors are: test MAE by true value, over all seeds.",
+    )
+    return figures
+
+
+def _overview(boards: Sequence[Leaderboard], unit: str) -> dict[str, tuple[Figure, str]]:
+    """The variants side by side, where there are several."""
+    if len(boards) == 1:
+        return {}
+    maes: dict[str, list[Sequence[float]]] = {entry.name: [] for entry in boards[0].entries}
+    for board in boards:
+        for entry in board.entries:
+            maes[entry.name].append(entry.maes)
+    figure = plots.mae_by_variant(maes, [board.variant for board in boards], unit)
+    return {"mae_by_variant": (figure, "Test MAE in every variant: mean and standard deviation over the seeds.")}
 
 
 @cache
@@ -216,8 +226,12 @@ def _environment() -> Environment:
     return environment
 
 
-def _inlined(figures: dict[str, tuple[Figure, str]]) -> dict[str, tuple[Markup, str]]:
-    return {name: (Markup(plots.inline_svg(figure, name, text)), text) for name, (figure, text) in figures.items()}
+def _inlined(figures: dict[str, tuple[Figure, str]], suffix: str = "") -> dict[str, tuple[Markup, str]]:
+    """Figures as SVG by their names, which with the suffix are unique on the page."""
+    return {
+        name + suffix: (Markup(plots.inline_svg(figure, name + suffix, text)), text)
+        for name, (figure, text) in figures.items()
+    }
 
 
 def _tile(key: str, value: float | None, interval: tuple[float, float], unit: str) -> dict[str, str]:

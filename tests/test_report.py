@@ -349,7 +349,7 @@ def test_in_a_browser_nothing_overflows_and_nothing_complains(kind, run, compare
     assert found, done.stderr[-2000:]
     width, figures, drawing = map(int, found.groups())
     assert width <= 390
-    assert figures == (5 if kind == "run" else 2)
+    assert figures == (5 if kind == "run" else 3)
     assert 250 < drawing <= 390
     assert "CONSOLE" not in done.stderr
 

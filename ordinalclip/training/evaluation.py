@@ -31,7 +31,7 @@ from ordinalclip.heads import (
     decode,
 )
 from ordinalclip.images import crop, normalise
-from ordinalclip.metrics import METRICS, cumulative_score, mae_by_shots, ordinality
+from ordinalclip.metrics import METRICS, best_residual_variance, cumulative_score, d5, mae_by_shots, ordinality
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress
 from ordinalclip.ranks import Ranks
@@ -62,12 +62,14 @@ def outputs_of(
     workers: int = 0,
     title: str = "",
     quiet: bool = False,
+    space: bool = False,
 ) -> Outputs:
     """The head's outputs on a whole part, in order, on the CPU and the same on every process.
 
     Args:
         model: a model in evaluation mode, on the accelerator's device.
         batch_size: images at once in one process.
+        space: also give `Head.space` of the features, as "space".
     """
     sizes = shares(len(part), accelerator.num_processes)
     start, size = sum(sizes[: accelerator.process_index]), sizes[accelerator.process_index]
@@ -79,7 +81,10 @@ def outputs_of(
     progress: Progress = Progress(None, title, total=len(rows), unit="images", quiet=quiet or not title)
     for pixels in loader:
         with accelerator.autocast():
-            outputs = model.head(model.encoder(pixels.to(accelerator.device, dtype)))
+            features = model.encoder(pixels.to(accelerator.device, dtype))
+            outputs = model.head(features)
+            if space:
+                outputs = {**outputs, "space": model.head.space(features)}
         collected.append({name: at_least_float32(tensor) for name, tensor in outputs.items()})
         progress.advance(len(pixels))
     progress.close()
@@ -146,6 +151,19 @@ def score(
     return {"num": len(part), **table["median"], "accuracy": table["argmax"]["accuracy"], **table}
 
 
+def space_quality(points: Tensor, part: Part, ks: Sequence[int]) -> dict[str, float | None]:
+    """D5 and residual variance of (N, E) points; None where a part is too small for them or they are not defined.
+
+    The residual variance is that of the best k of `ks`, on all images or 10 random subsets of 1,000.
+    """
+    figures = {"d5": math.nan, "residual_variance": math.nan}
+    if len(part) >= 6:
+        figures["d5"] = d5(points, part.values)
+    if len(part) >= min(ks):
+        figures["residual_variance"], _ = best_residual_variance(points, part.values, ks)
+    return {name: None if math.isnan(value) else value for name, value in figures.items()}
+
+
 def model_ordinality(model: OrdinalModel) -> float | None:
     """Ordinality of the prototypes of a deployed model; None for heads without prototypes."""
     return ordinality(model.head.prototypes) if isinstance(model.head, PrototypeHead) else None
@@ -174,9 +192,13 @@ def evaluate_parts(
     for name, part in parts.items():
         options = config.evaluation
         title = f"evaluating {name}"
-        outputs = outputs_of(model, part, accelerator, options.batch_size, config.data.workers, title, quiet)
+        space = options.space and name == "test"
+        outputs = outputs_of(model, part, accelerator, options.batch_size, config.data.workers, title, quiet, space)
+        points = outputs.pop("space", None)
         predictions = predictions_of(model, outputs)
         figures[name] = score(predictions, part, model.head.ranks, options.cs, train_counts)
+        if points is not None:
+            figures[name].update(space_quality(points, part, options.space_ks))
         tables.append(predictions_table(name, part, predictions))
     if accelerator.is_main_process and tables:
         path, temporary = folder / "predictions.parquet", folder / "predictions.partial"

@@ -1,0 +1,282 @@
+"""Comparisons: what is run, chosen, tested and written."""
+
+import csv
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from ordinalclip.cli import main
+from ordinalclip.compare import load_comparison
+from ordinalclip.metrics import best_residual_variance, d5
+from ordinalclip.record import image_features, read_predictions, read_run
+from ordinalclip.significance import greater_p_value, holm, judge, mean_by_image
+
+COMPARISON = {
+    "seeds": [1, 2],
+    "base": {
+        "data": {"num_train": 16, "num_validation": 8, "num_test": 8},
+        "ranks": {"low": 0, "high": 100, "num": 11, "unit": "%"},
+        "train": {"max_steps": 2, "batch_size": 8},
+    },
+    "methods": {
+        "OrdinalCLIP": {"base": {"method": "ordinalclip"}, "settings": [{"train.lr": 1e-3}, {"train.lr": 1e-5}]},
+        "L1": {"base": {"method": "l1"}, "settings": [{"train.lr": 1e-3}, {"train.lr": 1e-4}]},
+        "constant": {"base": {"method": "constant"}},
+    },
+}
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump({**COMPARISON, "output_dir": str(tmp_path / "out")}))
+    return path
+
+
+def test_compare_is_resumable_and_reads_the_test_part_once(comparison, tmp_path, capsys):
+    assert main(["compare", str(comparison), "--quiet"]) == 0
+    table = capsys.readouterr().out
+    for name in ("OrdinalCLIP", "L1", "constant"):
+        assert f"| {name} |" in table
+    folders = sorted((tmp_path / "out" / "runs").iterdir())
+    assert len(folders) == 8  # two methods: two settings on the first seed, one on the second; the constant: two runs
+    times = {folder: (folder / "config.yaml").stat().st_mtime_ns for folder in folders}
+    chosen = [folder for folder in folders if "test" in json.loads((folder / "metrics.json").read_text())]
+    assert len(chosen) == 6  # three methods, one setting each, two seeds
+
+    assert main(["compare", str(comparison), "--quiet"]) == 0
+    again = capsys.readouterr().out
+    assert again.splitlines()[:8] == table.splitlines()[:8]
+    assert {folder: (folder / "config.yaml").stat().st_mtime_ns for folder in folders} == times
+    assert main(["compare", str(comparison), "--quiet", "train.max_steps=3"]) == 0
+    assert {folder: (folder / "config.yaml").stat().st_mtime_ns for folder in folders} != times
+
+
+def test_an_interrupted_run_is_not_complete(comparison, tmp_path, monkeypatch):
+    """A run that is started again with another configuration and dies must not pass for finished."""
+    from ordinalclip import compare
+    from ordinalclip.training import Trainer
+
+    load_comparison(comparison).run(quiet=True)
+    changed = load_comparison(comparison, ["train.max_steps=3"])
+
+    def die(self, batch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            changed.run(quiet=True)
+    started = changed.runs["", "OrdinalCLIP", 0, 1]
+    assert not compare._is_complete(started)
+    changed.run(quiet=True)
+    assert json.loads((tmp_path / "out/runs/ordinalclip-0-seed1/metrics.json").read_text())["steps"] == 3
+
+
+def test_several_jobs_give_the_same_table(comparison, tmp_path):
+    rows = load_comparison(comparison).run(quiet=True)
+    again = load_comparison(comparison, ["jobs=2", f"output_dir={tmp_path}/again"]).run(quiet=True)
+    for row, other in zip(rows, again, strict=True):
+        assert other["mae"] == pytest.approx(row["mae"], rel=1e-3)
+
+
+def test_compare_chooses_by_validation_and_averages_over_seeds(comparison, tmp_path):
+    rows = {row["method"]: row for row in load_comparison(comparison).run(quiet=True)}
+    for name, label in (("OrdinalCLIP", "ordinalclip"), ("L1", "l1")):
+        figures = {
+            (setting, seed): json.loads((tmp_path / f"out/runs/{label}-{setting}-seed{seed}/metrics.json").read_text())
+            for setting in (0, 1)
+            for seed in (1, 2)
+            if (tmp_path / f"out/runs/{label}-{setting}-seed{seed}").is_dir()
+        }
+        tuning = [figures[setting, 1]["validation"]["mae"] for setting in (0, 1)]
+        best = tuning.index(min(tuning))
+        assert sorted(figures) == sorted([(0, 1), (1, 1), (best, 2)])
+        (rate,) = COMPARISON["methods"][name]["settings"][best].values()
+        assert rows[name]["setting"] == f"train.lr={rate}"
+        maes = [figures[best, seed]["test"]["mae"] for seed in (1, 2)]
+        assert rows[name]["mae"] == pytest.approx(sum(maes) / 2)
+        assert rows[name]["mae_std"] == pytest.approx(abs(maes[0] - maes[1]) / 2**0.5)
+
+
+def test_comparisons_that_are_not_fair_or_not_valid(comparison):
+    content = yaml.safe_load(comparison.read_text())
+    content["methods"]["L1"]["settings"] = [{}]
+    comparison.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"same number of settings to try, got .*'OrdinalCLIP': 2"):
+        load_comparison(comparison)
+    content["methods"]["l-1"] = content["methods"]["L.1"] = content["methods"].pop("L1")
+    content["methods"]["l-1"]["settings"] = [{}, {}]
+    comparison.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"too alike, runs would share .*l-1-0-seed1"):
+        load_comparison(comparison)
+    content["methods"]["L1"] = content["methods"].pop("L.1")
+    del content["methods"]["l-1"]
+    content["methods"]["L1"]["settings"] = [{"train.lrr": 1}, {}]
+    comparison.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"method 'L1', setting 0: train\.lrr is not a key; nearest: train\.lr"):
+        load_comparison(comparison)
+
+
+def test_variants_have_tables_of_their_own(comparison, tmp_path):
+    content = yaml.safe_load(comparison.read_text())
+    content["variants"] = {"all": {}, "half of it": {"data.train_share": 0.5, "train.max_steps": 1}}
+    content["methods"]["OrdinalCLIP"]["settings"] = content["methods"]["L1"]["settings"] = [{}]
+    comparison.write_text(yaml.safe_dump(content))
+    rows = load_comparison(comparison).run(quiet=True)
+    assert [row["variant"] for row in rows] == ["all"] * 3 + ["half of it"] * 3
+    figures = json.loads((tmp_path / "out/runs/half-of-it/l1-0-seed2/metrics.json").read_text())
+    full = json.loads((tmp_path / "out/runs/all/l1-0-seed2/metrics.json").read_text())
+    assert (figures["steps"], full["steps"]) == (1, 2)
+    # half of every rank, one at least
+    assert figures["train_counts"] == [max(1, round(count / 2)) if count else 0 for count in full["train_counts"]]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.index("### all") < table.index("### half of it")
+    with (tmp_path / "out" / "results.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [float(row["mae"]) for row in read] == [row["mae"] for row in rows]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('id="mae_by_variant"') == page.count('id="mae_by_method-1"') == 1
+
+
+def test_finished_runs_leave_no_checkpoints_unless_asked(comparison, tmp_path):
+    load_comparison(comparison).run(quiet=True)
+    assert not list((tmp_path / "out" / "runs").glob("*/checkpoints"))
+    assert not list((tmp_path / "out" / "runs").glob("*/model-last"))
+    load_comparison(comparison, ["keep_checkpoints=true", f"output_dir={tmp_path}/kept"]).run(quiet=True)
+    assert len(list((tmp_path / "kept" / "runs").glob("*/checkpoints"))) == 6  # the constant has none
+
+
+def test_what_the_methods_do_not_share_is_said(comparison):
+    assert "Not the same" not in " ".join(load_comparison(comparison).note())
+    content = yaml.safe_load(comparison.read_text())
+    content["methods"]["L1"]["base"]["model"] = {"dropout": 0.1}
+    comparison.write_text(yaml.safe_dump(content))
+    assert "Not the same for all methods: model.dropout." in " ".join(load_comparison(comparison).note())
+
+
+def test_settings_of_the_comparison_are_those_of_every_method_that_learns(comparison):
+    content = yaml.safe_load(comparison.read_text())
+    content["settings"] = [{"train.lr": 0.1}, {"train.lr": 0.2}]
+    for method in content["methods"].values():
+        method.pop("settings", None)
+    comparison.write_text(yaml.safe_dump(content))
+    loaded = load_comparison(comparison)
+    rates = {(name, number): run.train.lr for (_, name, number, seed), run in loaded.runs.items() if seed == 1}
+    assert rates == {
+        ("OrdinalCLIP", 0): 0.1,
+        ("OrdinalCLIP", 1): 0.2,
+        ("L1", 0): 0.1,
+        ("L1", 1): 0.2,
+        ("constant", 0): 1e-4,
+    }
+    assert "tried for every method: train.lr=0.1 | train.lr=0.2" in " ".join(loaded.note())
+
+
+def test_the_table_against_what_the_runs_left(comparison, tmp_path):
+    """Figures of the table, worked out again from predictions, logs and models."""
+    rows = {row["method"]: row for row in load_comparison(comparison).run(quiet=True)}
+    errors = {}
+    for name, label in (("OrdinalCLIP", "ordinalclip"), ("L1", "l1"), ("constant", "constant")):
+        folders = [
+            folder
+            for folder in sorted((tmp_path / "out" / "runs").glob(f"{label}-*"))
+            if "test" in json.loads((folder / "metrics.json").read_text())
+        ]
+        assert len(folders) == 2
+        given = [read_predictions(folder, "test") for folder in folders]
+        row = rows[name]
+        assert row["cs@5"] == pytest.approx(np.mean([(each.errors <= 5).mean() for each in given]))
+        if name == "L1":  # the others may answer the same for every picture
+            assert row["pearson"] == pytest.approx(np.mean([stats.pearsonr(g.values, g.labels)[0] for g in given]))
+        if name != "constant":
+            times = [1000 * t for folder in folders for t in gaps(folder)]
+            assert row["step_ms"] == pytest.approx(np.median(times))
+        assert row["model_bytes"] == (folders[0] / "model" / "model.safetensors").stat().st_size
+        errors[name] = {}
+        for each in given:
+            for key, error in zip(zip(each.names, each.labels, strict=True), each.errors, strict=True):
+                errors[name].setdefault(key, []).append(error)
+        record = read_run(folders[0])
+        if name != "OrdinalCLIP":  # whose space is the features themselves, of length 1
+            points = image_features(record.model, record.images, np.arange(8))
+            both = [json.loads((folder / "metrics.json").read_text())["test"] for folder in folders]
+            assert both[0]["d5"] == pytest.approx(d5(points, record.predictions.labels), rel=1e-4)
+            assert row["d5"] == pytest.approx((both[0]["d5"] + both[1]["d5"]) / 2)
+            again, _ = best_residual_variance(points, record.predictions.labels, [5])
+            assert both[0]["residual_variance"] == pytest.approx(again, rel=1e-3)
+    means = {name: np.array([np.mean(values) for values in each.values()]) for name, each in errors.items()}
+    best = min(rows, key=lambda name: rows[name]["mae"])
+    for name in rows:
+        assert rows[name]["difference"] == pytest.approx((means[name] - means[best]).mean())
+        if name != best:
+            t = stats.ttest_1samp(means[name] - means[best], 0, alternative="greater").pvalue
+            assert rows[name]["p"] == pytest.approx(t)
+    assert rows[best]["p"] is None
+
+
+def gaps(folder):
+    seconds = [json.loads(line)["seconds"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [after - before for before, after in pairwise(seconds)]
+
+
+def test_paired_test_against_its_formula():
+    rng = np.random.default_rng(0)
+    first, second = rng.random(40) + 0.1, rng.random(40)
+    gap = first - second
+    t = gap.mean() / (gap.std(ddof=1) / 40**0.5)
+    assert greater_p_value(first, second) == pytest.approx(stats.t.sf(t, 39))
+    assert greater_p_value(second, first) == pytest.approx(1 - greater_p_value(first, second))
+    assert greater_p_value([2, 3], [1, 2]) == 0  # larger by the same everywhere
+    assert greater_p_value([1, 2], [2, 3]) == 1
+
+
+def test_holm_against_its_definition():
+    """Reject in order of size while p <= level / (number not yet rejected): corrected p-values say the same."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        p_values = (rng.random(6) ** 3).tolist()
+        level = rng.random()
+        rejected = set()
+        for place, index in enumerate(np.argsort(p_values)):
+            if p_values[index] > level / (6 - place):
+                break
+            rejected.add(int(index))
+        assert {k for k, p in enumerate(holm(p_values)) if p <= level} == rejected
+    assert holm([]) == []
+
+
+def test_judge_finds_what_is_worse_and_nothing_in_noise():
+    rng = np.random.default_rng(2)
+    common = rng.random(400)
+    errors = {f"same {k}": common + 0.2 * rng.random(400) for k in range(6)} | {
+        "worse": common + 0.2 * rng.random(400) + 0.05
+    }
+    best = min(errors, key=lambda name: errors[name].mean())
+    verdicts = judge(errors, best)
+    assert verdicts[best].p is None
+    assert verdicts[best].difference == 0
+    assert verdicts["worse"].p_holm < 0.01
+    assert verdicts["worse"].difference_interval[0] > 0
+    assert all(verdicts[name].p_holm > 0.05 for name in errors if name not in ("worse", best))
+    low, high = verdicts["worse"].interval
+    assert low < verdicts["worse"].mae < high
+    with pytest.raises(ValueError, match="errors on the same images"):
+        judge({"a": np.ones(3), "b": np.ones(4)}, "a")
+
+
+def test_errors_on_one_image_count_once():
+    assert mean_by_image(["b", "a", "b"], [1.0, 5.0, 3.0]).tolist() == [2.0, 5.0]
+
+
+def test_stars(tmp_path):
+    from ordinalclip.leaderboard import mark
+
+    assert mark({"p": None, "p_holm": None}) == ""
+    assert mark({"p": 0.2, "p_holm": 0.3}) == ""
+    assert mark({"p": 0.01, "p_holm": 0.3}) == " *"
+    assert mark({"p": 0.001, "p_holm": 0.01}) == " **"
