@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import cdist
 from scipy.stats import pearsonr
 
 from ordinalclip import space
@@ -138,6 +139,22 @@ def test_search_over_many_stripes():
     np.fill_diagonal(gaps, np.inf)
     for k in (1, 4, 50, 330):
         assert np.array_equal(space.nearest_others(points, k), np.argsort(gaps, axis=1)[:, :k])
+
+
+def test_search_where_float32_cannot_tell_points_apart():
+    """Two far clusters with inner distances below float32's resolution, and points that coincide."""
+    rng = np.random.default_rng(3)
+    points = 1e-5 * rng.standard_normal((3200, 12))
+    points[:1600] += 1
+    points[100:120] = points[100]
+    rough = torch.cdist(torch.tensor(points, dtype=torch.float32), torch.tensor(points, dtype=torch.float32))
+    exact = cdist(points, points)
+    np.fill_diagonal(exact, np.inf)
+    rough.fill_diagonal_(torch.inf)
+    right = np.sort(exact, axis=1)[:, :5]
+    assert not np.allclose(np.take_along_axis(exact, rough.topk(5, largest=False).indices.numpy(), 1), right)
+    found = np.take_along_axis(exact, space.nearest_others(points, 5), axis=1)
+    np.testing.assert_allclose(np.sort(found, axis=1), right, rtol=1e-4, atol=1e-9)
 
 
 def test_d5_of_a_sample_looks_among_all_points():
