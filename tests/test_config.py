@@ -1,8 +1,15 @@
 """Configurations: overrides, types, and errors that name the nearest key."""
 
+from pathlib import Path
+
 import pytest
 
+from ordinalclip.compare import load_comparison
 from ordinalclip.config import describe, load_config, parse_config
+from ordinalclip.heads import available_heads
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 
 
 def test_overrides_and_round_trip(tmp_path):
@@ -59,3 +66,27 @@ def test_every_key_is_described():
 def test_several_problems_at_once():
     with pytest.raises(ValueError, match=r"lr.*;.*seeed"):
         parse_config({"train": {"lr": -1}, "seeed": 3}, "file")
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith(("compare/", "accelerate/"))])
+def test_shipped_configurations_are_valid_and_say_how_to_run_them(name):
+    header = (CONFIGS / name).read_text(encoding="utf-8").partition("\n\n")[0]
+    assert f"ordinalclip train configs/{name}" in header
+    config = load_config(CONFIGS / name, ["data.root=somewhere"])
+    assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("compare/")])
+def test_shipped_comparisons_are_valid(name):
+    assert f"ordinalclip compare configs/{name}" in (CONFIGS / name).read_text(encoding="utf-8")
+    comparison = load_comparison(CONFIGS / name, ["data.root=somewhere"])
+    assert comparison.config.output_dir == f"runs/{name.removesuffix('.yaml')}"
+
+
+def test_every_method_that_learns_has_a_configuration_and_a_row():
+    methods = set(available_heads()) - {"prototypes"}
+    shipped = {load_config(path).method for path in (CONFIGS / "methods").glob("*.yaml")}
+    assert shipped == methods - {"constant", "zero_shot"}
+    for name in ("gauges", "elpv"):
+        comparison = load_comparison(CONFIGS / "compare" / f"{name}.yaml", ["data.root=somewhere"])
+        assert {run.method for run in comparison.runs.values()} >= methods - {"zero_shot"}
