@@ -322,6 +322,14 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
     return content
 
 
+def flat_keys(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update(flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
 def parse_config(content: dict[str, Any], source: str, section: type[Section] = RunConfig, prefix: str = "") -> Any:
     """Check a mapping against a section; every problem in one ValueError, each with its dotted key.
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ordinalclip.ranks import Ranks
 from ordinalclip.record import Predictions, read_predictions, shown
-from ordinalclip.significance import Verdict, judge, mean_by_image
+from ordinalclip.significance import LEVEL, Verdict, errors_by_image, judge
 
-LEVEL = 0.05
 FIGURES = {
     "rmse": "RMSE",
     "r2": "R2",
@@ -37,13 +37,17 @@ class Entry:
         name: of the method.
         folders: the runs of its chosen setting, one per seed; their test part has been read.
         setting: what was chosen, by dotted key.
-        settings_tried: among how many.
+        number: its place among those that were tried.
+        settings_tried: how many those were.
+        images_recur: whether rows of one name are one image in all runs, as in splits of one table.
     """
 
     name: str
     folders: Sequence[Path]
     setting: dict[str, Any]
-    settings_tried: int
+    number: int = 0
+    settings_tried: int = 1
+    images_recur: bool = True
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -56,10 +60,14 @@ class Entry:
         return [read_predictions(folder, "test") for folder in self.folders]
 
     @cached_property
-    def errors_by_image(self) -> np.ndarray:
-        """(N,) absolute error of every distinct test image, the mean over the runs that tested it."""
-        images = [image for each in self.predictions for image in zip(each.names, each.labels, strict=True)]
-        return mean_by_image(images, np.concatenate([each.errors for each in self.predictions]))
+    def errors(self) -> np.ndarray:
+        """(N,) absolute errors, one per distinct test image: see `errors_by_image`."""
+        images = [
+            (name, label, 0 if self.images_recur else run)
+            for run, each in enumerate(self.predictions)
+            for name, label in zip(each.names, each.labels.tolist(), strict=True)
+        ]
+        return errors_by_image(images, np.concatenate([each.errors for each in self.predictions]))
 
     @property
     def maes(self) -> list[float]:
@@ -87,8 +95,11 @@ class Leaderboard:
     def __init__(self, variant: str, entries: Sequence[Entry]):
         self.variant = variant
         self.entries = sorted(entries, key=lambda entry: float(np.mean(entry.maes)))
-        self.verdicts = judge({entry.name: entry.errors_by_image for entry in self.entries}, self.entries[0].name)
-        self.cs = [key for key in self.entries[0].metrics[0]["test"] if key.startswith("cs@")]
+        self.verdicts = judge({entry.name: entry.errors for entry in self.entries}, self.entries[0].name)
+        keys = [key for entry in self.entries for key in entry.metrics[0]["test"] if key.startswith("cs@")]
+        self.cs = list(dict.fromkeys(keys))
+        model = self.entries[0].folders[0] / "model" / "config.json"
+        self.ranks = Ranks(**json.loads(model.read_text(encoding="utf-8"))["ranks"])
 
     @property
     def heads(self) -> list[str]:
@@ -126,7 +137,8 @@ class Leaderboard:
         lines = [f"| method | {' | '.join(self.heads)} |", "|---|" + "---:|" * (len(self.heads) - 1) + "---|"]
         for row in self.rows:
             *cells, setting = self.cells(row)
-            lines.append(f"| {row['method']} | {' | '.join(cells)} | `{setting}` |")
+            cells = [row["method"].replace("|", "\\|"), *cells, f"`{setting}`".replace("|", "\\|")]
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
     def _row(self, entry: Entry, verdict: Verdict) -> dict[str, Any]:
@@ -138,8 +150,9 @@ class Leaderboard:
         figures["train_seconds"] = [each["train_seconds"] for each in entry.metrics]
         for key, values in figures.items():
             known = [value for value in values if value is not None]
-            row[key] = float(np.mean(known)) if known else None
-            row[f"{key}_std"] = float(np.std(known, ddof=1)) if len(known) > 1 else None
+            whole = len(known) == len(values)  # a figure that some runs lack says nothing about the method
+            row[key] = float(np.mean(known)) if whole else None
+            row[f"{key}_std"] = float(np.std(known, ddof=1)) if whole and len(known) > 1 else None
         row["mae_low"], row["mae_high"] = verdict.interval
         row["difference"] = verdict.difference
         row["difference_low"], row["difference_high"] = verdict.difference_interval

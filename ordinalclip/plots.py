@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ordinalclip.ranks import Ranks
-from ordinalclip.significance import Verdict
+from ordinalclip.significance import LEVEL, Verdict
 
 INK, MUTED, GRID, BLUE, ORANGE = "#1b1f24", "#66707c", "#dfe3e8", "#0072b2", "#e69f00"
 PALETTE = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
@@ -240,7 +240,7 @@ def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "") -> Figur
     for place, name in enumerate(order):
         verdict = verdicts[name]
         low, high = verdict.difference_interval
-        sure = verdict.p_holm is not None and verdict.p_holm < 0.05
+        sure = verdict.p_holm is not None and verdict.p_holm < LEVEL
         around = [[max(0.0, verdict.difference - low)], [max(0.0, high - verdict.difference)]]
         face = {"markerfacecolor": BLUE if sure else "none", "markeredgewidth": 1.6}
         axes.errorbar(
@@ -262,7 +262,7 @@ def mae_by_variant(errors: Mapping[str, Sequence[Sequence[float]]], variants: Se
     """
     figure, axes = _figure(3.6)
     means = {name: np.asarray([np.mean(maes) for maes in each]) for name, each in errors.items()}
-    order = sorted(errors, key=lambda name: float(means[name].mean()))
+    order = sorted(errors, key=lambda name: float(np.nanmean(means[name])))
     places = np.arange(len(variants))
     for number, name in enumerate(order):
         above = 3 - number / len(order)

@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -32,7 +33,6 @@ from ordinalclip.data import Parts
 from ordinalclip.leaderboard import Leaderboard
 from ordinalclip.metrics import METRICS, bootstrap_interval, shot_groups
 from ordinalclip.model import OrdinalModel
-from ordinalclip.ranks import Ranks
 from ordinalclip.record import HEADLINE, RunRecord, image_features, read_run, shown
 
 logger = logging.getLogger(__name__)
@@ -152,21 +152,17 @@ def write_comparison_report(
         notes: what the figures are, in paragraphs below the tables.
         best: which method's model the comparison keeps.
     """
-    first = boards[0].entries[0].folders[0] / "model" / "config.json"
-    ranks = Ranks(**json.loads(first.read_text(encoding="utf-8"))["ranks"])
     page = _environment().get_template("comparison.html")
     content = page.render(
         title=title,
         folder=folder,
-        unit=ranks.unit,
         boards=boards,
         notes=notes,
         best=best,
         link=lambda run: _link(folder, run),
-        overview=_inlined(_overview(boards, ranks.unit)),
+        overview=_inlined(_overview(boards)),
         figures=[
-            _inlined(comparison_figures(board, ranks), f"-{number}" if number else "")
-            for number, board in enumerate(boards)
+            _inlined(comparison_figures(board), f"-{number}" if number else "") for number, board in enumerate(boards)
         ],
     )
     path = folder / "report.html"
@@ -174,8 +170,9 @@ def write_comparison_report(
     return path
 
 
-def comparison_figures(board: Leaderboard, ranks: Ranks) -> dict[str, tuple[Figure, str]]:
+def comparison_figures(board: Leaderboard) -> dict[str, tuple[Figure, str]]:
     """mae_by_method, difference_to_best and error_by_method, each with the sentence below it."""
+    ranks = board.ranks
     maes = {entry.name: entry.maes for entry in board.entries}
     answers = {
         entry.name: (
@@ -204,15 +201,14 @@ def comparison_figures(board: Leaderboard, ranks: Ranks) -> dict[str, tuple[Figu
     return figures
 
 
-def _overview(boards: Sequence[Leaderboard], unit: str) -> dict[str, tuple[Figure, str]]:
+def _overview(boards: Sequence[Leaderboard]) -> dict[str, tuple[Figure, str]]:
     """The variants side by side, where there are several."""
     if len(boards) == 1:
         return {}
-    maes: dict[str, list[Sequence[float]]] = {entry.name: [] for entry in boards[0].entries}
-    for board in boards:
-        for entry in board.entries:
-            maes[entry.name].append(entry.maes)
-    figure = plots.mae_by_variant(maes, [board.variant for board in boards], unit)
+    names = dict.fromkeys(entry.name for board in boards for entry in board.entries)
+    found = [{entry.name: entry.maes for entry in board.entries} for board in boards]
+    maes = {name: [each.get(name, [math.nan]) for each in found] for name in names}
+    figure = plots.mae_by_variant(maes, [board.variant for board in boards], boards[0].ranks.unit)
     return {"mae_by_variant": (figure, "Test MAE in every variant: mean and standard deviation over the seeds.")}
 
 

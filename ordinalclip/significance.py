@@ -11,6 +11,8 @@ from scipy import stats
 
 from ordinalclip.metrics import bootstrap_interval, mean_absolute_error
 
+LEVEL = 0.05  # below it a difference counts
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -92,20 +94,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def mean_by_image(images: Sequence[Hashable], errors: ArrayLike) -> np.ndarray:
-    """Mean error of every distinct image: repeated splits and seeds test some images several times, and errors on one
-    image are no independent observations.
+def errors_by_image(images: Sequence[Hashable], errors: ArrayLike) -> np.ndarray:
+    """One error per distinct image: repeated splits and seeds test some images several times, and errors on one image
+    are no independent observations.
 
     Args:
         images: (M,) what identifies the image of each error.
         errors: (M,).
 
     Returns:
-        (N,) means, images in order of their first appearance.
+        (N,) sums of the errors on an image over the mean number of errors per image, so that their mean is that of all
+        errors; images in order of their first appearance.
+
+    >>> errors_by_image(["b", "a", "b"], [1.0, 5.0, 3.0])
+    array([2.66666667, 3.33333333])
     """
     places: dict[Hashable, int] = {}
     rows = np.asarray([places.setdefault(image, len(places)) for image in images], dtype=np.int64)
-    return np.bincount(rows, np.asarray(errors, dtype=np.float64)) / np.bincount(rows)
+    return np.bincount(rows, np.asarray(errors, dtype=np.float64)) * len(places) / len(rows)
 
 
 def _mean_difference(first: np.ndarray, second: np.ndarray) -> float:

@@ -109,6 +109,8 @@ def best_residual_variance(
 def nearest_others(points: np.ndarray, k: int, chosen: np.ndarray | None = None) -> np.ndarray:
     """The k nearest points of each chosen point, itself not among them, by exact search in float64.
 
+    Above `TREE_WIDTH` dimensions, points nearer to each other than 1e-8 of the extent of all are not told apart.
+
     Args:
         points: (N, D) float64, N > k.
         chosen: (Q,) rows to look from; default: all.
@@ -132,34 +134,39 @@ def _by_products(points: np.ndarray, k: int, chosen: np.ndarray) -> np.ndarray:
     """By blocked matrix products in float32, which take half the time, proven right or repeated in float64.
 
     Around the mean and scaled, |p|^2 - 2 q.p is the squared distance less |q|^2. Its float32 value is at most `bound`
-    off. A few more candidates than k are taken by it; if the k-th of their exact values is below the largest float32
-    value by more than the bound, no point outside them can be among the k nearest.
+    off. A few more candidates than k are taken by it and ranked by their exact distances; if the k-th is below the
+    largest float32 value by more than the bound, no point outside them can be among the k nearest.
     """
     centered = points - points.mean(axis=0)
     centered /= max(np.abs(centered).max(), np.finfo(np.float64).tiny)
-    taken = k + SPARE
-    if len(points) < FEW_POINTS or taken >= len(points):
-        return _smallest_products(centered, k, chosen, np.float64)[0]
-    candidates, rough = _smallest_products(centered, taken, chosen, np.float32)
+    taken = min(k + SPARE, len(points) - 1)
+    if len(points) < FEW_POINTS:
+        return _ranked(centered, _smallest_products(centered, taken, chosen, np.float64)[0], chosen)[0][:, :k]
+    candidates, values = _smallest_products(centered, taken, chosen, np.float32)
+    neighbors, squared = _ranked(centered, candidates, chosen)
     norms = (centered**2).sum(axis=1)
-    neighbors = np.empty((len(chosen), k), dtype=np.int64)
-    unproven = []
-    reach = np.finfo(np.float32).eps * (points.shape[1] + 4)  # of a dot product, per size of its terms
     longest = norms.max() ** 0.5
+    reach = np.finfo(np.float32).eps * (points.shape[1] + 4)  # of a dot product, per size of its terms
+    bound = reach * longest * (2 * norms[chosen] ** 0.5 + longest)
+    unproven = np.flatnonzero(squared[:, k - 1] - norms[chosen] >= values.max(axis=1) - bound)
+    if len(unproven):
+        again = chosen[unproven]
+        neighbors[unproven], _ = _ranked(centered, _smallest_products(centered, taken, again, np.float64)[0], again)
+    return neighbors[:, :k]
+
+
+def _ranked(points: np.ndarray, candidates: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(Q, C) candidates in the order of their squared distances, and these, from differences: without cancellation."""
+    ranked, distances = np.empty_like(candidates), np.empty(candidates.shape)
     for start in range(0, len(chosen), QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        queries, others = centered[chosen[block]], candidates[block]
-        exact = norms[others] - 2 * np.matmul(centered[others], queries[:, :, None])[:, :, 0]
-        order = np.argsort(exact, axis=1)[:, :k]
-        neighbors[block] = np.take_along_axis(others, order, axis=1)
-        farthest = np.take_along_axis(exact, order[:, -1:], axis=1)[:, 0]
-        bound = reach * longest * (2 * norms[chosen[block]] ** 0.5 + longest)
-        proven = farthest < rough[block].max(axis=1) - bound
-        unproven.append(start + np.flatnonzero(~proven))
-    again = np.concatenate(unproven)
-    if len(again):
-        neighbors[again] = _smallest_products(centered, k, chosen[again], np.float64)[0]
-    return neighbors
+        gaps = points[candidates[block]]
+        gaps -= points[chosen[block], None]
+        squared = np.einsum("qcd,qcd->qc", gaps, gaps)
+        order = np.argsort(squared, axis=1, kind="stable")
+        ranked[block] = np.take_along_axis(candidates[block], order, axis=1)
+        distances[block] = np.take_along_axis(squared, order, axis=1)
+    return ranked, distances
 
 
 def _smallest_products(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from ordinalclip.cli import main
 from ordinalclip.compare import load_comparison
 from ordinalclip.metrics import best_residual_variance, d5
 from ordinalclip.record import image_features, read_predictions, read_run
-from ordinalclip.significance import greater_p_value, holm, judge, mean_by_image
+from ordinalclip.significance import errors_by_image, greater_p_value, holm, judge
 
 COMPARISON = {
     "seeds": [1, 2],
@@ -44,16 +45,17 @@ def test_compare_is_resumable_and_reads_the_test_part_once(comparison, tmp_path,
         assert f"| {name} |" in table
     folders = sorted((tmp_path / "out" / "runs").iterdir())
     assert len(folders) == 8  # two methods: two settings on the first seed, one on the second; the constant: two runs
-    times = {folder: (folder / "config.yaml").stat().st_mtime_ns for folder in folders}
+    files = [folder / name for folder in folders for name in ("config.yaml", "metrics.json", "predictions.parquet")]
+    times = {file: file.stat().st_mtime_ns for file in files}
     chosen = [folder for folder in folders if "test" in json.loads((folder / "metrics.json").read_text())]
     assert len(chosen) == 6  # three methods, one setting each, two seeds
 
     assert main(["compare", str(comparison), "--quiet"]) == 0
     again = capsys.readouterr().out
     assert again.splitlines()[:8] == table.splitlines()[:8]
-    assert {folder: (folder / "config.yaml").stat().st_mtime_ns for folder in folders} == times
+    assert {file: file.stat().st_mtime_ns for file in files} == times
     assert main(["compare", str(comparison), "--quiet", "train.max_steps=3"]) == 0
-    assert {folder: (folder / "config.yaml").stat().st_mtime_ns for folder in folders} != times
+    assert {file: file.stat().st_mtime_ns for file in files} != times
 
 
 def test_an_interrupted_run_is_not_complete(comparison, tmp_path, monkeypatch):
@@ -152,8 +154,11 @@ def test_finished_runs_leave_no_checkpoints_unless_asked(comparison, tmp_path):
 
 
 def test_what_the_methods_do_not_share_is_said(comparison):
-    assert "Not the same" not in " ".join(load_comparison(comparison).note())
+    assert "Not the same for all methods: train.lr." in " ".join(load_comparison(comparison).note())
     content = yaml.safe_load(comparison.read_text())
+    content["methods"]["L1"]["settings"] = content["methods"]["OrdinalCLIP"]["settings"]
+    comparison.write_text(yaml.safe_dump(content))
+    assert "Not the same" not in " ".join(load_comparison(comparison).note())
     content["methods"]["L1"]["base"]["model"] = {"dropout": 0.1}
     comparison.write_text(yaml.safe_dump(content))
     assert "Not the same for all methods: model.dropout." in " ".join(load_comparison(comparison).note())
@@ -270,7 +275,9 @@ def test_judge_finds_what_is_worse_and_nothing_in_noise():
 
 
 def test_errors_on_one_image_count_once():
-    assert mean_by_image(["b", "a", "b"], [1.0, 5.0, 3.0]).tolist() == [2.0, 5.0]
+    found = errors_by_image(["b", "a", "b"], [1.0, 5.0, 3.0])
+    assert found.tolist() == pytest.approx([4 * 2 / 3, 5 * 2 / 3])
+    assert found.mean() == pytest.approx(3)
 
 
 def test_stars(tmp_path):
@@ -280,3 +287,105 @@ def test_stars(tmp_path):
     assert mark({"p": 0.2, "p_holm": 0.3}) == ""
     assert mark({"p": 0.01, "p_holm": 0.3}) == " *"
     assert mark({"p": 0.001, "p_holm": 0.01}) == " **"
+
+
+def test_a_run_that_diverges_is_the_worst_setting_and_a_method_that_does_is_left_out(comparison, tmp_path):
+    content = yaml.safe_load(comparison.read_text())
+    bad, good = {"train.lr": 1e30}, {"train.lr": 1e-3}
+    content["base"]["train"]["max_steps"] = 4
+    content["methods"]["L1"]["settings"] = [bad, good]
+    content["methods"]["OrdinalCLIP"]["settings"] = [bad, bad | {"train.weight_decay": 0.1}]
+    comparison.write_text(yaml.safe_dump(content))
+    rows = {row["method"]: row for row in load_comparison(comparison).run(quiet=True)}
+    assert rows["L1"]["setting"] == "train.lr=0.001"
+    assert set(rows) == {"L1", "constant"}
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert re.search(r"OrdinalCLIP diverged: step \d: .*; learning rate \S+e\+\d+", table)
+    again = {row["method"]: row for row in load_comparison(comparison).run(quiet=True)}  # nothing is tried once more
+    assert again["L1"]["mae"] == rows["L1"]["mae"]
+    del content["methods"]["L1"], content["methods"]["constant"]
+    comparison.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="every method diverged"):
+        load_comparison(comparison).run(quiet=True)
+
+
+def test_new_evaluation_keys_do_not_train_again(comparison, tmp_path):
+    load_comparison(comparison).run(quiet=True)
+    model = tmp_path / "out/runs/l1-0-seed1/model/model.safetensors"
+    written = model.stat().st_mtime_ns
+    rows = load_comparison(comparison, ["evaluation.cs=[1, 30]"]).run(quiet=True)
+    assert {"cs@1", "cs@30"} < set(rows[0])
+    assert "cs@5" not in rows[0]
+    assert model.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [1, 1]}, r"seeds must be different, got \[1, 1\]"),
+        ({"seeds": [-1]}, r"seeds\.0: .*greater than or equal to 0, got -1"),
+        ({"jobs": "many"}, r"jobs.*'auto', got 'many'"),
+        (
+            {"methods": {"a": {"base": {"method": "l1", "data": {"split_seed": 7}}}}},
+            r"methods\.a: data must be the same",
+        ),
+        (
+            {"methods": {"a": {"base": {"method": "l1"}, "settings": [{"data.shots": 2}]}}},
+            r"a: data\.shots must be the same",
+        ),
+        ({"variants": {"x": {"train.lr": 1e-5}}}, r"train\.lr is set by variants and by settings"),
+        ({"variants": {"x": {"train.lrr": 1e-5}}}, r"variant 'x', method 'L1', setting 0: train\.lrr is not"),
+    ],
+)
+def test_comparisons_that_make_no_sense(comparison, changes, message):
+    content = yaml.safe_load(comparison.read_text())
+    comparison.write_text(yaml.safe_dump(content | changes))
+    with pytest.raises(ValueError, match=message):
+        load_comparison(comparison)
+
+
+def test_overrides_reach_every_run_or_are_refused(comparison):
+    content = yaml.safe_load(comparison.read_text())
+    content["methods"]["L1"]["base"]["train"] = {"max_steps": 7}
+    content["variants"] = {"x": {"data.shots": 1}, "y": {}}
+    comparison.write_text(yaml.safe_dump(content))
+    loaded = load_comparison(comparison, ["train.max_steps=3", "title=words"])
+    assert {run.train.max_steps for run in loaded.runs.values()} == {3}
+    assert loaded.config.title == "words"
+    with pytest.raises(ValueError, match=r"train\.lr is set on the command line and by settings"):
+        load_comparison(comparison, ["train.lr=1"])
+    with pytest.raises(ValueError, match=r"data\.shots is set on the command line and by variants"):
+        load_comparison(comparison, ["data.shots=1"])
+
+
+def test_validation_and_test_parts_are_asked_for_before_anything_is_trained(comparison, image_folder, tmp_path):
+    content = yaml.safe_load(comparison.read_text())
+    data = {"source": "table", "root": str(image_folder), "table": "labels.csv", "image_column": "file"}
+    content["base"]["data"] = {**data, "label_column": "grade", "split": [0.5, 0, 0.5]}
+    content["base"]["ranks"] = {"values": [0, 1, 2]}
+    comparison.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="needs a validation part of 1 images or more"):
+        load_comparison(comparison).run(quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_names_its_run(comparison, image_folder, tmp_path):
+    content = yaml.safe_load(comparison.read_text())
+    content["methods"] = {"all": {"base": {"method": "l1", "model": {"backbone": "timm:nothing"}}}}
+    for jobs in (1, 2):
+        comparison.write_text(yaml.safe_dump(content | {"jobs": jobs}))
+        with pytest.raises(ValueError, match=r"out/runs/all-0-seed1: .*nothing"):
+            load_comparison(comparison).run(quiet=True)
+
+
+def test_one_seed_and_one_method(comparison, tmp_path):
+    content = yaml.safe_load(comparison.read_text())
+    content |= {"seeds": [4], "methods": {"a | b": {"base": {"method": "l1"}}}}
+    comparison.write_text(yaml.safe_dump(content))
+    (row,) = load_comparison(comparison).run(quiet=True)
+    assert row["mae_std"] is None
+    assert row["p"] is None
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| a \\| b |" in table
+    assert "Test part, seed 4;" in table
+    assert "1 method compared" in (tmp_path / "out" / "report.html").read_text()

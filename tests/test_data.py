@@ -150,6 +150,22 @@ def test_check_images_names_every_broken_file(image_folder):
     assert "cell4.png" in broken[1]
 
 
+def test_train_share_keeps_some_of_every_rank_and_small_shares_lie_in_large_ones():
+    config = {"num_train": 300, "num_validation": 4, "num_test": 4}
+    ranks = RanksConfig(low=0, high=100, num=6)
+    names, before = [], None
+    for share in (1.0, 0.5, 0.1, 0.001):
+        part = load_parts(DataConfig(**config, train_share=share), ranks, 3).train
+        counts = np.bincount(part.ranks, minlength=6)
+        before = counts if before is None else before
+        assert counts.tolist() == [max(1, round(share * count)) for count in before]
+        names.append(set(part.names))
+    assert names[0] > names[1] > names[2] > names[3]
+    other = load_parts(DataConfig(**config, train_share=0.1, draw_seed=9), ranks, 3).train
+    assert set(other.names) != names[2]
+    assert set(other.names) < names[0]
+
+
 def test_label_shift_thins_the_most_populated_ranks(image_folder):
     rows = datasets.Dataset.from_dict({"image": [None] * 100, "label": [0] * 50 + [1] * 8 + [2] * 30 + [3] * 12})
     plain = DataConfig(shift_ranks=2, shift_keep=0.1)

@@ -215,44 +215,50 @@ def test_constant_is_the_best_constant(quick):
     assert value == best
 
 
-GENTLE = ("train.max_steps=120", "train.lr_encoder=2e-4")  # at 1e-3 the space shrinks to a point before it unfolds
-FAST_HEAD = ("train.lr_head=1e-2",)  # linear layers that have a long way to go from their start
-LEARNING = {  # options, largest MAE, smallest Spearman correlation, where 60 steps at 1e-3, 14 and 0.7 do not do
-    "cnn": (("train.max_steps=150",), 21, 0.4),  # 21 ranks that have nothing to do with each other, from 3 images each
-    "cross_entropy": (FAST_HEAD, 19, 0.6),  # likewise
-    "sord": (FAST_HEAD, 14, 0.7),  # ranks 5 units apart: nearly one-hot targets
-    "rank_n_contrast": (FAST_HEAD, 14, 0.7),  # the L1 probe
-    "rm_loss": (GENTLE, 14, 0.7),
-    "triplet": (GENTLE, 14, 0.7),
-    "l2_softmax": (GENTLE, 14, 0.7),
+GENTLE = ("train.lr_encoder=2e-4", "train.lr_head=1e-2")  # for heads that start far from the encoder's features
+LEARNING = {  # where a learning rate of 1e-3 for all does worse: the settings of configs/compare/gauges.yaml
+    **dict.fromkeys(("cnn", "cross_entropy", "sord", "ordreg", "coral", "corn"), GENTLE),
+    **dict.fromkeys(("rm_loss", "contrastive", "triplet", "n_pair", "cosface", "arcface", "l2_softmax"), GENTLE),
 }
+FACTORS = {}  # of the L1 head's MAE, where 1.5 does not do: the docstring says why
+PROMPTS = ("head.prompt='a photo of a thermometer reading'", "head.init_from_names=true", "head.num_base_ranks=6")
+SHOTS = (  # 336 images
+    "data.num_train=1200",
+    "data.shots=16",
+    "data.num_validation=100",
+    "data.num_test=300",
+    "data.augment.crop_ratio=1.06",
+    "ranks.num=21",
+    "train.max_steps=100",
+    "train.batch_size=32",
+    "train.lr=1e-3",
+    "train.warmup_steps=10",
+    "train.eval_every=25",
+    "train.channels_last=true",
+    "evaluation.report=false",
+)
+
+
+@pytest.fixture(scope="module")
+def l1_figures(tmp_path_factory):
+    """Of the L1 head on the same images."""
+    options = ["method=l1", f"output_dir={tmp_path_factory.mktemp('l1')}", "ranks.low=0", "ranks.high=100", *SHOTS]
+    return json.loads((train(load_config(None, options), quiet=True) / "metrics.json").read_text())["test"]
 
 
 @pytest.mark.parametrize(
     "method",
-    [name if name in ("ordinalclip", "l1") else pytest.param(name, marks=pytest.mark.slow) for name in TRAINABLE],
+    ["ordinalclip", *(pytest.param(name, marks=pytest.mark.slow) for name in TRAINABLE if name != "ordinalclip")],
 )
-def test_learns(quick, method):
-    """On a kind the tiny CLIP has never seen, 64 images take every method well below the constant predictor's 25."""
-    own, most, least = LEARNING.get(method, ((), 14, 0.7))
-    head = (
-        "head.prompt='a photo of a thermometer reading'",
-        "head.init_from_names=true",
-        "head.interpolation=piecewise",
-    )
-    head = (*head, "head.num_base_ranks=6") if method == "ordinalclip" else head[:1] if method == "coop" else ()
-    options = (
-        "data.num_train=64",
-        "data.num_test=100",
-        "train.max_steps=60",
-        "train.batch_size=32",
-        "train.warmup_steps=5",
-        *own,
-    )
-    folder = train(quick(f"method={method}", "data.augment.crop_ratio=1.06", *options, *head), quiet=True)
+def test_learns(quick, method, l1_figures):
+    """16 shots of each of 21 values of a kind the tiny CLIP has never seen take every method with its read-out to at
+    most 1.5 times the error of the L1 head, which is far below the constant predictor's 25."""
+    assert l1_figures["mae"] < 6
+    head = {"ordinalclip": (*PROMPTS, "head.interpolation=piecewise"), "coop": PROMPTS[:1]}.get(method, ())
+    folder = train(quick(f"method={method}", *SHOTS, *LEARNING.get(method, ()), *head), quiet=True)
     figures = json.loads((folder / "metrics.json").read_text())["test"]
-    assert figures["mae"] < most
-    assert figures["spearman"] > least
+    assert figures["mae"] < FACTORS.get(method, 1.5) * l1_figures["mae"]
+    assert figures["spearman"] > 0.8
 
 
 def test_evaluate_run_adds_the_test_part_once(quick, tmp_path):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ordinalclip.config import flat_keys
 from ordinalclip.training.optimization import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -215,6 +216,19 @@ def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
     return None
 
 
+def changed_keys(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two configurations are different experiments, with both values.
+
+    Keys of execution, and of evaluation, which can be done again, are left out.
+    """
+    before, after = flat_keys(saved), flat_keys(now)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in {**before, **after}
+        if before.get(key) != after.get(key) and key not in EXECUTION and not key.startswith("evaluation.")
+    }
+
+
 def check_same_experiment(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to resume an experiment under another configuration.
 
@@ -224,19 +238,9 @@ def check_same_experiment(folder: Path, saved: dict[str, Any], now: dict[str, An
     Raises:
         ValueError: naming the keys that differ, execution and evaluation aside.
     """
-    before, after = _flat(saved), _flat(now)
-    changed = [key for key in {**before, **after} if before.get(key) != after.get(key) and key not in EXECUTION]
-    changed = [key for key in changed if not key.startswith("evaluation.")]
-    if changed:
-        shown = "; ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in sorted(changed))
+    if changed := changed_keys(saved, now):
+        shown = "; ".join(f"{key} was {before!r}, is {after!r}" for key, (before, after) in sorted(changed.items()))
         raise ValueError(f"{folder}: cannot resume under another configuration: {shown}")
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -24,6 +24,10 @@ class Preempted(SystemExit):
         return self.message
 
 
+class Diverged(ValueError):
+    """A loss or gradient that is not finite."""
+
+
 class Interruption:
     """Listens for SIGTERM within a `with` block; all processes agree at which step to stop.
 

@@ -45,7 +45,7 @@ from ordinalclip.training.evaluation import (
     write_json,
 )
 from ordinalclip.training.imbalance import sample_weights
-from ordinalclip.training.interruption import Interruption, Preempted, not_finite
+from ordinalclip.training.interruption import Diverged, Interruption, Preempted, not_finite
 from ordinalclip.training.optimization import WeightAverage, lr_factor, make_optimizer
 from ordinalclip.training.preparation import build_model, merge_adapters, prepare_model, use_precision
 from ordinalclip.training.sampling import Stream, StreamDataset, StreamSampler, shares, stream_loader
@@ -63,8 +63,8 @@ def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) ->
         the run folder: config.yaml, log.jsonl, metrics.json, predictions.parquet, report.html, model/, checkpoints/.
 
     Raises:
-        ValueError: bad configuration or data; the message names the key or row. A loss or gradient that is not
-            finite: the message names step, term, learning rate and rows.
+        ValueError: bad configuration or data; the message names the key or row.
+        Diverged: a loss or gradient that is not finite; the message names step, term, learning rate and rows.
         OSError: a checkpoint that could not be written.
         Preempted: SIGTERM came; the checkpoint is written and `train.resume=auto` goes on from it.
     """
@@ -157,7 +157,7 @@ class Trainer:
             for batch in self._loader():
                 try:
                     row = self._step(batch)
-                except ValueError:  # numbers that went wrong: what led there is worth keeping
+                except Diverged:  # numbers that went wrong: what led there is worth keeping
                     self._write_log(rows)
                     raise
                 self.step += 1
@@ -245,14 +245,14 @@ class Trainer:
         """Stop before the update that would spoil the weights. With fp16 the scaler skips steps of infinite gradients.
 
         Raises:
-            ValueError: with step, what is not finite, learning rate and the rows of the batch.
+            Diverged: with step, what is not finite, learning rate and the rows of the batch.
         """
         checked = [*terms.values(), *([norm] if self.accelerator.scaler is None else [])]
         if bool(torch.isfinite(torch.stack([value.detach().to(norm) for value in checked])).all()):
             return
         rows = ", ".join(self.parts.train.names[row] for row in self._batch_rows())
         what = "; ".join(not_finite(terms, self.model))
-        raise ValueError(f"step {self.step + 1}: {what}; learning rate {lr:g}; rows of the batch: {rows}")
+        raise Diverged(f"step {self.step + 1}: {what}; learning rate {lr:g}; rows of the batch: {rows}")
 
     def _write_log(self, rows: list[dict[str, Any]]) -> None:
         """Append rows to log.jsonl and the trackers; this is where the device is waited for."""
