@@ -64,6 +64,7 @@ from ordinalclip.report import document_run, never_fatal, write_comparison_repor
 from ordinalclip.significance import LEVEL
 from ordinalclip.training import Diverged, evaluate_run, train
 from ordinalclip.training.checkpoint import changed_keys
+from ordinalclip.training.evaluation import write_json
 
 FIXED = {"zero_shot", "constant"}  # nothing learns: one setting is all there is
 OWN_KEYS = {"output_dir", "method", "head", "seed"}  # in which the runs of a variant differ by nature
@@ -315,13 +316,12 @@ class Comparison:
                 progress.advance(1, work(run))
             return
         left = iter(missing)
-        running = {pool.submit(work, run): run for run in islice(left, self._jobs)}
+        running = {pool.submit(work, run) for run in islice(left, self._jobs)}
         while running:
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
             for done in finished:
-                del running[done]
                 progress.advance(1, done.result())
-                running.update({pool.submit(work, run): run for run in islice(left, 1)})
+                running.update(pool.submit(work, run) for run in islice(left, 1))
 
     def table(self, boards: Sequence[Leaderboard]) -> str:
         """All tables as Markdown: mean +- standard deviation over the seeds, best MAE first."""
@@ -433,7 +433,10 @@ def _test_run(run: RunConfig) -> str:
     """Read the test part with one run; returns the name of its folder."""
     folder = Path(run.output_dir)
     with _named(run):
-        run.save(folder / "config.yaml")  # the evaluation's keys may be others now
+        figures = _metrics(run)
+        figures.pop("test", None)  # read under other keys of evaluation
+        write_json(folder / "metrics.json", figures)
+        run.save(folder / "config.yaml")
         evaluate_run(folder, _parts_of(run), quiet=True)
     return folder.name
 

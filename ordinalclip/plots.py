@@ -220,13 +220,17 @@ def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "") -> Figu
     """MAE of every method: a dot per seed, their mean and standard deviation; best on top."""
     order = sorted(errors, key=lambda name: float(np.mean(errors[name])), reverse=True)
     figure, axes = _figure(_height_of(order))
+    limit = _limit([float(np.mean(errors[name])) for name in order])
     for place, name in enumerate(order):
         maes = np.asarray(errors[name])
+        if maes.mean() > limit:
+            _beyond(axes, limit, place, maes.mean())
+            continue
         spread = maes.std(ddof=1) if len(maes) > 1 else 0
         axes.errorbar(maes.mean(), place, xerr=spread, fmt="o", color=BLUE, markersize=6, capsize=3, linewidth=1.6)
         axes.scatter(maes, np.full(len(maes), place + 0.24), s=11, color=ORANGE, linewidths=0, zorder=3)
     axes.set_yticks(range(len(order)), [_short(name, 34) for name in order])
-    axes.set(xlabel=_label("test MAE", unit), xlim=(0, None), ylim=(-0.6, len(order) - 0.4))
+    axes.set(xlabel=_label("test MAE", unit), xlim=(0, min(limit, axes.get_xlim()[1])), ylim=(-0.6, len(order) - 0.4))
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -237,8 +241,12 @@ def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "") -> Figur
     larger beyond chance. Smallest difference on top."""
     order = sorted(verdicts, key=lambda name: verdicts[name].difference, reverse=True)
     figure, axes = _figure(_height_of(order))
+    limit = _limit([verdict.difference for verdict in verdicts.values()])
     for place, name in enumerate(order):
         verdict = verdicts[name]
+        if verdict.difference > limit:
+            _beyond(axes, limit, place, verdict.difference)
+            continue
         low, high = verdict.difference_interval
         sure = verdict.p_holm is not None and verdict.p_holm < LEVEL
         around = [[max(0.0, verdict.difference - low)], [max(0.0, high - verdict.difference)]]
@@ -249,6 +257,7 @@ def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "") -> Figur
     axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yticks(range(len(order)), [_short(name, 34) for name in order])
     axes.set(xlabel=_label("MAE above the best", unit), ylim=(-0.6, len(order) - 0.4))
+    axes.set_xlim(right=min(limit, axes.get_xlim()[1]))
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -264,8 +273,12 @@ def mae_by_variant(errors: Mapping[str, Sequence[Sequence[float]]], variants: Se
     means = {name: np.asarray([np.mean(maes) for maes in each]) for name, each in errors.items()}
     order = sorted(errors, key=lambda name: float(np.nanmean(means[name])))
     places = np.arange(len(variants))
+    limit = _limit([float(np.nanmean(means[name])) for name in order])
     for number, name in enumerate(order):
         above = 3 - number / len(order)
+        if np.nanmin(means[name]) > limit:
+            axes.plot([], [], " ", label=f"{_short(name, 20)}: {np.nanmean(means[name]):.3g}, off the scale")
+            continue
         if number < len(PALETTE):
             spread = [np.std(maes, ddof=1) if len(maes) > 1 else 0 for maes in errors[name]]
             bright = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 4.5, "linewidth": 1.6}
@@ -275,7 +288,7 @@ def mae_by_variant(errors: Mapping[str, Sequence[Sequence[float]]], variants: Se
             label = "others" if number == len(PALETTE) else None
             axes.plot(places, means[name], label=label, zorder=above, color=MUTED, alpha=0.7, linewidth=1)
     axes.set_xticks(places, [_short(name) for name in variants])
-    axes.set(ylabel=_label("test MAE", unit), ylim=(0, None))
+    axes.set(ylabel=_label("test MAE", unit), ylim=(0, min(limit, axes.get_ylim()[1])))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
     return figure
 
@@ -302,7 +315,9 @@ def error_by_method(
         else:
             label = (_short(name, 34) if len(answers) == coloured + 1 else "others") if number == coloured else None
             axes.plot(middles, means, label=label, zorder=above, color=MUTED, alpha=0.7, linewidth=1)
-    axes.set(xlabel=_label("true value", ranks.unit), ylabel=_label("test MAE", ranks.unit), ylim=(0, None))
+    limit = _limit([float(np.abs(values - labels).mean()) for labels, values in answers.values()])
+    top = min(limit, axes.get_ylim()[1])
+    axes.set(xlabel=_label("true value", ranks.unit), ylabel=_label("test MAE", ranks.unit), ylim=(0, top))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
     return figure
 
@@ -367,6 +382,17 @@ def _figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
     ratios = options.pop("height_ratios", None)
     figure = Figure(figsize=(WIDTH, height))
     return figure, figure.subplots(rows, 1, height_ratios=ratios, **options)
+
+
+def _limit(errors: Sequence[float]) -> float:
+    """Where an axis ends when some methods are so far off that the others could not be told apart."""
+    far = 3 * float(np.median(errors))
+    return far if len(errors) > 4 and max(errors) > far > 0 else np.inf
+
+
+def _beyond(axes: Axes, limit: float, place: int, value: float) -> None:
+    """A figure that lies beyond the end of the axis, as text."""
+    axes.text(0.98 * limit, place, f"{value:.3g} \u2192", ha="right", va="center", color=MUTED)
 
 
 def _height_of(rows: Sequence[str]) -> float:
