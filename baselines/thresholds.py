@@ -84,7 +84,9 @@ class OrdReg(Head):
 class CORAL(OrdReg):
     """One weight vector for all questions, a bias for each (Cao et al., 2020): at the optimum no two contradict.
 
-    The biases start at the log-odds of equally frequent ranks; from 0 they take hundreds of steps to part.
+    The biases start at the log-odds of equally frequent ranks; from 0 they take hundreds of steps to part. Even so it
+    is slow: on gauges with 16 shots of each of 21 values, its MAE after 100 steps is 2.2 times the L1 head's (7.5
+    against 3.4). Its one direction has to grow until it spans the log-odds of all ranks; then answers are sharp.
     """
 
     def __init__(self, context: HeadContext):

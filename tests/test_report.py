@@ -22,6 +22,7 @@ from ordinalclip.data import Parts
 from ordinalclip.heads import available_heads
 from ordinalclip.ranks import Ranks
 from ordinalclip.record import read_run, shown
+from ordinalclip.significance import Verdict
 from ordinalclip.training import evaluate_run, train
 
 TINY = {
@@ -383,3 +384,19 @@ def test_a_confusion_matrix_counts_and_many_points_become_hexagons():
     assert hexagons.axes[0].get_xlabel() == "true value (years)"
     assert hexagons.axes[0].collections[0].get_array().sum() == 4000
     assert len(plots.agreement(np.asarray([3.0]), np.asarray([3.0])).axes) == 1
+
+
+def test_methods_far_off_do_not_squeeze_the_others():
+    """Their figures become text at the end of the axis; without them the axis holds all."""
+    errors = {f"m{k}": [1 + 0.1 * k, 1.2 + 0.1 * k] for k in range(5)}
+    (plain,) = plots.mae_by_method(errors).axes
+    (axes,) = plots.mae_by_method({**errors, "constant": [25.0, 25.0]}).axes
+    assert not plain.texts
+    assert [text.get_text() for text in axes.texts] == ["25 →"]
+    assert 1.6 < axes.get_xlim()[1] < 5
+    (lines,) = plots.mae_by_variant({**{n: [v, v] for n, v in errors.items()}, "constant": [[25.0], [25.0]]}, "ab").axes
+    assert "constant: 25, off the scale" in [text.get_text() for text in lines.get_legend().get_texts()]
+    verdicts = {n: Verdict(v[0], (0, 9), v[0] - 1, (v[0] - 1.1, v[0] - 0.9), 0.01, 0.2) for n, v in errors.items()}
+    verdicts["constant"] = Verdict(25, (24, 26), 24, (23, 25), 0, 0)
+    (difference,) = plots.difference_to_best(verdicts).axes
+    assert [text.get_text() for text in difference.texts] == ["24 →"]
