@@ -139,9 +139,9 @@ def _by_products(points: np.ndarray, k: int, chosen: np.ndarray) -> np.ndarray:
     """
     centered = points - points.mean(axis=0)
     centered /= max(np.abs(centered).max(), np.finfo(np.float64).tiny)
-    taken = min(k + SPARE, len(points) - 1)
     if len(points) < FEW_POINTS:
-        return _ranked(centered, _smallest_products(centered, taken, chosen, np.float64)[0], chosen)[0][:, :k]
+        return _smallest_products(centered, k, chosen, np.float64)[0]
+    taken = min(k + SPARE, len(points) - 1)
     candidates, values = _smallest_products(centered, taken, chosen, np.float32)
     neighbors, squared = _ranked(centered, candidates, chosen)
     norms = (centered**2).sum(axis=1)
