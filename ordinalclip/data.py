@@ -209,11 +209,7 @@ def thinned(part: Part, share: float, seed: int) -> Part:
 
     The same seed draws smaller shares from larger ones.
     """
-    rng = np.random.default_rng([seed, 3])
-    kept = []
-    for rank in np.unique(part.ranks):
-        members = rng.permutation(np.flatnonzero(part.ranks == rank))
-        kept.append(members[: max(1, round(share * len(members)))])
+    kept = _drawn(part, np.unique(part.ranks), share, np.random.default_rng([seed, 3]))
     return part.select(np.sort(np.concatenate(kept)))
 
 
@@ -225,11 +221,17 @@ def label_shift(part: Part, num_ranks: int, keep: float, seed: int) -> Part:
     rng = np.random.default_rng([seed, 2])
     present, counts = np.unique(part.ranks, return_counts=True)
     reduced = present[np.argsort(-counts, kind="stable")[:num_ranks]]
-    left = [np.flatnonzero(~np.isin(part.ranks, reduced))]
-    for rank in reduced:
+    untouched = np.flatnonzero(~np.isin(part.ranks, reduced))
+    return part.select(np.sort(np.concatenate([untouched, *_drawn(part, reduced, keep, rng)])))
+
+
+def _drawn(part: Part, ranks: np.ndarray, share: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Of each of some ranks a random share of its rows, at least one."""
+    drawn = []
+    for rank in ranks:
         members = rng.permutation(np.flatnonzero(part.ranks == rank))
-        left.append(members[: max(1, round(keep * len(members)))])
-    return part.select(np.sort(np.concatenate(left)))
+        drawn.append(members[: max(1, round(share * len(members)))])
+    return drawn
 
 
 def split_rows(part: Part, config: DataConfig, seed: int) -> dict[str, np.ndarray]:

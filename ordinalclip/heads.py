@@ -191,10 +191,8 @@ class PrototypeHead(Head):
         return normalize(at_least_float32(self.projection(features)), dim=-1)
 
     def forward(self, features: Tensor) -> Outputs:
-        prototypes = self.text_features()
-        projected = self.projection(features)
+        prototypes, image = self.text_features(), self.space(features)
         with torch.autocast(features.device.type, enabled=False):
-            image = normalize(at_least_float32(projected), dim=-1)
             rank = normalize(at_least_float32(prototypes), dim=-1)
             return {"logits": self.logit_scale.exp() * image @ rank.t()}
 

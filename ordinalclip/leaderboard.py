@@ -144,10 +144,11 @@ class Leaderboard:
     def _row(self, entry: Entry, verdict: Verdict) -> dict[str, Any]:
         row: dict[str, Any] = {"variant": self.variant, "method": entry.name, "setting": entry.setting_text}
         row["settings_tried"], row["runs"] = entry.settings_tried, len(entry.folders)
-        figures = {key: [each["test"].get(key) for each in entry.metrics] for key in ["mae", *self._keys]}
-        figures["mae_expectation"] = [each["test"]["expectation"]["mae"] for each in entry.metrics]
-        figures["ordinality"] = [each["ordinality"] for each in entry.metrics]
-        figures["train_seconds"] = [each["train_seconds"] for each in entry.metrics]
+        flat = [
+            {**each, **each["test"], "mae_expectation": each["test"]["expectation"]["mae"]} for each in entry.metrics
+        ]
+        keys = ["mae", *self._keys, "mae_expectation", "train_seconds"]
+        figures = {key: [each.get(key) for each in flat] for key in keys}
         for key, values in figures.items():
             known = [value for value in values if value is not None]
             whole = len(known) == len(values)  # a figure that some runs lack says nothing about the method

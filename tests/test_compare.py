@@ -79,9 +79,21 @@ def test_an_interrupted_run_is_not_complete(comparison, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out/runs/ordinalclip-0-seed1/metrics.json").read_text())["steps"] == 3
 
 
-def test_several_jobs_give_the_same_table(comparison, tmp_path):
+def test_several_jobs_give_the_same_table(comparison, tmp_path, monkeypatch):
+    from ordinalclip import compare
+
+    pools = []
+
+    class Pool(compare.ProcessPoolExecutor):
+        def __init__(self, jobs, context):
+            pools.append(jobs)
+            super().__init__(jobs, context)
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Pool)
     rows = load_comparison(comparison).run(quiet=True)
+    assert pools == []
     again = load_comparison(comparison, ["jobs=2", f"output_dir={tmp_path}/again"]).run(quiet=True)
+    assert pools == [2]
     for row, other in zip(rows, again, strict=True):
         assert other["mae"] == pytest.approx(row["mae"], rel=1e-3)
 
