@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from ordinalclip.backbones import near_matches
 from ordinalclip.heads import Decoding, head_class, head_options
 from ordinalclip.ranks import Ranks
+from ordinalclip.suggestions import near_matches
 
 
 class Section(BaseModel):

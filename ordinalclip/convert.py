@@ -23,9 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ordinalclip.backbones import PixelSpec, load_backbone
+from ordinalclip.backbones import load_backbone
 from ordinalclip.backbones.open_clip_models import CONFIG_FILE, WEIGHT_FILES
 from ordinalclip.config import RunConfig
+from ordinalclip.images import PixelSpec
 from ordinalclip.model import Form, OrdinalModel
 from ordinalclip.ranks import Ranks
 from ordinalclip.weights import read_weights

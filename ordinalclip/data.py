@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from ordinalclip.backbones import PixelSpec
 from ordinalclip.config import DataConfig, RanksConfig
 from ordinalclip.gauges import make_gauges
-from ordinalclip.images import BrokenImageError, load_image, resize
+from ordinalclip.images import BrokenImageError, PixelSpec, load_image, resize
 from ordinalclip.progress import Progress
 from ordinalclip.ranks import Ranks
 

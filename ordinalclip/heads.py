@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ordinalclip.backbones import near_matches
 from ordinalclip.losses import Alignment, alignment_loss
 from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
 from ordinalclip.ranks import Ranks
+from ordinalclip.suggestions import near_matches
 from ordinalclip.text import TextTower
 
 Decoding = Literal["median", "argmax", "expectation"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,39 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from ordinalclip.backbones import PixelSpec
-
 INTERPOLATION = {kind.name.lower(): kind for kind in Image.Resampling}
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class PixelSpec:
+    """What an image encoder expects of its pixels.
+
+    Attributes:
+        size: side of the square input in pixels.
+        mean, std: per channel, of pixels in [0, 1].
+        interpolation: "nearest", "bilinear", "bicubic", "lanczos", "box" or "hamming".
+        resize: "shortest" scales the shorter side, "squash" both sides.
+        crop_ratio: they are scaled to this many times `size`; the centre of `size` pixels is then cut out.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    resize: str = "shortest"
+    crop_ratio: float = 1.0
+
+    @property
+    def scaled_size(self) -> int:
+        """The side that pictures are scaled to before the centre is cut out."""
+        return round(self.size * self.crop_ratio)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> PixelSpec:
+        """From what `dataclasses.asdict` and JSON made of one."""
+        typed: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return cls(**typed)
 
 
 class BrokenImageError(ValueError):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
-from ordinalclip.backbones import Backbone, PixelSpec, load_backbone
+from ordinalclip.backbones import Backbone, load_backbone
 from ordinalclip.heads import Decoding, Head, HeadContext, Prediction, Targets, build_head
+from ordinalclip.images import PixelSpec
 from ordinalclip.processing import OrdinalImageProcessor
 from ordinalclip.progress import without_bars
 from ordinalclip.ranks import Ranks

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-from ordinalclip.backbones import PixelSpec
-from ordinalclip.images import load_image, prepare
+from ordinalclip.images import PixelSpec, load_image, prepare
 
 
 class OrdinalImageProcessor(BaseImageProcessor):

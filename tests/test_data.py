@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ordinalclip.backbones import PixelSpec
 from ordinalclip.config import DataConfig, RanksConfig
 from ordinalclip.data import ImageCache, check_images, load_parts, make_parts
+from ordinalclip.images import PixelSpec
 
 
 def parts_of(root, ranks=None, seed=1, **options):

@@ -7,8 +7,17 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ordinalclip.backbones import PixelSpec
-from ordinalclip.images import Augmentation, BrokenImageError, crop, find_images, load_image, normalise, prepare, resize
+from ordinalclip.images import (
+    Augmentation,
+    BrokenImageError,
+    PixelSpec,
+    crop,
+    find_images,
+    load_image,
+    normalise,
+    prepare,
+    resize,
+)
 
 SPEC = PixelSpec(16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 

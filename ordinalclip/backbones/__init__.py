@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ordinalclip.backbones import hf_models, open_clip_models, timm_models
-from ordinalclip.backbones.base import Backbone, PixelSpec, Request, near_matches
+from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.backbones.open_clip_models import TINY_FOLDER
 
-__all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "PixelSpec", "Request", "load_backbone", "near_matches"]
+__all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "Request", "load_backbone"]
 
 FAMILIES: dict[str, Callable[[str, Request], Backbone]] = {
     "tiny": open_clip_models.load_tiny,

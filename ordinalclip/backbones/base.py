@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ordinalclip.images import PixelSpec
 from ordinalclip.text import TextTower
-
-
-@dataclass(frozen=True)
-class PixelSpec:
-    """What an image encoder expects of its pixels.
-
-    Attributes:
-        size: side of the square input in pixels.
-        mean, std: per channel, of pixels in [0, 1].
-        interpolation: "nearest", "bilinear", "bicubic", "lanczos", "box" or "hamming".
-        resize: "shortest" scales the shorter side, "squash" both sides.
-        crop_ratio: they are scaled to this many times `size`; the centre of `size` pixels is then cut out.
-    """
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str = "bicubic"
-    resize: str = "shortest"
-    crop_ratio: float = 1.0
-
-    @property
-    def scaled_size(self) -> int:
-        """The side that pictures are scaled to before the centre is cut out."""
-        return round(self.size * self.crop_ratio)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> PixelSpec:
-        """From what `dataclasses.asdict` and JSON made of one."""
-        typed: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-        return cls(**typed)
 
 
 @dataclass
@@ -85,10 +53,3 @@ class Request:
     image_size: int | None = None
     with_text: bool = True
     tokenizer: Path | None = None
-
-
-def near_matches(given: str, choices: Iterable[str]) -> str:
-    """The choices most like what was given, for an error message."""
-    choices = list(choices)
-    near = difflib.get_close_matches(given, choices, n=5, cutoff=0.4)
-    return ("nearest: " if near else "choices: ") + ", ".join(near or choices[:20])

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ordinalclip.backbones.base import Backbone, PixelSpec, Request, near_matches
+from ordinalclip.backbones.base import Backbone, Request
+from ordinalclip.images import PixelSpec
+from ordinalclip.suggestions import near_matches
 from ordinalclip.text import TextTower
 from ordinalclip.tokenization import MissingTokenizer, load_tokenizer
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ordinalclip.backbones.base import Backbone, PixelSpec, Request, near_matches
+from ordinalclip.backbones.base import Backbone, Request
+from ordinalclip.images import PixelSpec
+from ordinalclip.suggestions import near_matches
 from ordinalclip.text import TextTower
 from ordinalclip.tokenization import MissingTokenizer, load_tokenizer
 from ordinalclip.weights import is_torchscript, read_weights

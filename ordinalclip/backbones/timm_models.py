@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ordinalclip.backbones.base import Backbone, PixelSpec, Request, near_matches
+from ordinalclip.backbones.base import Backbone, Request
+from ordinalclip.images import PixelSpec
+from ordinalclip.suggestions import near_matches
 from ordinalclip.weights import read_weights
 
 

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ordinalclip.backbones import PixelSpec
 from ordinalclip.config import RunConfig, apply_overrides, parse_config, read_yaml
 from ordinalclip.data import Part, Parts, load_parts
 from ordinalclip.heads import (
@@ -30,7 +29,7 @@ from ordinalclip.heads import (
     at_least_float32,
     decode,
 )
-from ordinalclip.images import crop, normalise
+from ordinalclip.images import PixelSpec, crop, normalise
 from ordinalclip.metrics import METRICS, best_residual_variance, cumulative_score, d5, mae_by_shots, ordinality
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress

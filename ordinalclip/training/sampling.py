@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ordinalclip.backbones import PixelSpec
 from ordinalclip.data import Part
-from ordinalclip.images import Augmentation
+from ordinalclip.images import Augmentation, PixelSpec
 from ordinalclip.training.imbalance import balanced_order
 
 ORDER, VIEW, NOISE = range(3)  # what a generator is for, so that equal numbers in other roles never coincide
