@@ -16,6 +16,7 @@ class Constant(Head):
     """
 
     frequencies: Tensor
+    learns = False
 
     def __init__(self, context: HeadContext):
         super().__init__(context)

@@ -35,7 +35,7 @@ from accelerate import PartialState
 
 from ordinalclip.cli import main as ordinalclip
 from ordinalclip.heads import available_heads
-from ordinalclip.training import distributed, trainer
+from ordinalclip.training import distributed, step
 from ordinalclip.training.checkpoint import checkpoints, load_checkpoint
 from ordinalclip.training.sampling import shares
 
@@ -72,8 +72,16 @@ def micro_batches(batch_size: int, processes: int) -> dict[str, int | None]:
 def plant(fault: str) -> list[str]:
     """Spoil the trainer in this process; returns overrides that belong to the fault."""
     if fault == "local-loss":  # every process takes the loss of its own share; targets likewise
-        trainer.gather_outputs = lambda outputs, sizes: outputs
-        trainer.gather = lambda tensor, sizes: tensor
+        step.gather_outputs = lambda outputs, sizes: outputs
+        targets = step.Learner._targets
+
+        def own(self, *arguments):
+            rank, (values, ranks, weights, progress) = torch.distributed.get_rank(), targets(self, *arguments)
+            begin = sum(self.shares[:rank])
+            share = slice(begin, begin + self.shares[rank])
+            return step.Targets(values[share], ranks[share], None if weights is None else weights[share], progress)
+
+        step.Learner._targets = own
     elif fault == "scaled-gradient":
         right = distributed._GatherWithGradient.backward
 

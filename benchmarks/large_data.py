@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -28,7 +29,10 @@ import torch
 from PIL import Image
 
 from ordinalclip.config import load_config
-from ordinalclip.training import trainer
+from ordinalclip.data import Parts
+from ordinalclip.model import OrdinalModel
+from ordinalclip.training import train, trainer
+from ordinalclip.training.sampling import Stream
 
 
 def private_mb() -> float:
@@ -77,26 +81,30 @@ def work(table: str, folder: str, steps: int) -> None:
         ],
     )
     memory: dict[int, float] = {}
+    first: dict[int, float] = {}
 
-    class Watched(trainer.Trainer):
-        def _step(self, batch: list[torch.Tensor]) -> dict:
-            if self.step in (0, 10, steps // 2, steps - 1):
-                memory[self.step] = private_mb()
-            return super()._step(batch)
+    class Watched(trainer.Learner):
+        """Looks at the clock before the first batch of each of two epochs, and at the memory between steps."""
 
-    run = Watched(config, quiet=True)
-    first = {}
-    for epoch in (1, 2):
-        run.step = -(-len(run.parts.train) * (epoch - 1) // config.train.batch_size)
-        run.total = run.step + 1
-        run.stream = trainer.Stream(len(run.parts.train), config.seed)
-        begun = time.monotonic()
-        next(iter(run._loader()))
-        first[epoch] = time.monotonic() - begun
-    run.step, run.total = 0, steps
-    rank, rows = run.accelerator.process_index, len(run.parts.train)
-    run.run()
-    Path(folder, f"rank{rank}.json").write_text(json.dumps({"memory": memory, "first": first, "rows": rows}))
+        def __init__(self, model: OrdinalModel, parts: Parts, *more: Any):
+            super().__init__(model, parts, *more)
+            for epoch in (1, 2):
+                start = -(-len(parts.train) * (epoch - 1) // config.train.batch_size)
+                self.stream, self.total = Stream(len(parts.train), config.seed), start + 1
+                begun = time.monotonic()
+                next(iter(self.batches(start)))
+                first[epoch] = time.monotonic() - begun
+            self.total = steps
+
+        def step(self, number: int, pixels: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+            if number in (0, 10, steps // 2, steps - 1):
+                memory[number] = private_mb()
+            return super().step(number, pixels, positions)
+
+    trainer.Learner = Watched
+    train(config, quiet=True)
+    rank = int(os.environ["RANK"])
+    Path(folder, f"rank{rank}.json").write_text(json.dumps({"memory": memory, "first": first}))
 
 
 def main() -> None:

@@ -215,7 +215,9 @@ class TrainConfig(Section):
         "best", description="which step becomes model/: best validation MAE, or the last"
     )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best one")
-    resume: str = Field("none", description="none: start anew; auto: newest checkpoint; or one of its checkpoints")
+    resume: str = Field(
+        "none", description="none: start in an empty folder; auto: go on at the newest checkpoint; or one of them"
+    )
     log_every: int = Field(10, ge=1, description="steps between writes to log.jsonl (one row per step all the same)")
     exact: bool = Field(
         True, description="refuse what depends on processes or micro-batches (some BatchNorm modes); false: warn"
@@ -249,6 +251,9 @@ class EvaluationConfig(Section):
 
 class RunConfig(Section):
     output_dir: str = Field("runs/default", description="run folder")
+    overwrite: bool = Field(
+        False, description="replace the run that is in the folder; false: refuse to start anew there"
+    )
     seed: int = Field(1, ge=0, description="of initial weights, order of samples and augmentation")
     method: str = Field("ordinalclip", description="head: ordinalclip, coop, zero_shot, or one of baselines/")
     head: dict[str, Any] = Field({}, description="options of the method, e.g. head.num_base_ranks=5")
@@ -259,13 +264,23 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
+    def _one_way_on(self) -> RunConfig:
+        if self.overwrite and self.train.resume != "none":
+            raise ValueError("overwrite=true replaces a run, train.resume goes on with it; give one of them")
+        return self
+
+    @model_validator(mode="after")
     def _head_options(self) -> RunConfig:
         self.head = parse_config(self.head, f"options of method {self.method!r}", head_section(self.method), "head.")
         return self
 
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included; without `overwrite`, which is for the command that says it."""
+        return yaml.safe_dump({**self.model_dump(mode="json"), "overwrite": False}, sort_keys=False)
+
     def save(self, path: str | Path) -> None:
-        """Write the whole configuration, defaults included, as YAML."""
-        Path(path).write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        """Write `to_yaml` to a file."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from torch.nn.functional import normalize
 
 from ordinalclip.losses import Alignment, alignment_loss
 from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
+from ordinalclip.ranks import Decoding as Decoding
 from ordinalclip.ranks import Ranks
 from ordinalclip.suggestions import near_matches
 from ordinalclip.text import TextTower
 
-Decoding = Literal["median", "argmax", "expectation"]
 Outputs = dict[str, Tensor]
 
 
@@ -106,6 +106,11 @@ class Head(nn.Module):
     """
 
     views = 1
+    learns = True
+    rebuilt: tuple[str, ...] = ()
+
+    def rank_prototypes(self) -> Tensor | None:
+        return None
 
     def __init__(self, context: HeadContext):
         super().__init__()
@@ -186,6 +191,9 @@ class PrototypeHead(Head):
         """The R prototypes, (R, D)."""
         return self.prototypes
 
+    def rank_prototypes(self) -> Tensor | None:
+        return self.text_features()
+
     def space(self, features: Tensor) -> Tensor:
         """The projected features, of length 1."""
         return normalize(at_least_float32(self.projection(features)), dim=-1)
@@ -201,6 +209,8 @@ class PrototypeHead(Head):
 
 
 class ZeroShot(PrototypeHead):
+    learns = False
+
     """Zero-shot CLIP: hand-written templates with the rank names, averaged after normalising. Nothing learns.
 
     Args:
@@ -231,6 +241,7 @@ class ZeroShot(PrototypeHead):
 
 
 class OrdinalCLIP(PrototypeHead):
+    rebuilt = ("text",)
     """Learned rank prompts through the frozen text tower (Li et al., NeurIPS 2022).
 
     Trained: context, base rank embeddings and, when the image features live in another space than the text

@@ -1,12 +1,15 @@
-"""Metrics of ordered predictions as pure functions, and as modules of the `evaluate` library that need no network.
+"""Metrics of ordered predictions: pure functions, one record for each, and modules of the `evaluate` library.
 
-All but `ordinality`, `shot_groups` and those of a feature space (which live in `space.py`) take (N,) predictions and
-references over the WHOLE test part: never average them over batches.
+All but those of a feature space (in `space.py`), `ordinality` and `shot_groups` take (N,) predictions and references
+over the WHOLE test part: never average them over batches. A new metric is a function and an entry of `METRICS`: it is
+then in metrics.json, reports, model cards and the tables and figures of comparisons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -17,9 +20,12 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
+from ordinalclip.ranks import Decoding
 from ordinalclip.space import best_residual_variance as best_residual_variance
 from ordinalclip.space import d5 as d5
 from ordinalclip.space import residual_variance as residual_variance
+
+EMPTY = "no predictions to score: the part is empty"
 
 
 def mean_absolute_error(predictions: ArrayLike, references: ArrayLike) -> float:
@@ -71,31 +77,96 @@ def spearman(predictions: ArrayLike, references: ArrayLike) -> float:
     return pearson(stats.rankdata(predicted), stats.rankdata(true))
 
 
+def macro_mae(predictions: ArrayLike, references: ArrayLike, ranks: ArrayLike | None = None) -> float:
+    """MAE averaged over ranks: that of each true rank counts once, however many images it has, in the label's unit.
+
+    The macroaveraged MAE of Baccianella et al. (ISDA 2009): rare ranks weigh as much as common ones.
+
+    Args:
+        ranks: (N,) true rank of every image; default: a rank for every distinct reference.
+
+    >>> macro_mae([1, 1, 1, 5], [1, 1, 2, 4])
+    0.6666666666666666
+    """
+    predicted, true = _pair(predictions, references)
+    _, rank = np.unique(true if ranks is None else np.asarray(ranks), return_inverse=True)
+    return float((np.bincount(rank, np.abs(predicted - true)) / np.bincount(rank)).mean())
+
+
+def off_by_one_accuracy(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Share of predicted ranks that are the true rank or a neighbour of it; both are rank indices."""
+    predicted, true = _pair(predictions, references)
+    return float((np.abs(predicted - true) <= 1).mean())
+
+
+def quadratic_weighted_kappa(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Cohen's kappa of rank indices, disagreement weighted by the squared distance in rank (Cohen, 1968).
+
+    1 - E[(p - r)^2] / E[(p - r')^2], r' being the reference of another, independent image. That is what
+    scikit-learn's `cohen_kappa_score(weights="quadratic", labels=range(R))` computes from its (R, R) table; from the
+    moments it takes a fiftieth of the time, which a bootstrap asks for a thousand times. NaN where both are one and
+    the same rank throughout.
+
+    >>> quadratic_weighted_kappa([0, 1, 2, 3], [0, 1, 3, 2])
+    0.8
+    """
+    predicted, true = _pair(predictions, references)
+    chance = predicted.var() + true.var() + (predicted.mean() - true.mean()) ** 2
+    return float(1 - ((predicted - true) ** 2).mean() / chance) if chance > 0 else float("nan")
+
+
+def ranked_probability_score(probabilities: ArrayLike, references: ArrayLike) -> float:
+    """RPS: mean over images of the sum over k < R - 1 of (P(rank <= k) - 1[true rank <= k])^2 (Epstein, 1969).
+
+    In ranks: a certain answer that is d ranks off scores d, so it is the MAE in ranks of a whole distribution. It is
+    not divided by R - 1.
+
+    Args:
+        probabilities: (N, R) distributions over the ranks.
+        references: (N,) true rank indices.
+
+    >>> ranked_probability_score([[0.0, 0.0, 1.0], [0.5, 0.5, 0.0]], [0, 0])
+    1.125
+    """
+    distributions, true = np.asarray(probabilities, dtype=np.float64), np.asarray(references)
+    if distributions.ndim != 2 or true.shape != distributions.shape[:1]:
+        raise ValueError(f"probabilities must be (N, R) and references (N,), got {distributions.shape}, {true.shape}")
+    if true.size == 0:
+        raise ValueError(EMPTY)
+    reached = true[:, None] <= np.arange(distributions.shape[1] - 1)
+    return float(((distributions[:, :-1].cumsum(axis=1) - reached) ** 2).sum(axis=1).mean())
+
+
 def bootstrap_interval(
     metric: Callable[..., float],
-    predictions: ArrayLike,
-    references: ArrayLike,
+    *columns: ArrayLike,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a metric over the rows of one part (Efron & Tibshirani, 1993).
 
-    It says how far the figure would move with other images of the same kind, not with another training. Resamples on
+    Args:
+        metric: takes the columns.
+        columns: (N, ...) each, N >= 1: what the metric is computed from, usually predictions and references.
+
+    It says how far the metric would move with other images of the same kind, not with another training. Resamples on
     which the metric is not defined are left out; NaN where it is defined on none.
 
     >>> low, high = bootstrap_interval(mean_absolute_error, [20, 30, 44], [21, 27, 40])
     >>> 1 <= low <= 8 / 3 <= high <= 4
     True
     """
-    predicted, true = _pair(predictions, references)
-    rng = np.random.default_rng(seed)
-    rows = (rng.integers(0, len(true), len(true)) for _ in range(resamples))
-    figures = np.asarray([metric(predicted[chosen], true[chosen]) for chosen in rows])
-    figures = figures[np.isfinite(figures)]
-    if figures.size == 0:
+    given = [np.asarray(column) for column in columns]
+    if len({len(column) for column in given}) != 1 or len(given[0]) == 0:
+        raise ValueError(f"columns must be (N, ...) of one length N >= 1, got {[column.shape for column in given]}")
+    rng, num = np.random.default_rng(seed), len(given[0])
+    rows = (rng.integers(0, num, num) for _ in range(resamples))
+    values = np.asarray([metric(*(column[chosen] for column in given)) for chosen in rows])
+    values = values[np.isfinite(values)]
+    if values.size == 0:
         return float("nan"), float("nan")
-    low, high = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -158,19 +229,122 @@ def _pair(predictions: ArrayLike, references: ArrayLike) -> tuple[np.ndarray, np
     if predicted.shape != true.shape or predicted.ndim != 1:
         raise ValueError(f"predictions and references must be (N,), got {predicted.shape} and {true.shape}")
     if predicted.size == 0:
-        raise ValueError("no predictions to score: the part is empty")
+        raise ValueError(EMPTY)
     return predicted, true
 
 
-METRICS: dict[str, Callable[..., float]] = {
-    "mae": mean_absolute_error,
-    "rmse": root_mean_squared_error,
-    "r2": r2_score,
-    "accuracy": accuracy,
-    "cs": cumulative_score,
-    "pearson": pearson,
-    "spearman": spearman,
+@dataclass(frozen=True)
+class Metric:
+    """What is known of one metric, wherever it is computed, tested, written or drawn. Calling it calls its function.
+
+    Attributes:
+        function: of the columns named by `of`, in that order; a float, NaN where it is not defined.
+        title: of its column, tile and axis.
+        meaning: in words, for people who do not know the title.
+        of: columns of a part: "values", "labels" (N,) in the label's unit; "ranks", "label_ranks" (N,) rank indices;
+            "probabilities" (N, R); "space" (N, E), the points of the feature space. Or "prototypes" (R, D), of a model.
+        decoding: by which predicted values and ranks the metric itself is computed; None: it takes neither.
+        in_unit: whether it carries the label's unit.
+        falls: whether smaller is better.
+        least: images below which it is not computed.
+    """
+
+    function: Callable[..., float]
+    title: str
+    meaning: str
+    of: tuple[str, ...] = ("values", "labels")
+    decoding: Decoding | None = "median"
+    in_unit: bool = False
+    falls: bool = False
+    least: int = 1
+
+    def __call__(self, *columns: Any, **options: Any) -> float:
+        return self.function(*columns, **options)
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether it is computed from decoded values or ranks, and so under each decoding."""
+        return self.decoding is not None
+
+    def score(self, columns: Mapping[str, Any]) -> float | None:
+        """The metric of named columns; None where one is missing, there are too few images, or it is not defined."""
+        given = [columns.get(name) for name in self.of]
+        known = [column for column in given if column is not None]
+        if len(known) < len(given) or len(known[-1]) < self.least:
+            return None
+        value = self.function(*known)
+        return None if np.isnan(value) else value
+
+
+def _smallest_residual_variance(points: Any, labels: ArrayLike, ks: Sequence[int] = (5, 10, 20, 50)) -> float:
+    return best_residual_variance(points, labels, ks)[0]
+
+
+RANKS = ("ranks", "label_ranks")
+METRICS: dict[str, Metric] = {
+    "mae": Metric(mean_absolute_error, "MAE", "mean absolute error", in_unit=True, falls=True),
+    "macro_mae": Metric(
+        macro_mae,
+        "macro MAE",
+        "mean absolute error, averaged over the true ranks",
+        ("values", "labels", "label_ranks"),
+        in_unit=True,
+        falls=True,
+    ),
+    "rmse": Metric(root_mean_squared_error, "RMSE", "root mean squared error", in_unit=True, falls=True),
+    "r2": Metric(r2_score, "R²", "share of variance explained"),
+    "accuracy": Metric(accuracy, "accuracy", "share of ranks hit exactly", RANKS, "argmax"),
+    "off_by_one": Metric(off_by_one_accuracy, "off by one", "share of ranks missed by one at most", RANKS, "argmax"),
+    "cs": Metric(cumulative_score, "CS", "share of errors of at most this, in the label's unit"),
+    "qwk": Metric(quadratic_weighted_kappa, "QWK", "quadratic weighted kappa of the ranks", RANKS, "argmax"),
+    "rps": Metric(
+        ranked_probability_score,
+        "RPS",
+        "ranked probability score of the distribution, in ranks",
+        ("probabilities", "label_ranks"),
+        None,
+        falls=True,
+    ),
+    "pearson": Metric(pearson, "Pearson", "linear correlation"),
+    "spearman": Metric(spearman, "Spearman", "rank correlation"),
+    "d5": Metric(
+        d5, "D5", "label distance to the five nearest in feature space", ("space", "labels"), None, True, True, 6
+    ),
+    "residual_variance": Metric(
+        _smallest_residual_variance,
+        "RV",
+        "residual variance: label distances that distances along the feature space do not explain",
+        ("space", "labels"),
+        None,
+        falls=True,
+    ),
+    "ordinality": Metric(
+        ordinality,
+        "ordinality",
+        "share of prototype similarities that fall with the distance in rank",
+        ("prototypes",),
+        None,
+    ),
 }
+
+
+def metrics_with(cs: Sequence[float] = (5.0,), ks: Sequence[int] = (5, 10, 20, 50)) -> dict[str, Metric]:
+    """`METRICS` with the options of a run: "cs" becomes a metric "cs@k" for every k.
+
+    Args:
+        cs: of `cumulative_score`; ks: sizes of the neighbourhood for the residual variance.
+    """
+    bound: dict[str, Metric] = {}
+    for name, metric in METRICS.items():
+        if name == "cs":
+            for k in cs:
+                function = partial(cumulative_score, k=k)
+                bound[f"cs@{k:g}"] = replace(metric, function=function, title=f"CS@{k:g}")
+        elif name == "residual_variance":
+            bound[name] = replace(metric, function=partial(_smallest_residual_variance, ks=ks), least=min(ks))
+        else:
+            bound[name] = metric
+    return bound
 
 
 class OrdinalMetric(evaluate.Metric):
@@ -182,12 +356,13 @@ class OrdinalMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         number = datasets.Value("float64")
-        function = METRICS[self.metric_name]
+        metric = METRICS[self.metric_name]
+        predictions = datasets.Sequence(number) if "probabilities" in metric.of else number
         return evaluate.MetricInfo(
-            description=(function.__doc__ or "").strip(),
+            description=(metric.function.__doc__ or "").strip(),
             citation="",
-            inputs_description="predictions and references: numbers in the label's unit (accuracy: rank indices)",
-            features=datasets.Features({"predictions": number, "references": number}),
+            inputs_description=f"predictions and references: {metric.of[0]} and {metric.of[1]}",
+            features=datasets.Features({"predictions": predictions, "references": number}),
         )
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float], **options: Any) -> dict[str, float]:
@@ -209,6 +384,7 @@ def load_metric(name: str) -> OrdinalMetric:
     >>> load_metric("mae").compute(predictions=[20, 30], references=[21, 27])
     {'mae': 2.0}
     """
-    if name not in METRICS:
-        raise ValueError(f"metric {name!r} is unknown; choices: {', '.join(METRICS)}")
+    choices = [known for known, metric in METRICS.items() if not {"space", "prototypes"} & set(metric.of)]
+    if name not in choices:
+        raise ValueError(f"metric {name!r} is unknown; choices: {', '.join(choices)}")
     return OrdinalMetric(name)

@@ -7,10 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Decoding = Literal["median", "argmax", "expectation"]  # how a distribution over ranks becomes one value: heads.decode
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,11 @@ import torch
 from PIL import Image
 
 from ordinalclip.config import load_config
+from ordinalclip.data import load_parts
 from ordinalclip.text import TextTower
+from ordinalclip.training.distributed import make_accelerator
+from ordinalclip.training.preparation import build_model
+from ordinalclip.training.step import Learner
 
 torch.set_num_threads(1)  # two threads on two busy cores wait for each other: see CONTRIBUTING.md
 
@@ -43,6 +47,13 @@ def losses_of(folder):
 
 def without_times(rows):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def learner_of(config):
+    """What a run trains, before its first step."""
+    accelerator = make_accelerator(config.train.mixed_precision)
+    parts = load_parts(config.data, config.ranks, config.seed)
+    return Learner(build_model(config, parts.ranks, parts.train), parts, config, accelerator)
 
 
 @pytest.fixture

@@ -11,10 +11,12 @@ import yaml
 from scipy import stats
 
 from ordinalclip.cli import main
-from ordinalclip.compare import load_comparison
+from ordinalclip.compare import load_plan, run_plan
+from ordinalclip.compare.outcome import _notes
 from ordinalclip.metrics import best_residual_variance, d5
-from ordinalclip.record import image_features, read_predictions, read_run
-from ordinalclip.significance import errors_by_image, greater_p_value, holm, judge
+from ordinalclip.results.record import points_of, read_run
+from ordinalclip.results.significance import errors_by_image, greater_p_value, holm, judge
+from ordinalclip.run_folder import FolderOccupied, RunFolder
 
 COMPARISON = {
     "seeds": [1, 2],
@@ -38,6 +40,10 @@ def comparison(tmp_path):
     return path
 
 
+def notes(path):
+    return " ".join(_notes(load_plan(path), []))
+
+
 def test_compare_is_resumable_and_reads_the_test_part_once(comparison, tmp_path, capsys):
     assert main(["compare", str(comparison), "--quiet"]) == 0
     table = capsys.readouterr().out
@@ -54,52 +60,75 @@ def test_compare_is_resumable_and_reads_the_test_part_once(comparison, tmp_path,
     again = capsys.readouterr().out
     assert again.splitlines()[:8] == table.splitlines()[:8]
     assert {file: file.stat().st_mtime_ns for file in files} == times
-    assert main(["compare", str(comparison), "--quiet", "train.max_steps=3"]) == 0
+    assert main(["compare", str(comparison), "--quiet", "train.max_steps=3"]) == 2
+    assert "train.max_steps was 2, is 3" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in files} == times
+    assert main(["compare", str(comparison), "--quiet", "train.max_steps=3", "overwrite=true"]) == 0
     assert {file: file.stat().st_mtime_ns for file in files} != times
 
 
-def test_an_interrupted_run_is_not_complete(comparison, tmp_path, monkeypatch):
-    """A run that is started again with another configuration and dies must not pass for finished."""
-    from ordinalclip import compare
-    from ordinalclip.training import Trainer
+def test_an_interrupted_comparison_goes_on_inside_the_run(comparison, tmp_path, monkeypatch):
+    """It was stopped after the first checkpoint of its third run: what was done is not done again."""
+    from ordinalclip.training.step import Learner
 
-    load_comparison(comparison).run(quiet=True)
-    changed = load_comparison(comparison, ["train.max_steps=3"])
+    content = yaml.safe_load(comparison.read_text())
+    content["base"]["train"] |= {"eval_every": 1}
+    comparison.write_text(yaml.safe_dump(content))
+    whole = run_plan(load_plan(comparison, [f"output_dir={tmp_path}/whole"]), quiet=True).summaries
+    steps, step = [], Learner.step
 
-    def die(self, batch):
-        raise KeyboardInterrupt
+    def counted(self, number, *batch):
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        steps.append(number)
+        return step(self, number, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", die)
+        patch.setattr(Learner, "step", counted)
         with pytest.raises(KeyboardInterrupt):
-            changed.run(quiet=True)
-    started = changed.runs["", "OrdinalCLIP", 0, 1]
-    assert not compare._is_complete(started)
-    changed.run(quiet=True)
+            run_plan(load_plan(comparison), quiet=True)
+    assert steps == [0, 1, 0, 1, 0]
+    folder = RunFolder(tmp_path / "out/runs/l1-0-seed1")
+    assert folder.state().kind == "interrupted"
+    inode = RunFolder(tmp_path / "out/runs/ordinalclip-0-seed1").metrics.stat().st_ino
+    again = run_plan(load_plan(comparison), quiet=True).summaries
+    assert [row["mae"] for row in again] == [row["mae"] for row in whole]
+    assert [row["step"] for row in folder.read_log()] == [1, 2]
+    assert len(folder.read_provenance()["continued"]) == 1
+    assert RunFolder(tmp_path / "out/runs/ordinalclip-0-seed1").metrics.stat().st_ino == inode
+
+
+def test_another_experiment_in_the_folder_is_refused_or_replaced(comparison, tmp_path):
+    run_plan(load_plan(comparison), quiet=True)
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    with pytest.raises(FolderOccupied, match=r"l1-0-seed1 holds a finished run.*train\.max_steps was 2, is 3"):
+        run_plan(load_plan(comparison, ["train.max_steps=3"]), quiet=True)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
+    run_plan(load_plan(comparison, ["train.max_steps=3", "overwrite=true"]), quiet=True)
     assert json.loads((tmp_path / "out/runs/ordinalclip-0-seed1/metrics.json").read_text())["steps"] == 3
 
 
 def test_several_jobs_give_the_same_table(comparison, tmp_path, monkeypatch):
-    from ordinalclip import compare
+    from ordinalclip.compare import execution
 
     pools = []
 
-    class Pool(compare.ProcessPoolExecutor):
+    class Pool(execution.ProcessPoolExecutor):
         def __init__(self, jobs, context):
             pools.append(jobs)
             super().__init__(jobs, context)
 
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", Pool)
-    rows = load_comparison(comparison).run(quiet=True)
+    monkeypatch.setattr(execution, "ProcessPoolExecutor", Pool)
+    rows = run_plan(load_plan(comparison), quiet=True).summaries
     assert pools == []
-    again = load_comparison(comparison, ["jobs=2", f"output_dir={tmp_path}/again"]).run(quiet=True)
+    again = run_plan(load_plan(comparison, ["jobs=2", f"output_dir={tmp_path}/again"]), quiet=True).summaries
     assert pools == [2]
     for row, other in zip(rows, again, strict=True):
         assert other["mae"] == pytest.approx(row["mae"], rel=1e-3)
 
 
 def test_compare_chooses_by_validation_and_averages_over_seeds(comparison, tmp_path):
-    rows = {row["method"]: row for row in load_comparison(comparison).run(quiet=True)}
+    rows = {row["method"]: row for row in run_plan(load_plan(comparison), quiet=True).summaries}
     for name, label in (("OrdinalCLIP", "ordinalclip"), ("L1", "l1")):
         figures = {
             (setting, seed): json.loads((tmp_path / f"out/runs/{label}-{setting}-seed{seed}/metrics.json").read_text())
@@ -122,18 +151,18 @@ def test_comparisons_that_are_not_fair_or_not_valid(comparison):
     content["methods"]["L1"]["settings"] = [{}]
     comparison.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"same number of settings to try, got .*'OrdinalCLIP': 2"):
-        load_comparison(comparison)
+        load_plan(comparison)
     content["methods"]["l-1"] = content["methods"]["L.1"] = content["methods"].pop("L1")
     content["methods"]["l-1"]["settings"] = [{}, {}]
     comparison.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"too alike, runs would share .*l-1-0-seed1"):
-        load_comparison(comparison)
+        load_plan(comparison)
     content["methods"]["L1"] = content["methods"].pop("L.1")
     del content["methods"]["l-1"]
     content["methods"]["L1"]["settings"] = [{"train.lrr": 1}, {}]
     comparison.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"method 'L1', setting 0: train\.lrr is not a key; nearest: train\.lr"):
-        load_comparison(comparison)
+        load_plan(comparison)
 
 
 def test_variants_have_tables_of_their_own(comparison, tmp_path):
@@ -141,7 +170,7 @@ def test_variants_have_tables_of_their_own(comparison, tmp_path):
     content["variants"] = {"all": {}, "half of it": {"data.train_share": 0.5, "train.max_steps": 1}}
     content["methods"]["OrdinalCLIP"]["settings"] = content["methods"]["L1"]["settings"] = [{}]
     comparison.write_text(yaml.safe_dump(content))
-    rows = load_comparison(comparison).run(quiet=True)
+    rows = run_plan(load_plan(comparison), quiet=True).summaries
     assert [row["variant"] for row in rows] == ["all"] * 3 + ["half of it"] * 3
     figures = json.loads((tmp_path / "out/runs/half-of-it/l1-0-seed2/metrics.json").read_text())
     full = json.loads((tmp_path / "out/runs/all/l1-0-seed2/metrics.json").read_text())
@@ -158,22 +187,22 @@ def test_variants_have_tables_of_their_own(comparison, tmp_path):
 
 
 def test_finished_runs_leave_no_checkpoints_unless_asked(comparison, tmp_path):
-    load_comparison(comparison).run(quiet=True)
+    run_plan(load_plan(comparison), quiet=True)
     assert not list((tmp_path / "out" / "runs").glob("*/checkpoints"))
     assert not list((tmp_path / "out" / "runs").glob("*/model-last"))
-    load_comparison(comparison, ["keep_checkpoints=true", f"output_dir={tmp_path}/kept"]).run(quiet=True)
+    run_plan(load_plan(comparison, ["keep_checkpoints=true", f"output_dir={tmp_path}/kept"]), quiet=True)
     assert len(list((tmp_path / "kept" / "runs").glob("*/checkpoints"))) == 6  # the constant has none
 
 
 def test_what_the_methods_do_not_share_is_said(comparison):
-    assert "Not the same for all methods: train.lr." in " ".join(load_comparison(comparison).note())
+    assert "Not the same for all methods: train.lr." in notes(comparison)
     content = yaml.safe_load(comparison.read_text())
     content["methods"]["L1"]["settings"] = content["methods"]["OrdinalCLIP"]["settings"]
     comparison.write_text(yaml.safe_dump(content))
-    assert "Not the same" not in " ".join(load_comparison(comparison).note())
+    assert "Not the same" not in notes(comparison)
     content["methods"]["L1"]["base"]["model"] = {"dropout": 0.1}
     comparison.write_text(yaml.safe_dump(content))
-    assert "Not the same for all methods: model.dropout." in " ".join(load_comparison(comparison).note())
+    assert "Not the same for all methods: model.dropout." in notes(comparison)
 
 
 def test_settings_of_the_comparison_are_those_of_every_method_that_learns(comparison):
@@ -182,7 +211,7 @@ def test_settings_of_the_comparison_are_those_of_every_method_that_learns(compar
     for method in content["methods"].values():
         method.pop("settings", None)
     comparison.write_text(yaml.safe_dump(content))
-    loaded = load_comparison(comparison)
+    loaded = load_plan(comparison)
     rates = {(name, number): run.train.lr for (_, name, number, seed), run in loaded.runs.items() if seed == 1}
     assert rates == {
         ("OrdinalCLIP", 0): 0.1,
@@ -191,12 +220,12 @@ def test_settings_of_the_comparison_are_those_of_every_method_that_learns(compar
         ("L1", 1): 0.2,
         ("constant", 0): 1e-4,
     }
-    assert "tried for every method: train.lr=0.1 | train.lr=0.2" in " ".join(loaded.note())
+    assert "tried for every method: train.lr=0.1 | train.lr=0.2" in notes(comparison)
 
 
 def test_the_table_against_what_the_runs_left(comparison, tmp_path):
     """Figures of the table, worked out again from predictions, logs and models."""
-    rows = {row["method"]: row for row in load_comparison(comparison).run(quiet=True)}
+    rows = {row["method"]: row for row in run_plan(load_plan(comparison), quiet=True).summaries}
     errors = {}
     for name, label in (("OrdinalCLIP", "ordinalclip"), ("L1", "l1"), ("constant", "constant")):
         folders = [
@@ -205,7 +234,7 @@ def test_the_table_against_what_the_runs_left(comparison, tmp_path):
             if "test" in json.loads((folder / "metrics.json").read_text())
         ]
         assert len(folders) == 2
-        given = [read_predictions(folder, "test") for folder in folders]
+        given = [RunFolder(folder).read_predictions("test") for folder in folders]
         row = rows[name]
         assert row["cs@5"] == pytest.approx(np.mean([(each.errors <= 5).mean() for each in given]))
         if name == "L1":  # the others may answer the same for every picture
@@ -219,13 +248,12 @@ def test_the_table_against_what_the_runs_left(comparison, tmp_path):
             for key, error in zip(zip(each.names, each.labels, strict=True), each.errors, strict=True):
                 errors[name].setdefault(key, []).append(error)
         record = read_run(folders[0])
-        if name != "OrdinalCLIP":  # whose space is the features themselves, of length 1
-            points = image_features(record.model, record.images, np.arange(8))
-            both = [json.loads((folder / "metrics.json").read_text())["test"] for folder in folders]
-            assert both[0]["d5"] == pytest.approx(d5(points, record.predictions.labels), rel=1e-4)
-            assert row["d5"] == pytest.approx((both[0]["d5"] + both[1]["d5"]) / 2)
-            again, _ = best_residual_variance(points, record.predictions.labels, [5])
-            assert both[0]["residual_variance"] == pytest.approx(again, rel=1e-3)
+        points = points_of(record.model, record.images, np.arange(8))
+        both = [json.loads((folder / "metrics.json").read_text())["test"] for folder in folders]
+        assert both[0]["d5"] == pytest.approx(d5(points, record.predictions.labels), rel=1e-4)
+        assert row["d5"] == pytest.approx((both[0]["d5"] + both[1]["d5"]) / 2)
+        again, _ = best_residual_variance(points, record.predictions.labels, [5])
+        assert both[0]["residual_variance"] == pytest.approx(again, rel=1e-3)
     means = {name: np.array([np.mean(values) for values in each.values()]) for name, each in errors.items()}
     best = min(rows, key=lambda name: rows[name]["mae"])
     for name in rows:
@@ -293,7 +321,7 @@ def test_errors_on_one_image_count_once():
 
 
 def test_stars(tmp_path):
-    from ordinalclip.leaderboard import mark
+    from ordinalclip.results.leaderboard import mark
 
     assert mark({"p": None, "p_holm": None}) == ""
     assert mark({"p": 0.2, "p_holm": 0.3}) == ""
@@ -308,24 +336,26 @@ def test_a_run_that_diverges_is_the_worst_setting_and_a_method_that_does_is_left
     content["methods"]["L1"]["settings"] = [bad, good]
     content["methods"]["OrdinalCLIP"]["settings"] = [bad, bad | {"train.weight_decay": 0.1}]
     comparison.write_text(yaml.safe_dump(content))
-    rows = {row["method"]: row for row in load_comparison(comparison).run(quiet=True)}
+    rows = {row["method"]: row for row in run_plan(load_plan(comparison), quiet=True).summaries}
     assert rows["L1"]["setting"] == "train.lr=0.001"
     assert set(rows) == {"L1", "constant"}
     table = (tmp_path / "out" / "table.md").read_text()
     assert re.search(r"OrdinalCLIP diverged: step \d: .*; learning rate \S+e\+\d+", table)
-    again = {row["method"]: row for row in load_comparison(comparison).run(quiet=True)}  # nothing is tried once more
-    assert again["L1"]["mae"] == rows["L1"]["mae"]
+    again = {
+        row["method"]: row for row in run_plan(load_plan(comparison), quiet=True).summaries
+    }  # nothing is tried once more
+    assert next(row for row in again.summaries if row["method"] == "L1")["mae"] == rows["L1"]["mae"]
     del content["methods"]["L1"], content["methods"]["constant"]
     comparison.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="every method diverged"):
-        load_comparison(comparison).run(quiet=True)
+        run_plan(load_plan(comparison), quiet=True)
 
 
 def test_new_evaluation_keys_do_not_train_again(comparison, tmp_path):
-    load_comparison(comparison).run(quiet=True)
+    run_plan(load_plan(comparison), quiet=True)
     model = tmp_path / "out/runs/l1-0-seed1/model/model.safetensors"
     written = model.stat().st_mtime_ns
-    rows = load_comparison(comparison, ["evaluation.cs=[1, 30]"]).run(quiet=True)
+    rows = load_plan(comparison, ["evaluation.cs=[1, 30]"]).run(quiet=True)
     assert {"cs@1", "cs@30"} < set(rows[0])
     assert "cs@5" not in rows[0]
     assert model.stat().st_mtime_ns == written
@@ -353,7 +383,7 @@ def test_comparisons_that_make_no_sense(comparison, changes, message):
     content = yaml.safe_load(comparison.read_text())
     comparison.write_text(yaml.safe_dump(content | changes))
     with pytest.raises(ValueError, match=message):
-        load_comparison(comparison)
+        load_plan(comparison)
 
 
 def test_overrides_reach_every_run_or_are_refused(comparison):
@@ -361,13 +391,13 @@ def test_overrides_reach_every_run_or_are_refused(comparison):
     content["methods"]["L1"]["base"]["train"] = {"max_steps": 7}
     content["variants"] = {"x": {"data.shots": 1}, "y": {}}
     comparison.write_text(yaml.safe_dump(content))
-    loaded = load_comparison(comparison, ["train.max_steps=3", "title=words"])
+    loaded = load_plan(comparison, ["train.max_steps=3", "title=words"])
     assert {run.train.max_steps for run in loaded.runs.values()} == {3}
     assert loaded.config.title == "words"
     with pytest.raises(ValueError, match=r"train\.lr is set on the command line and by settings"):
-        load_comparison(comparison, ["train.lr=1"])
+        load_plan(comparison, ["train.lr=1"])
     with pytest.raises(ValueError, match=r"data\.shots is set on the command line and by variants"):
-        load_comparison(comparison, ["data.shots=1"])
+        load_plan(comparison, ["data.shots=1"])
 
 
 def test_validation_and_test_parts_are_asked_for_before_anything_is_trained(comparison, image_folder, tmp_path):
@@ -377,7 +407,7 @@ def test_validation_and_test_parts_are_asked_for_before_anything_is_trained(comp
     content["base"]["ranks"] = {"values": [0, 1, 2]}
     comparison.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="needs a validation part of 1 images or more"):
-        load_comparison(comparison).run(quiet=True)
+        run_plan(load_plan(comparison), quiet=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -387,14 +417,14 @@ def test_an_error_names_its_run(comparison, image_folder, tmp_path):
     for jobs in (1, 2):
         comparison.write_text(yaml.safe_dump(content | {"jobs": jobs}))
         with pytest.raises(ValueError, match=r"out/runs/all-0-seed1: .*nothing"):
-            load_comparison(comparison).run(quiet=True)
+            run_plan(load_plan(comparison), quiet=True)
 
 
 def test_one_seed_and_one_method(comparison, tmp_path):
     content = yaml.safe_load(comparison.read_text())
     content |= {"seeds": [4], "methods": {"a | b": {"base": {"method": "l1"}}}}
     comparison.write_text(yaml.safe_dump(content))
-    (row,) = load_comparison(comparison).run(quiet=True)
+    (row,) = run_plan(load_plan(comparison), quiet=True).summaries
     assert row["mae_std"] is None
     assert row["p"] is None
     table = (tmp_path / "out" / "table.md").read_text()

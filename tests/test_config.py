@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ordinalclip.compare import load_comparison
+from ordinalclip.compare import load_plan
 from ordinalclip.config import describe, load_config, parse_config
 from ordinalclip.heads import available_heads
 
@@ -79,7 +79,7 @@ def test_shipped_configurations_are_valid_and_say_how_to_run_them(name):
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("compare/")])
 def test_shipped_comparisons_are_valid(name):
     assert f"ordinalclip compare configs/{name}" in (CONFIGS / name).read_text(encoding="utf-8")
-    comparison = load_comparison(CONFIGS / name, ["data.root=somewhere"])
+    comparison = load_plan(CONFIGS / name, ["data.root=somewhere"])
     assert comparison.config.output_dir == f"runs/{name.removesuffix('.yaml')}"
 
 
@@ -88,5 +88,5 @@ def test_every_method_that_learns_has_a_configuration_and_a_row():
     shipped = {load_config(path).method for path in (CONFIGS / "methods").glob("*.yaml")}
     assert shipped == methods - {"constant", "zero_shot"}
     for name in ("gauges", "elpv"):
-        comparison = load_comparison(CONFIGS / "compare" / f"{name}.yaml", ["data.root=somewhere"])
+        comparison = load_plan(CONFIGS / "compare" / f"{name}.yaml", ["data.root=somewhere"])
         assert {run.method for run in comparison.runs.values()} >= methods - {"zero_shot"}

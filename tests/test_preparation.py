@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import losses_of
+from conftest import learner_of, losses_of
 from torch import nn
 
 from ordinalclip import OrdinalModel
@@ -15,7 +15,6 @@ from ordinalclip.backbones import load_backbone
 from ordinalclip.config import ModelConfig
 from ordinalclip.model import Encoder
 from ordinalclip.training import train
-from ordinalclip.training import trainer as trainer_module
 from ordinalclip.training.distributed import check_batch_norm, frozen_running_statistics
 from ordinalclip.training.layers import add_drop_path, checkpoint_activations, encoder_layers, parameter_depths
 from ordinalclip.training.preparation import add_adapters, merge_adapters
@@ -89,7 +88,7 @@ def test_depths_rise_from_stem_to_output(name):
 
 
 def test_layer_decay_and_freezing_by_depth(quick):
-    run = trainer_module.Trainer(quick("method=l1", "train.layer_decay=0.5", "train.freeze_layers=1"), quiet=True)
+    run = learner_of(quick("method=l1", "train.layer_decay=0.5", "train.freeze_layers=1"))
     depths = parameter_depths(run.model.encoder.tower)
     rate = {id(p): group["peak_lr"] for group in run.optimizer.param_groups for p in group["params"]}
     for name, parameter in run.model.encoder.tower.named_parameters():
@@ -100,7 +99,7 @@ def test_layer_decay_and_freezing_by_depth(quick):
             assert rate[id(parameter)] == pytest.approx(1e-3 * 0.5 ** (5 - depths[name]))
     assert rate[id(run.model.head.linear.weight)] == 1e-3
     with pytest.raises(ValueError, match=r"train\.freeze_layers=9: this image encoder has 4 layers"):
-        trainer_module.Trainer(quick("train.freeze_layers=9"), quiet=True)
+        learner_of(quick("train.freeze_layers=9"))
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -204,7 +203,7 @@ def test_the_average_of_the_weights_becomes_the_model(quick, tmp_path):
     plain = train(quick(*options, f"output_dir={tmp_path}/plain"), quiet=True)
     averaged = train(quick(*options, f"output_dir={tmp_path}/averaged", f"train.ema={decay}"), quiet=True)
     assert np.array_equal(losses_of(plain), losses_of(averaged))
-    start = trainer_module.Trainer(quick(*options), quiet=True).model.head.linear.weight.detach()
+    start = learner_of(quick(*options)).model.head.linear.weight.detach()
     expected = start.double()
     for step in range(4):
         weight = load(plain, step + 1)["head.linear.weight"].double()

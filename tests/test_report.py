@@ -14,15 +14,15 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ordinalclip import plots, report
 from ordinalclip.cli import main
-from ordinalclip.compare import load_comparison
+from ordinalclip.compare import load_plan, run_plan
 from ordinalclip.config import load_config, parse_config
 from ordinalclip.data import Parts
 from ordinalclip.heads import available_heads
 from ordinalclip.ranks import Ranks
-from ordinalclip.record import read_run, shown
-from ordinalclip.significance import Verdict
+from ordinalclip.results import figures, run_report
+from ordinalclip.results.record import read_run, shown
+from ordinalclip.results.significance import Verdict
 from ordinalclip.training import evaluate_run, train
 
 TINY = {
@@ -60,7 +60,7 @@ class Page(HTMLParser):
     def handle_data(self, text):
         tag, attributes = self.open[-1] if self.open else ("", {})
         for name, value in [("tag", tag), *attributes.items()]:
-            if name in ("tag", "data-figure", "data-group", "class"):
+            if name in ("tag", "data-metric", "data-group", "class"):
                 self.texts.setdefault(value, []).append(text)
 
 
@@ -68,7 +68,7 @@ def page_of(folder):
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def figures_of(folder):
+def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
@@ -114,19 +114,19 @@ def test_a_report_is_one_well_formed_file(run):
     assert sum(tag == "img" for tag, _ in page.tags) == 12
 
 
-def test_the_figures_are_those_of_metrics_json(run):
-    page, figures = page_of(run), figures_of(run)
+def test_the_numbers_are_those_of_metrics_json(run):
+    page, metrics = page_of(run), metrics_of(run)
     for name in ("mae", "rmse", "r2", "accuracy", "spearman", "cs@5"):
-        assert page.texts[name][0] == shown(figures["test"][name])
-    assert page.texts["ordinality"][0] == shown(figures["ordinality"])
-    assert page.texts["few"] == [shown(figures["test"]["mae_by_shots"]["few"]["mae"])]
+        assert page.texts[name][0] == shown(metrics["test"][name])
+    assert page.texts["ordinality"][0] == shown(metrics["ordinality"])
+    assert page.texts["few"] == [shown(metrics["test"]["mae_by_shots"]["few"]["mae"])]
     assert "many" not in page.texts  # no rank has as many as that
-    assert sum(figures["train_counts"]) == figures["num_train"] == 24
+    assert sum(metrics["train_counts"]) == metrics["num_train"] == 24
     intervals = [re.fullmatch(r"([-\d.]+) to ([-\d.]+)", text) for text in page.texts["interval"]]
     low, high = (float(group) for group in intervals[0].groups())
-    assert low <= figures["test"]["mae"] <= high
+    assert low <= metrics["test"]["mae"] <= high
     record = read_run(run)
-    always = record.ranks.values[int(np.searchsorted(np.cumsum(figures["train_counts"]), 24 / 2))]
+    always = record.ranks.values[int(np.searchsorted(np.cumsum(metrics["train_counts"]), 24 / 2))]
     assert record.constant_error() == pytest.approx(np.abs(record.predictions.labels - always).mean())
 
 
@@ -136,26 +136,26 @@ def test_figures_follow_the_theme_of_the_page(run):
     assert len(drawings) == 5
     for drawing in drawings:
         assert "var(--ink)" in drawing
-        assert not any(colour in drawing for colour in plots.THEME)
-    for variable in plots.THEME.values():
+        assert not any(colour in drawing for colour in figures.THEME)
+    for variable in figures.THEME.values():
         assert text.count(f"{variable}: #") == 2  # light and dark
 
 
 @pytest.mark.parametrize("method", sorted(set(available_heads()) - {"prototypes"}))
 def test_every_method_has_a_report_and_a_card(reported, method):
     run = train(reported(f"method={method}", "train.max_steps=2"), quiet=True)
-    page, figures = page_of(run), figures_of(run)
-    assert ("similarity" in page.ids) == (figures["ordinality"] is not None)
-    assert ("learning_curves" in page.ids) == (figures["steps"] > 0)
+    page, metrics = page_of(run), metrics_of(run)
+    assert ("similarity" in page.ids) == (metrics["ordinality"] is not None)
+    assert ("learning_curves" in page.ids) == (metrics["steps"] > 0)
     has_distribution = read_run(run).predictions.probabilities is not None
     assert ("axis" in (attributes.get("class") for _, attributes in page.tags)) == has_distribution
-    assert shown(figures["test"]["mae"]) in (run / "model" / "README.md").read_text(encoding="utf-8")
+    assert shown(metrics["test"]["mae"]) in (run / "model" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_constant_answer_has_no_correlation(reported):
     run = train(reported("method=constant"), quiet=True)
     page = page_of(run)
-    assert figures_of(run)["test"]["spearman"] is None
+    assert metrics_of(run)["test"]["spearman"] is None
     assert page.texts["spearman"] == ["-"]
     assert "not defined" in page.texts["interval"]
     assert "| Spearman |" not in (run / "model" / "README.md").read_text(encoding="utf-8")
@@ -179,9 +179,9 @@ def test_parts_may_be_missing(table, split, shown_part):
 def test_evaluating_later_brings_the_test_part_into_the_report(reported):
     run = train(reported("evaluation.test=false"), quiet=True)
     assert read_run(run).part == "validation"
-    figures = evaluate_run(run, quiet=True)
-    assert page_of(run).texts["mae"][0] == shown(figures["test"]["mae"])
-    assert len(figures["test"]["mae_by_shots"]) == 4
+    metrics = evaluate_run(run, quiet=True)
+    assert page_of(run).texts["mae"][0] == shown(metrics["test"]["mae"])
+    assert len(metrics["test"]["mae_by_shots"]) == 4
 
 
 def test_hostile_names_are_text(table, tmp_path):
@@ -245,9 +245,10 @@ def test_plot_writes_files(run, tmp_path, capsys, ending, start):
 
 
 def test_the_card_is_a_hub_card(run, reported):
-    card, figures = ModelCard.load(run / "model" / "README.md"), figures_of(run)["test"]
+    card, metrics = ModelCard.load(run / "model" / "README.md"), metrics_of(run)["test"]
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert results == {name: figures[name] for name in ("mae", "rmse", "accuracy", "spearman")}
+    assert {"mae", "qwk", "macro_mae", "off_by_one", "rps", "cs@5"} < set(results)
+    assert results == {name: metrics[name] for name in results}
     assert card.data.license == "apache-2.0"
     assert "image-ordinal-regression" in card.data.tags
     assert "A label can be sensitive" in card.text
@@ -262,9 +263,9 @@ def test_a_failing_report_does_not_lose_the_run(reported, monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(report, "write_report", fail)
+    monkeypatch.setattr(run_report, "write_report", fail)
     run = train(reported("train.max_steps=1"), quiet=True)
-    assert figures_of(run)["test"]["num"] == 12
+    assert metrics_of(run)["test"]["num"] == 12
     assert (run / "model" / "model.safetensors").is_file()
     assert not (run / "report.html").exists()
     assert "report or model card not written" in caplog.text
@@ -276,7 +277,8 @@ def test_no_report_where_none_is_wanted(quick):
     run = train(config, quiet=True)
     assert not (run / "report.html").exists()
     (run / "report.html").write_text("of an earlier run")
-    assert not (train(config, quiet=True) / "report.html").exists()
+    again = config.model_copy(update={"overwrite": True})
+    assert not (train(again, quiet=True) / "report.html").exists()
     assert not (run / "model" / "README.md").exists()
 
 
@@ -292,7 +294,7 @@ def compared(tmp_path_factory):
     }
     content = {"output_dir": f"{folder}/out", "seeds": [1, 2], "base": TINY, "methods": methods}
     (folder / "c.yaml").write_text(yaml.safe_dump(content))
-    load_comparison(folder / "c.yaml").run(quiet=True)
+    run_plan(load_plan(folder / "c.yaml"), quiet=True)
     return folder / "out"
 
 
@@ -348,21 +350,21 @@ def test_in_a_browser_nothing_overflows_and_nothing_complains(kind, run, compare
     )
     found = re.search(r'data-found="(\d+) (\d+) (\d+)"', done.stdout)
     assert found, done.stderr[-2000:]
-    width, figures, drawing = map(int, found.groups())
+    width, drawings, drawing = map(int, found.groups())
     assert width <= 390
-    assert figures == (5 if kind == "run" else 3)
+    assert drawings == (5 if kind == "run" else 4)
     assert 250 < drawing <= 390
     assert "CONSOLE" not in done.stderr
 
 
 def test_principal_components_against_the_covariance():
     features = np.random.default_rng(0).normal(size=(40, 5)) * [5, 1, 3, 1, 1]
-    points, shares = plots.principal_components(features)
+    points, shares = figures.principal_components(features)
     variances = np.sort(np.linalg.eigvalsh(np.cov(features.T)))[::-1]
     assert points.var(axis=0, ddof=1) == pytest.approx(variances[:2])
     assert shares == pytest.approx(variances[:2] / variances.sum())
     for degenerate in (np.ones((3, 4)), np.ones((1, 4)), np.arange(4.0)[:, None]):
-        points, shares = plots.principal_components(degenerate)
+        points, shares = figures.principal_components(degenerate)
         assert points.shape == (len(degenerate), 2)
         assert np.isfinite(points).all()
         assert np.isfinite(shares).all()
@@ -370,33 +372,35 @@ def test_principal_components_against_the_covariance():
 
 def test_value_bins():
     few = Ranks((0, 1, 4))
-    assert plots.value_bins(few).tolist() == [-0.5, 0.5, 2.5, 5.5]
-    assert plots.value_bins(Ranks.linear(0, 100, 101)).tolist() == pytest.approx(np.linspace(0, 100, 13))
+    assert figures.value_bins(few).tolist() == [-0.5, 0.5, 2.5, 5.5]
+    assert figures.value_bins(Ranks.linear(0, 100, 101)).tolist() == pytest.approx(np.linspace(0, 100, 13))
 
 
 def test_a_confusion_matrix_counts_and_many_points_become_hexagons():
-    figure = plots.confusion(np.asarray([0, 0, 1, 2]), np.asarray([0, 1, 1, 0]), ["a", "b", "c"])
+    figure = figures.confusion(np.asarray([0, 0, 1, 2]), np.asarray([0, 1, 1, 0]), ["a", "b", "c"])
     (axes,) = figure.axes
     assert [int(text.get_text()) for text in axes.texts] == [1, 1, 0, 0, 1, 0, 1, 0, 0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
     labels = np.random.default_rng(0).uniform(0, 9, 4000)
-    hexagons = plots.agreement(labels, labels, "years")
+    hexagons = figures.agreement(labels, labels, "years")
     assert hexagons.axes[0].get_xlabel() == "true value (years)"
     assert hexagons.axes[0].collections[0].get_array().sum() == 4000
-    assert len(plots.agreement(np.asarray([3.0]), np.asarray([3.0])).axes) == 1
+    assert len(figures.agreement(np.asarray([3.0]), np.asarray([3.0])).axes) == 1
 
 
 def test_methods_far_off_do_not_squeeze_the_others():
     """Their figures become text at the end of the axis; without them the axis holds all."""
     errors = {f"m{k}": [1 + 0.1 * k, 1.2 + 0.1 * k] for k in range(5)}
-    (plain,) = plots.mae_by_method(errors).axes
-    (axes,) = plots.mae_by_method({**errors, "constant": [25.0, 25.0]}).axes
+    (plain,) = figures.mae_by_method(errors).axes
+    (axes,) = figures.mae_by_method({**errors, "constant": [25.0, 25.0]}).axes
     assert not plain.texts
     assert [text.get_text() for text in axes.texts] == ["25 →"]
     assert 1.6 < axes.get_xlim()[1] < 5
-    (lines,) = plots.mae_by_variant({**{n: [v, v] for n, v in errors.items()}, "constant": [[25.0], [25.0]]}, "ab").axes
+    (lines,) = figures.mae_by_variant(
+        {**{n: [v, v] for n, v in errors.items()}, "constant": [[25.0], [25.0]]}, "ab"
+    ).axes
     assert "constant: 25, off the scale" in [text.get_text() for text in lines.get_legend().get_texts()]
     verdicts = {n: Verdict(v[0], (0, 9), v[0] - 1, (v[0] - 1.1, v[0] - 0.9), 0.01, 0.2) for n, v in errors.items()}
     verdicts["constant"] = Verdict(25, (24, 26), 24, (23, 25), 0, 0)
-    (difference,) = plots.difference_to_best(verdicts).axes
+    (difference,) = figures.difference_to_best(verdicts).axes
     assert [text.get_text() for text in difference.texts] == ["24 →"]

@@ -5,15 +5,17 @@ import logging
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import NOISY, log_of, without_times
 
 from ordinalclip.training import train
-from ordinalclip.training import trainer as trainer_module
 from ordinalclip.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from ordinalclip.training.interruption import PREEMPTED, Preempted
+from ordinalclip.training.sampling import Stream
+from ordinalclip.training.step import Learner
 
 FOUR = ("train.eval_every=2", "train.max_steps=8", "train.keep_checkpoints=9", "method=l1")
 
@@ -34,21 +36,24 @@ def assert_same_run(one, other, step):
 
 
 @pytest.mark.parametrize("method", ["ordinalclip", "l1"])
-def test_resume_is_bit_for_bit(quick, tmp_path, method):
+def test_resume_is_bit_for_bit(quick, tmp_path, monkeypatch, method):
     options = (f"method={method}", "train.max_steps=6", "train.eval_every=2", "train.keep_checkpoints=9", *NOISY)
     whole = train(quick(*options, f"output_dir={tmp_path}/whole"), quiet=True)
 
     class Stopped(Exception):
         pass
 
-    class Interrupted(trainer_module.Trainer):
-        def _step(self, batch):
-            if self.step == 5:
-                raise Stopped
-            return super()._step(batch)
+    step = Learner.step
 
+    def stopping(self, number, *batch):
+        if number == 5:
+            raise Stopped
+        return step(self, number, *batch)
+
+    monkeypatch.setattr(Learner, "step", stopping)
     with pytest.raises(Stopped):
-        Interrupted(quick(*options, f"output_dir={tmp_path}/cut", "train.log_every=1"), quiet=True).run()
+        train(quick(*options, f"output_dir={tmp_path}/cut", "train.log_every=1"), quiet=True)
+    monkeypatch.undo()
     assert len(log_of(tmp_path / "cut")) == 5
     cut = train(quick(*options, f"output_dir={tmp_path}/cut", "train.resume=auto"), quiet=True)
     assert_same_run(whole, cut, 6)
@@ -96,7 +101,7 @@ def test_only_damaged_checkpoints_is_an_error(quick):
     folder = train(quick(*FOUR), quiet=True)
     for path in checkpoints(folder / "checkpoints"):
         (path / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no intact checkpoint; train\.resume=none starts anew.*step-00000002"):
+    with pytest.raises(ValueError, match=r"no intact checkpoint; overwrite=true starts anew.*step-00000002"):
         train(quick(*FOUR, "train.resume=auto"), quiet=True)
     with pytest.raises(ValueError, match=r"damaged checkpoint, state\.json"):
         train(quick(*FOUR, f"train.resume={folder}/checkpoints/step-00000004"), quiet=True)
@@ -144,15 +149,15 @@ def test_sigterm_saves_leaves_and_goes_on(quick, tmp_path, monkeypatch):
     """The signal comes in the middle of step 4, where nothing is due."""
     options = ("method=ordinalclip", "train.max_steps=6", "train.eval_every=3", "train.ema=0.9", *NOISY)
     whole = train(quick(*options, f"output_dir={tmp_path}/whole"), quiet=True)
-    step = trainer_module.Trainer._step
+    step = Learner.step
 
-    def signalled(self, batch):
-        if self.step == 3:
+    def signalled(self, number, *batch):
+        if number == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch)
+        return step(self, number, *batch)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(trainer_module.Trainer, "_step", signalled)
+    monkeypatch.setattr(Learner, "step", signalled)
     with pytest.raises(Preempted, match="told to stop after step 4") as stopped:
         train(quick(*options, f"output_dir={tmp_path}/cut"), quiet=True)
     assert stopped.value.code == PREEMPTED
@@ -188,8 +193,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(quick, monkeypatc
     with pytest.raises(ValueError, match=r"step 6: the gradient of head\.linear\.bias is not finite") as failure:
         train(config, quiet=True)
     named = str(failure.value).partition("rows of the batch: ")[2].split(", ")
-    stream = trainer_module.Stream(10, config.seed)
+    stream = Stream(10, config.seed)
     assert named == [f"row {stream.at(position) + 1}" for position in range(20, 24)]
-    folder = checkpoints(trainer_module.Path(config.output_dir) / "checkpoints")
+    folder = checkpoints(Path(config.output_dir) / "checkpoints")
     assert [path.name[-1] for path in folder] == ["2", "4"]
     assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(folder[-1]).weights.values())

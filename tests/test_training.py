@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import NOISY, log_of, losses_of
+from conftest import NOISY, learner_of, log_of, losses_of
 from torch import nn
 
 from ordinalclip import OrdinalModel
@@ -18,7 +18,6 @@ from ordinalclip.config import load_config
 from ordinalclip.heads import available_heads
 from ordinalclip.metrics import METRICS
 from ordinalclip.training import evaluate_run, train
-from ordinalclip.training import trainer as trainer_module
 from ordinalclip.training.checkpoint import load_checkpoint
 
 TRAINABLE = sorted(set(available_heads()) - {"prototypes", "zero_shot", "constant"})
@@ -178,17 +177,15 @@ def test_learning_rates_and_freezing(quick):
         "train.freeze=[encoder.tower.layer1.*]",
         "method=ordinalclip",
     )
-    run = trainer_module.Trainer(quick(*options), quiet=True)
-    groups = {(g["name"], g["weight_decay"] > 0): g for g in run.optimizer.param_groups}
+    learner = learner_of(quick(*options))
+    groups = {(g["name"], g["weight_decay"] > 0): g for g in learner.optimizer.param_groups}
     assert groups["prompts", True]["peak_lr"] == 1e-2
     assert groups["encoder", True]["peak_lr"] == 1e-3
     assert all(p.ndim > 1 for p in groups["encoder", True]["params"])
-    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    run._resume()
-    run._train()
-    rates = [row["lr"] for row in log_of(run.folder)]
+    before = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
+    rates = [learner.step(number, *batch)["lr"] for number, batch in enumerate(learner.batches(0))]
     assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
-    for name, tensor in run.model.state_dict().items():
+    for name, tensor in learner.model.state_dict().items():
         frozen = name.startswith(("encoder.tower.layer1.", "head.text.", "head.logit_scale")) or "running" in name
         buffers = ("num_batches_tracked", "learner.special", "index", "lengths", "weights", "label_")
         if not any(part in name for part in buffers):
@@ -318,11 +315,11 @@ def test_what_is_refused(quick, options, message):
 
 
 def test_two_passes_cost_one_extra_forward_and_the_text_tower_runs_once(quick):
-    run = trainer_module.Trainer(quick("method=ordinalclip", "train.micro_batch_size=2"), quiet=True)
+    learner = learner_of(quick("method=ordinalclip", "train.micro_batch_size=2"))
     images, texts = [], []
-    run.model.encoder.tower.register_forward_hook(lambda _m, inputs, _o: images.append(len(inputs[0])))
-    run.model.head.text.register_forward_hook(lambda *_: texts.append(1))
-    run._step(next(iter(run._loader())))
+    learner.model.encoder.tower.register_forward_hook(lambda _m, inputs, _o: images.append(len(inputs[0])))
+    learner.model.head.text.register_forward_hook(lambda *_: texts.append(1))
+    learner.step(0, *next(iter(learner.batches(0))))
     assert images == [2] * 8  # a batch of 8, twice
     assert texts == [1]
 

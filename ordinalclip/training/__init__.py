@@ -1,7 +1,16 @@
-"""Training: exact batches on any hardware, checkpoints, evaluation."""
+"""Training: exact batches on any hardware, checkpoints, evaluation. Nothing here presents results."""
 
-from ordinalclip.training.evaluation import evaluate_run
+import importlib
+from typing import Any
+
 from ordinalclip.training.interruption import Diverged
-from ordinalclip.training.trainer import Trainer, train
+from ordinalclip.training.trainer import Trainer
 
 __all__ = ["Diverged", "Trainer", "evaluate_run", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """`train` and `evaluate_run` write reports too: they live in `ordinalclip.runs`, above both, and are found here."""
+    if name in ("train", "evaluate_run"):
+        return getattr(importlib.import_module("ordinalclip.runs"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

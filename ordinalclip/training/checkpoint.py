@@ -5,35 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ordinalclip.config import flat_keys
+from ordinalclip.model import OrdinalModel
+from ordinalclip.run_folder import whole
 from ordinalclip.training.optimization import WeightAverage
 
 logger = logging.getLogger(__name__)
 PREFIX = "step-"
-FROZEN = "head.text."
 MANIFEST = "sha256.json"
-EXECUTION = {  # how a run is executed, not what it computes
-    "output_dir",
-    "data.root",
-    "data.workers",
-    "data.cache_mb",
-    "train.micro_batch_size",
-    "train.resume",
-    "train.log_every",
-    "train.keep_checkpoints",
-    "train.trackers",
-    "train.process_group_timeout",
-    "data.prefetch",
-}
 
 
 class Checkpoint(NamedTuple):
@@ -61,7 +47,7 @@ def save_checkpoint(
     Raises:
         OSError: it could not be written, e.g. for want of space; older checkpoints are as they were.
     """
-    target, partial = folder / f"{PREFIX}{step:08d}", folder / f".partial-{step:08d}"
+    target = path_of(folder, step)
     tensors, plain = {}, {}
     for index, entries in optimizer["state"].items():
         for name, value in entries.items():
@@ -69,24 +55,24 @@ def save_checkpoint(
                 tensors[f"{index}.{name}"] = value
             else:
                 plain[f"{index}.{name}"] = value
-    content = {"step": step, "optimizer": {"plain": plain, "param_groups": optimizer["param_groups"]}, **state}
+    content = {"optimizer": {"plain": plain, "param_groups": optimizer["param_groups"]}, **state, "step": step}
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _save_tensors(weights, partial / "model.safetensors")
-        _save_tensors(tensors, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(content), encoding="utf-8")
-        digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
-        for file in partial.iterdir():
-            _flush(file)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        _flush(folder)
+        with whole(target) as aside:
+            aside.mkdir()
+            _save_tensors(weights, aside / "model.safetensors")
+            _save_tensors(tensors, aside / "optimizer.safetensors")
+            (aside / "state.json").write_text(json.dumps(content), encoding="utf-8")
+            digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
+            (aside / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{target}: could not be written ({error}); older checkpoints are as they were") from error
     return target
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"{PREFIX}{step:08d}"
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -96,15 +82,6 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -134,21 +111,21 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, weights, {"state": entries, "param_groups": saved["param_groups"]}, state)
 
 
-def weights_of(model: nn.Module, average: WeightAverage | None) -> dict[str, Tensor]:
-    """All that training changes, running average included; the frozen text tower is rebuilt from its own weights."""
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(FROZEN)}
+def weights_of(model: OrdinalModel, average: WeightAverage | None) -> dict[str, Tensor]:
+    """All that training changes, running average included; what is rebuilt from the backbone's weights is left out."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_rebuilt(model))}
     if average is not None:
         weights.update((f"average.{name}", tensor) for name, tensor in average.average.items())
     return weights
 
 
-def load_weights(model: nn.Module, average: WeightAverage | None, weights: dict[str, Tensor]) -> None:
+def load_weights(model: OrdinalModel, average: WeightAverage | None, weights: dict[str, Tensor]) -> None:
     """Take up what `weights_of` gave.
 
     Raises:
         ValueError: weights of another model.
     """
-    own = {name for name in model.state_dict() if not name.startswith(FROZEN)}
+    own = {name for name in model.state_dict() if not name.startswith(_rebuilt(model))}
     own |= {f"average.{name}" for name in (average.average if average else ())}
     if own != weights.keys():
         missing, unexpected = sorted(own - weights.keys())[:5], sorted(weights.keys() - own)[:5]
@@ -159,6 +136,11 @@ def load_weights(model: nn.Module, average: WeightAverage | None, weights: dict[
     model.load_state_dict({n: tensor for n, tensor in weights.items() if not n.startswith("average.")}, strict=False)
 
 
+def _rebuilt(model: OrdinalModel) -> tuple[str, ...]:
+    """Beginnings of the names of weights that come back with the backbone."""
+    return tuple(f"head.{name}." for name in model.head.rebuilt)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
@@ -166,7 +148,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """Delete all but the `keep` newest checkpoints and that of the best step, and what interrupted writes left."""
-    spared = {path.name for path in checkpoints(folder)[-keep:]} | {f"{PREFIX}{best_step or 0:08d}"}
+    spared = {path.name for path in checkpoints(folder)[-keep:]} | {path_of(folder, best_step or 0).name}
     for path in [*checkpoints(folder), *folder.glob(".partial-*")]:
         if path.name not in spared:
             _remove(path)
@@ -212,42 +194,5 @@ def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
             problems.append(str(error))
             logger.warning("%s; trying the one before it", error)
     if problems:
-        raise ValueError(f"{folder}: no intact checkpoint; train.resume=none starts anew. " + "; ".join(problems))
+        raise ValueError(f"{folder}: no intact checkpoint; overwrite=true starts anew. " + "; ".join(problems))
     return None
-
-
-def changed_keys(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two configurations are different experiments, with both values.
-
-    Keys of execution, and of evaluation, which can be done again, are left out.
-    """
-    before, after = flat_keys(saved), flat_keys(now)
-    return {
-        key: (before.get(key), after.get(key))
-        for key in {**before, **after}
-        if before.get(key) != after.get(key) and key not in EXECUTION and not key.startswith("evaluation.")
-    }
-
-
-def check_same_experiment(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to resume an experiment under another configuration.
-
-    Args:
-        saved, now: `RunConfig.model_dump(mode="json")` of the checkpoint and of this run.
-
-    Raises:
-        ValueError: naming the keys that differ, execution and evaluation aside.
-    """
-    if changed := changed_keys(saved, now):
-        shown = "; ".join(f"{key} was {before!r}, is {after!r}" for key, (before, after) in sorted(changed.items()))
-        raise ValueError(f"{folder}: cannot resume under another configuration: {shown}")
-
-
-def cut_log(path: Path, step: int) -> None:
-    """Drop the rows of log.jsonl that come after a step, so that a resumed run writes each row once."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)

@@ -12,24 +12,26 @@ import atexit
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 
 from ordinalclip.heads import Outputs, at_least_float32
+from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.sampling import SampleNoise
 
 logger = logging.getLogger(__name__)
 BatchNorm = nn.modules.batchnorm._BatchNorm
+Result = TypeVar("Result")
 
 
 def make_accelerator(
@@ -74,6 +76,34 @@ def make_accelerator(
             f"launched as one of {os.environ['WORLD_SIZE']} processes, but Accelerate runs {accelerator.num_processes}"
         )
     return accelerator
+
+
+def from_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Do something on the main process only, while the others wait; all get its result, or its error."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            if accelerator.num_processes == 1:
+                raise
+            outcome[0] = error
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+@contextmanager
+def held(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
+    """The main process holds a run folder within a `with` block.
+
+    Raises:
+        FolderInUse: on every process, if another job holds it.
+    """
+    with ExitStack() as stack:
+        from_main(accelerator, lambda: stack.enter_context(folder.locked()))
+        yield
 
 
 def _leave_process_group() -> None:

@@ -80,17 +80,16 @@ class StreamSampler:
 
 
 class StreamDataset(Dataset):
-    """Training samples by position in the stream: (pixels, value, rank, position)."""
+    """Training samples by position in the stream: (pixels, position); labels are looked up where they are needed."""
 
     def __init__(self, part: Part, spec: PixelSpec, augmentation: Augmentation, stream: Stream):
         self.part, self.spec, self.augmentation, self.stream = part, spec, augmentation, stream
 
-    def __getitem__(self, position: int) -> tuple[Tensor, float, int, int]:
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
         index = self.stream.at(position)
         image = self.part.resized(index, self.spec, self.augmentation.input_size(self.spec))
         rng = np.random.default_rng([self.stream.seed, VIEW, position])
-        pixels = self.augmentation(image, self.spec, rng)
-        return pixels, float(self.part.values[index]), int(self.part.ranks[index]), position
+        return self.augmentation(image, self.spec, rng), position
 
 
 def stream_loader(sampler: StreamSampler, dataset: StreamDataset, workers: int, prefetch: int) -> DataLoader:

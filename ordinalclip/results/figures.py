@@ -22,8 +22,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ordinalclip.metrics import Metric
 from ordinalclip.ranks import Ranks
-from ordinalclip.significance import LEVEL, Verdict
+from ordinalclip.results.significance import LEVEL, Verdict
 
 INK, MUTED, GRID, BLUE, ORANGE = "#1b1f24", "#66707c", "#dfe3e8", "#0072b2", "#e69f00"
 PALETTE = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
@@ -322,6 +323,42 @@ def error_by_method(
     return figure
 
 
+@styled
+def metrics_by_method(
+    values: Mapping[str, tuple[Metric, Mapping[str, Sequence[float]]]], methods: Sequence[str], unit: str = ""
+) -> Figure:
+    """A panel per metric: mean and standard deviation of every method over its seeds, best MAE on top.
+
+    Args:
+        values: by name of the metric, itself and the values of each method, one per seed; a method may lack them.
+        methods: from top to bottom.
+    """
+    panels = [(metric, each) for metric, each in values.values() if each]
+    across = 3
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(1.6 * WIDTH, down * (0.75 + 0.2 * len(methods))))
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(panels):
+            axes.set_visible(False)
+            continue
+        metric, each = panels[place]
+        for row, name in enumerate(methods):
+            if name in each:
+                known = np.asarray(each[name])
+                spread = known.std(ddof=1) if len(known) > 1 else 0
+                axes.errorbar(
+                    known.mean(), row, xerr=spread, fmt="o", color=BLUE, markersize=4, capsize=2, linewidth=1.2
+                )
+        arrow = "\u2190" if metric.falls else "\u2192"
+        axes.set_title(f"{_label(metric.title, unit if metric.in_unit else '')} {arrow}", fontsize=10)
+        axes.set_yticks(range(len(methods)), [_short(name, 26) for name in methods])
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(axis="y", visible=False)
+    grid.flat[0].set_ylim(len(methods) - 0.4, -0.6)
+    return figure
+
+
 def principal_components(features: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
     """The two directions of largest variance.
 
@@ -391,7 +428,7 @@ def _limit(errors: Sequence[float]) -> float:
 
 
 def _beyond(axes: Axes, limit: float, place: int, value: float) -> None:
-    """A figure that lies beyond the end of the axis, as text."""
+    """A value that lies beyond the end of the axis, as text."""
     axes.text(0.98 * limit, place, f"{value:.3g} \u2192", ha="right", va="center", color=MUTED)
 
 

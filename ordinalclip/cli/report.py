@@ -1,0 +1,22 @@
+"""`ordinalclip report`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ordinalclip.progress import Progress
+    from ordinalclip.results.card import write_card
+    from ordinalclip.results.record import read_run
+    from ordinalclip.results.run_report import write_report
+
+    for folder in Progress(arguments.runs, "reporting", unit="runs", quiet=arguments.quiet):
+        record = read_run(folder)
+        print(write_report(record))
+        print(write_card(record))
+    return 0

@@ -1,0 +1,36 @@
+"""`ordinalclip train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ordinalclip.cli import add_configuration, is_main_process, print_metrics
+from ordinalclip.config import describe, head_section, load_config
+from ordinalclip.run_folder import RunFolder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_configuration(parser, "YAML file, or 'default' for the defaults below")
+    parser.epilog = _documented_keys()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ordinalclip.runs import train
+
+    config = load_config(None if arguments.config == "default" else arguments.config, arguments.overrides)
+    folder = RunFolder(train(config, quiet=arguments.quiet))
+    if is_main_process():
+        print_metrics(folder.read_metrics())
+        print(f"run folder: {folder.path}")
+    return 0
+
+
+def _documented_keys() -> str:
+    lines = ["configuration keys (default) and what they mean:"]
+    for key, default, description in describe():
+        lines.append(f"  {key} ({json.dumps(default, default=str)}): {description}")
+    lines.append("options of method ordinalclip (head.*); other methods have their own, see their docstrings:")
+    for key, default, _ in describe(head_section("ordinalclip"), "head."):
+        lines.append(f"  {key} ({json.dumps(default)})")
+    return "\n".join(lines)

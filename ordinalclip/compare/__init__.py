@@ -1,0 +1,59 @@
+"""`ordinalclip compare`: methods x settings x seeds on the same data, encoder and budget, in one table.
+
+A comparison is a YAML file:
+
+    output_dir: runs/compare/demo
+    seeds: [1, 2, 3]
+    base: {data: ..., ranks: ..., model: ..., train: ...}   # keys of a run, shared by all methods
+    settings: [{train.lr: 1e-3}, {train.lr: 3e-3}]          # tried for every method; validation chooses one
+    methods:
+      OrdinalCLIP:                                          # a row of the table
+        base: {method: ordinalclip, head: {...}}            # keys of a run, for this method
+        settings: [...]                                     # its own instead of those above, as many
+    variants:                                               # a table each; default: one without a name
+      all the data: {}
+      10 %: {data.train_share: 0.1, train.max_steps: 100}   # keys of a run that are different
+
+Every setting runs on the first `tuning_seeds` seeds; the one with the best mean validation MAE runs on the others
+too. Every method must bring the same number of settings, unless nothing of it learns. A run that diverges counts as
+infinitely bad. Runs that are complete are not run again, so an interrupted comparison goes on with those that are
+missing, inside the one it was interrupted in; a run of another experiment in its place is refused, or replaced with
+overwrite=true. The test part is predicted once, by the runs of the chosen setting, after the choice. Written: table.md,
+results.csv, report.html, and model/: of the method with the best mean validation MAE, the run of the first seed. That
+run gets a report of its own; evaluation.report=true writes one for every run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ordinalclip.compare.execution import execute
+from ordinalclip.compare.outcome import Outcome, write_outcome
+from ordinalclip.compare.plan import Plan, load_plan
+from ordinalclip.run_folder import RunFolder
+
+__all__ = ["Outcome", "Plan", "compare", "load_plan", "run_plan"]
+
+
+def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False) -> str:
+    """Run a comparison file and return its tables as Markdown, with where everything is."""
+    started = time.monotonic()
+    plan = load_plan(path, overrides)
+    outcome = run_plan(plan, quiet)
+    elapsed = time.monotonic() - started
+    runs = f"{outcome.num_runs} runs in {plan.folder}/runs, {elapsed:.0f} s this time."
+    return f"{outcome.table}\n{runs}\nreport: {RunFolder(plan.folder).report}\n"
+
+
+def run_plan(plan: Plan, quiet: bool = False) -> Outcome:
+    """Train what is missing, choose settings by validation, read the test part, write the tables.
+
+    Raises:
+        ValueError: no validation or test part, a run that cannot be trained, or all of them diverged.
+        FolderOccupied: a run of another experiment in the place of one of these, without overwrite=true.
+        FolderInUse: another job runs this comparison.
+    """
+    with RunFolder(plan.folder).locked():
+        return write_outcome(plan, execute(plan, quiet))

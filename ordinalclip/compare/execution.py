@@ -1,0 +1,233 @@
+"""How the runs of a comparison are executed: in this process, or in several."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ordinalclip.compare.plan import Place, Plan
+from ordinalclip.config import DataConfig, RanksConfig, RunConfig
+from ordinalclip.data import Parts, load_parts
+from ordinalclip.progress import Progress
+from ordinalclip.provenance import num_cores
+from ordinalclip.run_folder import FolderOccupied, RunFolder, write_text
+from ordinalclip.runs import evaluate_run, train_run
+from ordinalclip.training import Diverged
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        metrics: its metrics.json; None for one that diverged.
+        divergence: how it diverged, or None.
+    """
+
+    metrics: dict[str, Any] | None
+    divergence: str | None = None
+
+    @property
+    def validation_mae(self) -> float:
+        """Infinite for a run that diverged or whose answers are no numbers."""
+        mae = None if self.metrics is None else self.metrics["validation"]["mae"]
+        return math.inf if mae is None else mae
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What was run.
+
+    Attributes:
+        num_runs: runs that the comparison consists of.
+        chosen: number of the setting that validation chose, by variant and method.
+        results: of every run of the comparison, test part included for those of the chosen settings.
+    """
+
+    num_runs: int
+    chosen: dict[tuple[str, str], int]
+    results: dict[Place, Result]
+
+
+def execute(plan: Plan, quiet: bool = False) -> Execution:
+    """Train what is missing, choose settings by validation, read the test part with the chosen ones.
+
+    Raises:
+        ValueError: no validation or test part, or a run that cannot be trained; FolderOccupied: see `run_plan`.
+    """
+    _check_parts(plan)
+    results = _found(plan)
+    tuned = [place for place in plan.runs if place.seed in plan.tuning_seeds]
+    methods = [(variant, name) for variant in plan.config.variants for name in plan.config.methods]
+    num_runs = len(tuned) + len(methods) * (len(plan.seeds) - len(plan.tuning_seeds))
+    train = partial(_train, keep_checkpoints=plan.config.keep_checkpoints, overwrite=plan.config.overwrite)
+    with _executor(min(plan.jobs, num_runs)) as executor:
+        progress: Progress = Progress(None, "comparing", num_runs, "runs", quiet)
+        _each(train, plan, tuned, results, executor, progress)
+        chosen = {method: _choose(plan, results, *method) for method in methods}
+        final = [place for place in plan.runs if place.number == chosen[place.variant, place.method]]
+        _each(train, plan, [p for p in final if p.seed not in plan.tuning_seeds], results, executor, progress)
+        progress.close()
+        sound = [place for place in final if results[place].divergence is None]
+        progress = Progress(None, "reading the test part", len(sound), "runs", quiet)
+        tested = {place: results[place] for place in sound if _is_tested(plan.runs[place], results[place])}
+        _each(_test, plan, sound, tested, executor, progress)
+        progress.close()
+    return Execution(num_runs, chosen, {place: tested.get(place, results[place]) for place in results})
+
+
+def _check_parts(plan: Plan) -> None:
+    """Before hours are spent: the first run's data has what choosing and testing need."""
+    parts = parts_of(next(iter(plan.runs.values())))
+    for name, least in (("validation", 1), ("test", 2)):
+        part = getattr(parts, name)
+        if part is None or len(part) < least:
+            raise ValueError(f"{plan.folder}: a comparison needs a {name} part of {least} images or more")
+
+
+def _found(plan: Plan) -> dict[Place, Result]:
+    """The results of runs that came to their end in an earlier call.
+
+    Raises:
+        FolderOccupied: a run of another experiment stands where one of these belongs, and is not to be replaced.
+    """
+    results = {}
+    for place, run in plan.runs.items():
+        folder = RunFolder(run.output_dir)
+        state = folder.state()
+        if state.kind == "empty":
+            continue
+        other = folder.difference(run)
+        if not other and state.kind == "finished":
+            results[place] = Result(folder.read_metrics())
+        elif not other and state.kind == "diverged":
+            results[place] = Result(None, folder.diverged.read_text(encoding="utf-8"))
+        elif other and not plan.config.overwrite:
+            raise FolderOccupied(
+                f"{folder.path} holds {state.text}, which is another experiment ({other}): overwrite=true replaces "
+                "such runs, another output_dir leaves them alone"
+            )
+    return results
+
+
+def _choose(plan: Plan, results: dict[Place, Result], variant: str, name: str) -> int:
+    """The setting with the smallest mean validation MAE over the tuning seeds."""
+    means = [
+        float(np.mean([results[Place(variant, name, k, seed)].validation_mae for seed in plan.tuning_seeds]))
+        for k in range(len(plan.settings[name]))
+    ]
+    return means.index(min(means))
+
+
+@contextmanager
+def _executor(jobs: int) -> Iterator[tuple[Executor, int] | None]:
+    """Processes for several jobs, and how many; None for one."""
+    if jobs == 1:
+        yield None
+        return
+    threads = str(max(1, num_cores() // jobs))
+    kept = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, threads))  # for PyTorch and NumPy in the new processes
+    try:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            yield pool, jobs
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name)
+            os.environ.update({name: value} if value is not None else {})
+
+
+def _each(
+    work: Callable[[RunConfig], Result],
+    plan: Plan,
+    places: Sequence[Place],
+    results: dict[Place, Result],
+    executor: tuple[Executor, int] | None,
+    progress: Progress,
+) -> None:
+    """Do the work for every run without a result, in order, no more at a time than there are jobs."""
+    missing = [place for place in places if place not in results]
+    progress.advance(len(places) - len(missing))
+    if executor is None:
+        for place in missing:
+            results[place] = work(plan.runs[place])
+            progress.advance(1, _folder_name(plan.runs[place]))
+        return
+    pool, jobs = executor
+    left = iter(missing)
+    running = {pool.submit(work, plan.runs[place]): place for place in islice(left, jobs)}
+    while running:
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for done in finished:
+            place = running.pop(done)
+            results[place] = done.result()
+            progress.advance(1, _folder_name(plan.runs[place]))
+            running.update((pool.submit(work, plan.runs[next_]), next_) for next_ in islice(left, 1))
+
+
+def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
+    """Train one run, or go on with it. That it diverged is a result, too."""
+    folder = RunFolder(run.output_dir)
+    if overwrite and folder.state().kind != "empty" and folder.difference(run):
+        train = run.train.model_copy(update={"resume": "none"})
+        run = run.model_copy(update={"overwrite": True, "train": train})
+    with _named(run):
+        try:
+            result = Result(train_run(run, parts_of(run), quiet=True))
+        except Diverged as error:
+            divergence = str(error).partition("; rows of the batch")[0]
+            write_text(folder.diverged, divergence)
+            result = Result(None, divergence)
+    if not keep_checkpoints:  # a finished run is never resumed: they would fill the disk
+        for path in (folder.checkpoints, folder.model_last):
+            shutil.rmtree(path, ignore_errors=True)
+    return result
+
+
+def _test(run: RunConfig) -> Result:
+    """Read the test part with one run."""
+    with _named(run):
+        return Result(evaluate_run(run.output_dir, parts_of(run), quiet=True, config=run))
+
+
+@contextmanager
+def _named(run: RunConfig) -> Iterator[None]:
+    """Errors say whose they are."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{run.output_dir}: {error}") from error
+
+
+def _is_tested(run: RunConfig, result: Result) -> bool:
+    """Whether the test part was read as the configuration says."""
+    saved = RunFolder(run.output_dir).read_config().evaluation
+    return result.metrics is not None and "test" in result.metrics and saved == run.evaluation
+
+
+def _folder_name(run: RunConfig) -> str:
+    return RunFolder(run.output_dir).path.name
+
+
+def parts_of(run: RunConfig) -> Parts:
+    """The data of a run."""
+    return _load_parts_once(run.data.model_dump_json(), run.ranks.model_dump_json(), run.seed)
+
+
+@lru_cache(maxsize=3)
+def _load_parts_once(data: str, ranks: str, seed: int) -> Parts:
+    """The data of all runs that share it, with one cache of decoded images."""
+    return load_parts(DataConfig.model_validate_json(data), RanksConfig.model_validate_json(ranks), seed)

@@ -1,0 +1,159 @@
+"""What a comparison comes to: its tables, the report, and the model that it keeps."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ordinalclip import __version__
+from ordinalclip.compare.execution import Execution, parts_of
+from ordinalclip.compare.plan import Place, Plan
+from ordinalclip.config import flat_keys
+from ordinalclip.metrics import METRICS
+from ordinalclip.provenance import device
+from ordinalclip.results.comparison_report import write_comparison_report
+from ordinalclip.results.leaderboard import Entry, Leaderboard, write_csv
+from ordinalclip.results.pages import never_fatal
+from ordinalclip.results.record import shown
+from ordinalclip.results.run_report import document_run
+from ordinalclip.results.significance import LEVEL
+from ordinalclip.run_folder import RunFolder, whole, write_text
+
+OWN_KEYS = {"output_dir", "method", "head", "seed"}  # in which the runs of a variant differ by nature
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished comparison.
+
+    Attributes:
+        num_runs: runs that it consists of.
+        summaries: everything known of every method, by variant and method: see `Leaderboard.summaries`.
+        left_out: methods that diverged, and how.
+        table: all tables as Markdown.
+    """
+
+    num_runs: int
+    summaries: list[dict[str, Any]]
+    left_out: list[str]
+    table: str
+
+
+def write_outcome(plan: Plan, execution: Execution) -> Outcome:
+    """Write table.md, results.csv, report.html and model/ into the comparison's folder.
+
+    Raises:
+        ValueError: every method diverged.
+    """
+    boards, left_out = _boards(plan, execution)
+    notes = _notes(plan, left_out)
+    summaries = [summary for board in boards for summary in board.summaries]
+    table = _table(plan, boards, notes)
+    write_text(plan.folder / "table.md", table)
+    write_csv(plan.folder / "results.csv", summaries)
+    best = _keep_best(plan, boards)
+    with never_fatal(plan.folder):
+        write_comparison_report(plan.folder, plan.config.title, boards, notes, best)
+    return Outcome(execution.num_runs, summaries, left_out, table)
+
+
+def _boards(plan: Plan, execution: Execution) -> tuple[list[Leaderboard], list[str]]:
+    """A table per variant without the methods of which a run diverged, and which those are."""
+    left_out = []
+    entries: dict[str, list[Entry]] = {variant: [] for variant in plan.config.variants}
+    for (variant, name), number in execution.chosen.items():
+        places = [Place(variant, name, number, seed) for seed in plan.seeds]
+        if reasons := [reason for place in places if (reason := execution.results[place].divergence)]:
+            left_out.append(f"{name}{f' ({variant})' if variant else ''} diverged: {reasons[0]}")
+            continue
+        data = plan.runs[places[0]].data
+        entry = Entry(
+            name,
+            [RunFolder(plan.runs[place].output_dir) for place in places],
+            plan.settings[name][number],
+            number,
+            len(plan.settings[name]),
+            images_recur=data.source != "gauges" or data.split_seed is not None,
+        )
+        entries[variant].append(entry)
+    if empty := [variant for variant, found in entries.items() if not found]:
+        raise ValueError(f"{plan.folder}: every method diverged{f' in {empty[0]}' if empty[0] else ''}: {left_out}")
+    return [Leaderboard(variant, found) for variant, found in entries.items()], left_out
+
+
+def _keep_best(plan: Plan, boards: Sequence[Leaderboard]) -> str:
+    """Keep the model of the best method by validation, and write a report of its run; returns the method's name."""
+    board, entry = min(
+        ((board, entry) for board in boards for entry in board.entries), key=lambda pair: pair[1].validation_mae
+    )
+    winner = plan.runs[Place(board.variant, entry.name, entry.number, plan.seeds[0])]
+    folder, remark = RunFolder(winner.output_dir), ""
+    if len(plan.seeds) > 1:
+        summary = next(summary for summary in board.summaries if summary["method"] == entry.name)
+        mae = f"{shown(summary['mae'], summary['mae_std'])} {winner.ranks.unit}".rstrip()
+        remark = f"Over seeds {_seeds(plan)}: MAE {mae} (mean ± standard deviation)."
+    document_run(folder, parts_of(winner), remark=remark)
+    with whole(RunFolder(plan.folder).model) as aside:
+        shutil.copytree(folder.model, aside)
+    return entry.name + (f" ({board.variant})" if board.variant else "")
+
+
+def _table(plan: Plan, boards: Sequence[Leaderboard], notes: Sequence[str]) -> str:
+    """All tables as Markdown: mean +- standard deviation over the seeds, best MAE first."""
+    blocks = [plan.config.title] if plan.config.title else []
+    for board in boards:
+        blocks += [f"### {board.variant}"] if board.variant else []
+        blocks.append(board.markdown())
+    return "\n\n".join([*blocks, *notes]) + "\n"
+
+
+def _seeds(plan: Plan) -> str:
+    return ", ".join(map(str, plan.seeds))
+
+
+def _notes(plan: Plan, left_out: Sequence[str]) -> list[str]:
+    """What the table's columns are, in paragraphs."""
+    unit = next(iter(plan.runs.values())).ranks.unit
+    in_unit = [metric.title for metric in METRICS.values() if metric.in_unit]
+    errors = f"; {', '.join(in_unit[:-1])} and {in_unit[-1]} in {unit}" if unit else ""
+    several = len(plan.seeds) > 1
+    spread = f"mean and standard deviation over seeds {_seeds(plan)}" if several else f"seed {_seeds(plan)}"
+    by_argmax = [metric.title for metric in METRICS.values() if metric.decoding == "argmax"]
+    columns = (
+        f"Test part, {spread}{errors}. Values by median; {', '.join(by_argmax)} by argmax. D5 and RV (residual "
+        "variance): of the feature space, smaller is better. 95 %: bootstrap interval of the MAE over the test images. "
+        f"* larger errors than the first row's by the one-tailed paired t-test (p < {LEVEL}, paired by image), ** also "
+        "after Holm's correction. ms / step: median; trained: parameters; MB: of the saved model."
+    )
+    choice = " ".join(part for part in (_choice(plan), _unequal(plan), *left_out) if part)
+    at_once = f"{plan.jobs} runs at a time" if plan.jobs > 1 else "one run at a time"
+    environment = f"Written by ordinalclip {__version__} with torch {torch.__version__} on {device()}, {at_once}."
+    return [columns, choice, environment]
+
+
+def _choice(plan: Plan) -> str:
+    """How settings came about."""
+    tried = list(plan.tried().values())
+    if all(len(settings) == 1 for settings in tried):
+        return "One setting per method, fixed beforehand."
+    choice = f"Settings chosen by the validation MAE on seed {', '.join(map(str, plan.tuning_seeds))}"
+    if all(settings == tried[0] for settings in tried):
+        listed = (", ".join(f"{key}={value}" for key, value in each.items()) for each in tried[0])
+        return f"{choice}; tried for every method: {' | '.join(listed)}."
+    return f"{choice}, of {len(tried[0])} for each method."
+
+
+def _unequal(plan: Plan) -> str:
+    """In which keys the methods differ beyond what they are and what was tried for all of them."""
+    variant, seed, flat = next(iter(plan.config.variants)), plan.seeds[0], []
+    for name, settings in plan.tried().items():
+        runs = [flat_keys(plan.runs[Place(variant, name, k, seed)].model_dump()) for k in range(len(settings))]
+        flat.append({key: [run[key] for run in runs] for key in runs[0] if key.partition(".")[0] not in OWN_KEYS})
+    keys = [
+        key for key in dict.fromkeys(key for each in flat for key in each) if len({str(e.get(key)) for e in flat}) > 1
+    ]
+    return f"Not the same for all methods: {', '.join(keys)}." if keys else ""

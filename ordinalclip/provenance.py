@@ -1,0 +1,167 @@
+"""Where a run comes from: versions, source, command, device, licences, and a fingerprint of the data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ordinalclip.config import DataConfig, RunConfig
+from ordinalclip.data import PARTS, Part, Parts
+
+LIBRARIES = (
+    "ordinalclip",
+    "torch",
+    "torchvision",
+    "open-clip-torch",
+    "timm",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "scipy",
+    "pytorch-metric-learning",
+)
+CHUNK = 100_000  # names of so many rows are in memory at a time
+
+
+def provenance(config: RunConfig, parts: Parts, num_processes: int) -> dict[str, Any]:
+    """All that a person needs to know where a run's numbers come from, as JSON data; see provenance.json.
+
+    Args:
+        num_processes: on how many the run is executed.
+    """
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "job": job(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in LIBRARIES if (found := _version(name)) is not None},
+        "source": source(),
+        "device": device(),
+        "processes": num_processes,
+        "data": {name: fingerprint(part) for name in PARTS if (part := getattr(parts, name)) is not None},
+        "licenses": {
+            "data": data_license(config.data),
+            "backbone": backbone_license(config.model.backbone),
+            **({"text": backbone_license(config.model.text)} if config.model.text else {}),
+        },
+    }
+
+
+def fingerprint(part: Part) -> dict[str, Any]:
+    """What tells a part of the data from another: number of rows, columns, a hash, first and last name.
+
+    The hash is the SHA-256 of the rows' names in order, a line each, and of their labels as float64. Names are paths as
+    the table gives them, so that the folder above them may move; contents of pictures are not read.
+    """
+    digest = hashlib.sha256()
+    for begin in range(0, len(part), CHUNK):
+        names = part.names[begin : begin + CHUNK]
+        digest.update("".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape"))
+    digest.update(part.values.astype("<f8").tobytes())
+    return {
+        "rows": len(part),
+        "columns": part.rows.column_names,
+        "sha256": digest.hexdigest(),
+        "first": part.names[0],
+        "last": part.names[len(part) - 1],
+    }
+
+
+def changed_data(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In which part two `provenance(...)["data"]` differ, in words; "" where they do not."""
+    for name in PARTS:
+        was, is_now = before.get(name), now.get(name)
+        if was == is_now:
+            continue
+        if was is None or is_now is None:
+            return (
+                f"the {name} part was {'not there' if was is None else 'there'}, now it is{' not' * (was is not None)}"
+            )
+        keys = [key for key in was if key != "sha256" and was[key] != is_now.get(key)]
+        what = "; ".join(f"{key} was {was[key]!r}, is {is_now[key]!r}" for key in keys) or "names or labels differ"
+        return f"the {name} part has changed: {what}"
+    return ""
+
+
+def source() -> dict[str, Any] | None:
+    """Commit of the package's source, and whether files differ from it; None for an installed package."""
+    package = Path(__file__).parent
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # no checkout, or one of something else, around a virtual environment
+    changes = _git(package, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": (_git(package, "rev-parse", "HEAD") or "").strip(), "modified": bool(changes and changes.strip())}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def device() -> str:
+    """The device that is trained on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {num_cores()} CPU cores"
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def job() -> str:
+    """What a job of torchrun keeps when it restarts its workers; "" outside of one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return name if name != "none" else f"{socket.gethostname()}-{os.getppid()}"  # "none": a single node, by its agent
+
+
+def is_restart() -> bool:
+    """Whether torchrun has restarted this worker."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def data_name(data: DataConfig) -> str:
+    """What the pictures are, in words."""
+    if data.source == "gauges":
+        return f"generated gauges ({', '.join(data.kinds)})"
+    return data.hub or data.table or data.train_table
+
+
+def data_license(data: DataConfig) -> str:
+    """The licence of the pictures, as far as it is known."""
+    if data.license:
+        return data.license
+    return "Apache-2.0, generated by ordinalclip" if data.source == "gauges" else "not recorded (`data.license`)"
+
+
+def backbone_license(spec: str) -> str:
+    """The licence of the backbone's weights, as far as it is known."""
+    if spec == "tiny":
+        return "Apache-2.0, shipped with ordinalclip"
+    return "that of its weights; see where they were published"

@@ -1,0 +1,1 @@
+"""What happens after training: tables, significance, figures, model cards and reports, from run folders alone."""

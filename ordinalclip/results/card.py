@@ -1,0 +1,101 @@
+"""The model card: README.md beside a saved model, with the front matter that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from ordinalclip.config import RunConfig
+from ordinalclip.provenance import backbone_license, data_license, data_name
+from ordinalclip.results.pages import templates
+from ordinalclip.results.record import RunRecord, shown
+from ordinalclip.run_folder import local, write_text
+
+NEAREST_TASK = "image-classification"  # the hub's list of tasks has no ordinal regression
+PEOPLE = re.compile(r"\b(age|aged|face|facial|person|people|portrait|beauty|attractive\w*)\b", re.IGNORECASE)
+
+
+def write_card(record: RunRecord, remark: str = "") -> Path:
+    """Write the model card of a run into its model folder.
+
+    Args:
+        remark: a sentence about the metrics that the run itself cannot know, e.g. their spread over seeds.
+    """
+    path = record.folder.model / "README.md"
+    write_text(path, model_card(record, remark))
+    return path
+
+
+def model_card(record: RunRecord, remark: str = "") -> str:
+    """The text of a run's model card."""
+    config, ranks = record.config, record.ranks
+    metrics = []
+    for key, metric in record.scored.items():
+        if record.scores[key] is not None:
+            low, high = map(shown, record.intervals[key])
+            unit = f" {ranks.unit}" if metric.in_unit and ranks.unit else ""
+            value = shown(record.scores[key]) + unit
+            metrics.append(
+                {"title": metric.title, "meaning": metric.meaning, "value": value, "interval": f"{low} to {high}"}
+            )
+    return (
+        templates()
+        .get_template("card.md")
+        .render(
+            front_matter=front_matter(record),
+            record=record,
+            config=config,
+            ranks=ranks,
+            data=local(data_name(config.data)),
+            backbone=_spec(config.model.backbone),
+            data_license=data_license(config.data),
+            backbone_license=backbone_license(config.model.backbone),
+            metrics=metrics,
+            remark=remark,
+            people=about_people(config, ranks.unit),
+        )
+    )
+
+
+def _spec(backbone: str) -> str:
+    """A backbone's spec, of a path on this machine in it the last two parts."""
+    family, colon, name = backbone.partition(":")
+    return family + colon + local(name) if name else backbone
+
+
+def front_matter(record: RunRecord) -> str:
+    """YAML for the hub: licence, task, tags and the metrics as a model index."""
+    config = record.config
+    names = [name for name in record.scored if record.scores[name] is not None]
+    results = [
+        EvalResult(
+            task_type=NEAREST_TASK,
+            task_name="image-ordinal-regression",
+            dataset_type="ordinalclip",
+            dataset_name=local(data_name(config.data)),
+            dataset_split=record.part,
+            metric_type=name,
+            metric_name=record.scored[name].title,
+            metric_value=record.scores[name],
+        )
+        for name in names
+    ]
+    content: dict[str, Any] = {
+        "license": "apache-2.0" if config.data.source == "gauges" and config.model.backbone == "tiny" else "other",
+        "library_name": "ordinalclip",
+        "pipeline_tag": NEAREST_TASK,
+        "tags": ["image-ordinal-regression", "ordinal-regression", "ordinalclip", config.method],
+        "metrics": names,
+    }
+    if results:
+        content.update(model_name=f"{config.method}-{_spec(config.model.backbone)}", eval_results=results)
+    return ModelCardData(**content).to_yaml()
+
+
+def about_people(config: RunConfig, unit: str) -> bool:
+    """Whether unit, prompts or data look as if pictures of people were judged."""
+    words = " ".join(map(str, [data_name(config.data), *config.head.values()]))
+    return unit.lower().startswith("year") or PEOPLE.search(words) is not None

@@ -1,0 +1,106 @@
+"""The report of a comparison: tables, figures and links to the reports of its runs, in one HTML file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from ordinalclip.results import figures
+from ordinalclip.results.leaderboard import Leaderboard
+from ordinalclip.results.pages import Figures, inlined, templates
+from ordinalclip.run_folder import RunFolder, write_text
+
+
+def write_comparison_report(
+    folder: Path, title: str, boards: Sequence[Leaderboard], notes: Sequence[str], best: str
+) -> Path:
+    """Write `report.html` into a comparison's folder.
+
+    Args:
+        title: a sentence above the tables.
+        boards: one per variant; their runs hold predictions of the test part.
+        notes: what the metrics are, in paragraphs below the tables.
+        best: which method's model the comparison keeps.
+    """
+    content = (
+        templates()
+        .get_template("comparison.html")
+        .render(
+            title=title,
+            folder=folder,
+            boards=boards,
+            notes=notes,
+            best=best,
+            link=lambda run: _link(folder, run),
+            overview=inlined(_overview(boards)),
+            figures=[
+                inlined(comparison_figures(board), f"-{number}" if number else "")
+                for number, board in enumerate(boards)
+            ],
+        )
+    )
+    path = RunFolder(folder).report
+    write_text(path, content)
+    return path
+
+
+def comparison_figures(board: Leaderboard) -> Figures:
+    """mae_by_method, difference_to_best, error_by_method and metrics_by_method, each with the sentence below it."""
+    ranks = board.ranks
+    maes = {entry.name: entry.maes for entry in board.entries}
+    answers = {
+        entry.name: (
+            np.concatenate([each.labels for each in entry.predictions]),
+            np.concatenate([each.values for each in entry.predictions]),
+        )
+        for entry in board.entries
+    }
+    best, *others = board.entries
+    drawn: Figures = {
+        "mae_by_method": (
+            figures.mae_by_method(maes, ranks.unit),
+            "Test MAE: mean and standard deviation over the seeds (blue), each seed (orange); an arrow: farther off.",
+        )
+    }
+    if others:
+        drawn["difference_to_best"] = (
+            figures.difference_to_best({other.name: board.verdicts[other.name] for other in others}, ranks.unit),
+            f"How much larger the error is than that of {best.name}, on the same images, with 95 % bootstrap interval. "
+            "Filled: larger by the paired test after Holm's correction (p < 0.05).",
+        )
+    drawn["error_by_method"] = (
+        figures.error_by_method(answers, ranks),
+        "Where the errors are: test MAE by true value, over all seeds.",
+    )
+    spread = {name: (board.metrics[name], board.values_of(name)) for name in board.metrics}
+    drawn["metrics_by_method"] = (
+        figures.metrics_by_method(spread, [entry.name for entry in board.entries], ranks.unit),
+        "Every metric on the test part: mean and standard deviation over the seeds; arrows point to the better side.",
+    )
+    return drawn
+
+
+def _overview(boards: Sequence[Leaderboard]) -> Figures:
+    """The variants side by side, where there are several."""
+    if len(boards) == 1:
+        return {}
+    names = dict.fromkeys(entry.name for board in boards for entry in board.entries)
+    found = [{entry.name: entry.maes for entry in board.entries} for board in boards]
+    maes = {name: [each.get(name, [math.nan]) for each in found] for name in names}
+    figure = figures.mae_by_variant(maes, [board.variant for board in boards], boards[0].ranks.unit)
+    return {"mae_by_variant": (figure, "Test MAE in every variant: mean and standard deviation over the seeds.")}
+
+
+def _link(folder: Path, run: RunFolder) -> dict[str, Any]:
+    relative = Path(*run.path.parts[len(folder.parts) :]).as_posix()
+    written = run.report.is_file()
+    return {
+        "name": run.path.name.rpartition("-")[2],
+        "href": quote(relative) + (f"/{run.report.name}" if written else "/"),
+        "written": written,
+    }

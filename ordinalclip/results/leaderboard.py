@@ -1,0 +1,188 @@
+"""The table of a comparison: a row per method from the runs of its chosen setting, as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ordinalclip.metrics import metrics_with
+from ordinalclip.predictions import Predictions
+from ordinalclip.ranks import Ranks
+from ordinalclip.results.record import shown
+from ordinalclip.results.significance import LEVEL, Verdict, errors_by_image, judge
+from ordinalclip.run_folder import RunFolder, whole
+
+MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of one variant of a comparison.
+
+    Attributes:
+        name: of the method.
+        folders: the runs of its chosen setting, one per seed; their test part has been read.
+        setting: what was chosen, by dotted key.
+        number: its place among those that were tried.
+        settings_tried: how many those were.
+        images_recur: whether rows of one name are one image in all runs, as in splits of one table.
+    """
+
+    name: str
+    folders: Sequence[RunFolder]
+    setting: dict[str, Any]
+    number: int = 0
+    settings_tried: int = 1
+    images_recur: bool = True
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """metrics.json of every run."""
+        return [folder.read_metrics() for folder in self.folders]
+
+    @cached_property
+    def predictions(self) -> list[Predictions]:
+        """Those of the test part, by run."""
+        return [folder.read_predictions("test") for folder in self.folders]
+
+    @cached_property
+    def errors(self) -> np.ndarray:
+        """(N,) absolute errors, one per distinct test image: see `errors_by_image`."""
+        images = [
+            (name, label, 0 if self.images_recur else run)
+            for run, each in enumerate(self.predictions)
+            for name, label in zip(each.names, each.labels.tolist(), strict=True)
+        ]
+        return errors_by_image(images, np.concatenate([each.errors for each in self.predictions]))
+
+    @property
+    def maes(self) -> list[float]:
+        """Test MAE of every run."""
+        return [each["test"]["mae"] for each in self.metrics]
+
+    @property
+    def validation_mae(self) -> float:
+        """Mean over the runs."""
+        return float(np.mean([each["validation"]["mae"] for each in self.metrics]))
+
+    @property
+    def setting_text(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.setting.items()) or "-"
+
+
+class Leaderboard:
+    """The methods of one variant, best test MAE first.
+
+    Args:
+        variant: its name, "" if there is only one.
+        entries: at least one.
+    """
+
+    def __init__(self, variant: str, entries: Sequence[Entry]):
+        self.variant = variant
+        self.entries = sorted(entries, key=lambda entry: float(np.mean(entry.maes)))
+        self.verdicts = judge({entry.name: entry.errors for entry in self.entries}, self.entries[0].name)
+        cs = {key: None for entry in self.entries for key in entry.metrics[0]["test"] if key.startswith("cs@")}
+        self.metrics = metrics_with([float(key.removeprefix("cs@")) for key in cs])
+        model = json.loads((self.entries[0].folders[0].model / "config.json").read_text(encoding="utf-8"))
+        self.ranks = Ranks(**model["ranks"])
+
+    @property
+    def titles(self) -> list[str]:
+        """Of the columns after the method's."""
+        mae, *others = (metric.title for metric in self.metrics.values())
+        return [mae, "95 %", *others, "ms / step", "trained, M", "MB", "setting chosen"]
+
+    def values_of(self, name: str) -> dict[str, list[float]]:
+        """A metric by method, one value per run; methods that lack it in some run are left out."""
+        values = {entry.name: [_metric(each, name) for each in entry.metrics] for entry in self.entries}
+        return {
+            method: [value for value in each if value is not None]
+            for method, each in values.items()
+            if None not in each
+        }
+
+    @cached_property
+    def summaries(self) -> list[dict[str, Any]]:
+        """Everything known of every method by name, with mean and standard deviation over the runs."""
+        return [self._summary(entry, self.verdicts[entry.name]) for entry in self.entries]
+
+    def cells(self, summary: dict[str, Any]) -> list[str]:
+        """A method's cells below `titles`."""
+        low, high = shown(summary["mae_low"]), shown(summary["mae_high"])
+        mae, *others = (shown(summary[name], summary[f"{name}_std"]) for name in self.metrics)
+        return [
+            mae + mark(summary),
+            f"{low} to {high}",
+            *others,
+            shown(summary["step_ms"], digits=1),
+            shown(summary["parameters"] / MEGA, digits=2) if summary["parameters"] else "-",
+            shown(summary["model_bytes"] / MEGA, digits=1),
+            summary["setting"],
+        ]
+
+    def markdown(self) -> str:
+        """The table."""
+        lines = [f"| method | {' | '.join(self.titles)} |", "|---|" + "---:|" * (len(self.titles) - 1) + "---|"]
+        for summary in self.summaries:
+            *cells, setting = self.cells(summary)
+            cells = [summary["method"].replace("|", "\\|"), *cells, f"`{setting}`".replace("|", "\\|")]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def _summary(self, entry: Entry, verdict: Verdict) -> dict[str, Any]:
+        summary: dict[str, Any] = {"variant": self.variant, "method": entry.name, "setting": entry.setting_text}
+        summary["settings_tried"], summary["runs"] = entry.settings_tried, len(entry.folders)
+        columns = {name: [_metric(each, name) for each in entry.metrics] for name in [*self.metrics, "train_seconds"]}
+        columns["mae_expectation"] = [each["test"]["expectation"]["mae"] for each in entry.metrics]
+        for name, values in columns.items():
+            known = [value for value in values if value is not None]
+            all_known = len(known) == len(values)  # a metric that some runs lack says nothing about the method
+            summary[name] = float(np.mean(known)) if all_known else None
+            summary[f"{name}_std"] = float(np.std(known, ddof=1)) if all_known and len(known) > 1 else None
+        summary["mae_low"], summary["mae_high"] = verdict.interval
+        summary["difference"] = verdict.difference
+        summary["difference_low"], summary["difference_high"] = verdict.difference_interval
+        summary["p"], summary["p_holm"] = verdict.p, verdict.p_holm
+        summary["validation_mae"] = entry.validation_mae
+        summary["step_ms"] = _median_or_none([time for folder in entry.folders for time in step_times(folder)])
+        summary["parameters"] = entry.metrics[0]["parameters"]
+        summary["model_bytes"] = (entry.folders[0].model / "model.safetensors").stat().st_size
+        return summary
+
+
+def _metric(metrics: dict[str, Any], name: str) -> float | None:
+    """A metric of the test part, or of the run."""
+    return metrics["test"].get(name, metrics.get(name))
+
+
+def write_csv(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
+    """All methods with everything that is known of them."""
+    columns = list(dict.fromkeys(name for summary in summaries for name in summary))
+    with whole(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(summaries)
+
+
+def mark(summary: dict[str, Any]) -> str:
+    """A star where a method is worse than the best by the paired test, two if still so after Holm's correction."""
+    stars = sum(summary[key] is not None and summary[key] < LEVEL for key in ("p", "p_holm"))
+    return " " + "*" * stars if stars else ""
+
+
+def step_times(folder: RunFolder) -> list[float]:
+    """Milliseconds between the rows of a run's log; those over a validation or an interruption among them."""
+    seconds = [row["seconds"] for row in folder.read_log()]
+    return [1000 * gap for gap in np.diff(seconds).tolist() if gap > 0]
+
+
+def _median_or_none(values: list[float]) -> float | None:
+    return float(np.median(values)) if values else None

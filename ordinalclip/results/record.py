@@ -1,0 +1,161 @@
+"""A finished run, read back from its folder: what reports, figures and model cards are made of."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ordinalclip.config import RunConfig
+from ordinalclip.data import Part, Parts, load_parts
+from ordinalclip.images import prepare
+from ordinalclip.metrics import Metric, bootstrap_interval, metrics_with
+from ordinalclip.model import OrdinalModel
+from ordinalclip.predictions import Predictions
+from ordinalclip.ranks import Ranks
+from ordinalclip.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished run.
+
+    Attributes:
+        folder, config, metrics: the run folder, its configuration and its metrics.json.
+        log: the rows of log.jsonl; none when nothing was trained.
+        model: the saved model.
+        part: the part that is shown: "test" if it was read, else "validation", "" without either.
+        predictions: those of that part, or None.
+        images: that part of the data, or None when it is not there (any more).
+    """
+
+    folder: RunFolder
+    config: RunConfig
+    metrics: dict[str, Any]
+    log: list[dict[str, Any]]
+    model: OrdinalModel
+    part: str
+    predictions: Predictions | None
+    images: Part | None
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.model.head.ranks
+
+    @property
+    def prototypes(self) -> torch.Tensor | None:
+        """(R, D) rank prototypes, or None for heads without."""
+        return self.model.head.rank_prototypes()
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The metrics of the part that is shown."""
+        return self.metrics.get(self.part, {})
+
+    @cached_property
+    def scored(self) -> dict[str, Metric]:
+        """The metrics of predictions that can be computed for this run, defined or not."""
+        given = self.predictions
+        if given is None:
+            return {}
+        known = given.columns("median", self.ranks)
+        options = self.config.evaluation
+        metrics = metrics_with(options.cs, options.space_ks)
+        return {
+            name: metric
+            for name, metric in metrics.items()
+            if name in self.scores and all(known.get(column) is not None for column in metric.of)
+        }
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % bootstrap interval of each of `scored` over the images that are shown."""
+        given, found = self.predictions, {}
+        for name, metric in self.scored.items():
+            assert given is not None
+            columns = given.columns(metric.decoding or "median", self.ranks)
+            resamples = 1000 if len(given.labels) <= 10_000 else 200  # seconds, not minutes, for a large part
+            found[name] = bootstrap_interval(metric, *(columns[name] for name in metric.of), resamples=resamples)
+        return found
+
+    def constant_error(self) -> float | None:
+        """MAE of the answer that is best without looking: always the median of the training labels' ranks."""
+        if self.predictions is None:
+            return None
+        below = np.cumsum(self.metrics["train_counts"]) / sum(self.metrics["train_counts"])
+        median = self.ranks.values[int(np.searchsorted(below, 0.5))]
+        return float(np.abs(self.predictions.labels - median).mean())
+
+
+def read_run(folder: str | Path, parts: Parts | None = None, model: OrdinalModel | None = None) -> RunRecord:
+    """Read a finished run.
+
+    Args:
+        parts: its data, if it is in memory already; otherwise it is loaded, and done without (with a warning) when
+            it is not there any more.
+        model: its deployed model, if it is in memory already.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+    """
+    run = RunFolder(folder)
+    config, metrics = run.read_config(), run.read_metrics()
+    part = next((name for name in ("test", "validation") if name in metrics), "")
+    predictions = run.read_predictions(part) if part else None
+    return RunRecord(
+        folder=run,
+        config=config,
+        metrics=metrics,
+        log=run.read_log(),
+        model=model or run.read_model(),
+        part=part,
+        predictions=predictions,
+        images=_images(config, part, predictions, parts) if predictions else None,
+    )
+
+
+def _images(config: RunConfig, part: str, predictions: Predictions, parts: Parts | None) -> Part | None:
+    """The part of the data that was predicted; None, with a warning, if it is not there or not the same any more."""
+    try:
+        parts = parts or load_parts(config.data, config.ranks, config.seed)
+    except (FileNotFoundError, ValueError) as error:
+        logger.warning("%s: pictures are left out, the data cannot be read: %s", config.output_dir, error)
+        return None
+    images: Part | None = getattr(parts, part)
+    if images is None or not np.array_equal(images.values, predictions.labels):
+        logger.warning("%s: pictures are left out, the data is not that of the predictions", config.output_dir)
+        return None
+    return images
+
+
+@torch.no_grad()
+def points_of(model: OrdinalModel, part: Part, rows: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """Some rows of a part in the space that answers are read from (`Head.space`), (len(rows), E)."""
+    weights = next(model.encoder.parameters())
+    points = []
+    for begin in range(0, len(rows), batch_size):
+        images = [prepare(part.image(row), model.config.pixel_spec) for row in rows[begin : begin + batch_size]]
+        features = model.encoder(torch.stack(images).to(weights))
+        points.append(model.head.space(features).flatten(1).double().cpu())
+    return torch.cat(points).numpy()
+
+
+def shown(value: float | None, spread: float | None = None, digits: int | None = None) -> str:
+    """A number as reports and tables show it: two decimals, three below 1, or `digits`; "-" where there is none.
+
+    >>> shown(4.4051), shown(0.97), shown(4.4051, 0.5811), shown(12.345, digits=1), shown(None)
+    ('4.41', '0.970', '4.41 ± 0.58', '12.3', '-')
+    """
+    if value is None or math.isnan(value):
+        return "-"
+    if digits is None:
+        digits = 2 if abs(value) >= 1 else 3
+    return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")

@@ -1,0 +1,241 @@
+"""The report of a run: one self-contained HTML file, with the figures of `figures` inlined.
+
+ordinalclip report runs/demo                            # again, for a finished run
+ordinalclip plot runs/demo --format pdf --out figures   # the same figures for a paper
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+from ordinalclip.config import flat_keys
+from ordinalclip.data import Parts
+from ordinalclip.metrics import METRICS, bootstrap_interval, shot_groups
+from ordinalclip.model import OrdinalModel
+from ordinalclip.provenance import data_name
+from ordinalclip.results import figures
+from ordinalclip.results.card import write_card
+from ordinalclip.results.pages import Figures, inlined, never_fatal, templates
+from ordinalclip.results.record import RunRecord, points_of, read_run, shown
+from ordinalclip.run_folder import RunFolder, local, write_text
+
+MAP_IMAGES = 300
+FEW_RANKS = 10  # up to so many a confusion matrix says more than a scatter plot
+EXTREMES = 6
+GROUPS = {
+    "many": "more than 100",
+    "medium": "20 to 100",
+    "few": "less than 20",
+    "unseen": "none (part of the few)",
+}
+
+
+def document_run(
+    folder: RunFolder, parts: Parts | None = None, model: OrdinalModel | None = None, remark: str = ""
+) -> None:
+    """Write the report and the model card of a run that is finished and saved; a failure is a warning."""
+    with never_fatal(folder.path):
+        record = read_run(folder.path, parts, model)
+        write_card(record, remark)
+        write_report(record, remark)
+
+
+def write_report(record: RunRecord, remark: str = "") -> Path:
+    """Write `report.html` into a run folder.
+
+    Args:
+        remark: a sentence about the metrics that the run itself cannot know, e.g. their spread over seeds.
+    """
+    config = record.config
+    content = (
+        templates()
+        .get_template("run.html")
+        .render(
+            record=record,
+            config=config,
+            ranks=record.ranks,
+            data=local(data_name(config.data)),
+            tiles=_tiles(record),
+            constant=record.constant_error(),
+            remark=remark,
+            figures=inlined(run_figures(record)),
+            groups=_groups(record),
+            extremes=_extremes(record),
+            configuration=_configuration(record),
+            metrics=json.dumps(record.metrics, indent=2),
+        )
+    )
+    write_text(record.folder.report, content)
+    return record.folder.report
+
+
+def run_figures(record: RunRecord) -> Figures:
+    """Every figure that a run has, with the sentence below it: agreement or confusion, error_by_value, feature_map,
+    similarity, learning_curves."""
+    drawn: Figures = {}
+    ranks, given = record.ranks, record.predictions
+    if given is not None:
+        if len(ranks) <= FEW_RANKS:
+            drawn["confusion"] = (
+                figures.confusion(given.label_ranks, given.ranks, ranks.names or ()),
+                "True and predicted ranks, by argmax as the accuracy: numbers of images, shaded by their share of the "
+                "true rank.",
+            )
+        else:
+            drawn["agreement"] = (
+                figures.agreement(given.labels, given.values, ranks.unit),
+                "Predicted against true values. On the dashed line both are equal.",
+            )
+        drawn["error_by_value"] = (
+            figures.error_by_value(given.labels, given.values, ranks, record.metrics["train_counts"]),
+            "Where the errors are: mean absolute error with its 95 % interval and bias (predicted minus true) by true "
+            "value, above the number of training images.",
+        )
+        if record.images is not None and len(record.images) > 1:
+            drawn["feature_map"] = _feature_map(record)
+    if record.prototypes is not None:
+        drawn["similarity"] = (
+            figures.similarity(record.prototypes.double().cpu().numpy(), ranks),
+            f"Similarity of the rank prototypes. Ordinality {record.metrics['ordinality']:.1%}: the share of "
+            "similarities that fall with the distance in rank.",
+        )
+    if record.log:
+        drawn["learning_curves"] = (
+            figures.learning_curves(record.log, record.metrics["best_step"], ranks.unit),
+            f"Learning curves; {record.metrics['train_seconds']:.0f} s of training.",
+        )
+    return drawn
+
+
+def _configuration(record: RunRecord) -> str:
+    """The configuration as YAML; of paths on this machine the last two parts."""
+    content = record.config.model_dump(mode="json")
+    for key, value in flat_keys(content).items():
+        if isinstance(value, str) and Path(value).is_absolute():
+            *parents, last = key.split(".")
+            place = content
+            for parent in parents:
+                place = place[parent]
+            place[last] = local(value)
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def _tiles(record: RunRecord) -> list[dict[str, str]]:
+    """Every metric of the part that is shown, and those of the model's prototypes."""
+    tiles = []
+    for key, metric in record.scored.items():
+        low, high = map(shown, record.intervals[key])
+        value = record.scores[key]
+        tiles.append(
+            {
+                "key": key,
+                "name": metric.title,
+                "meaning": metric.meaning,
+                "value": shown(value),
+                "unit": record.ranks.unit if metric.in_unit and value is not None else "",
+                "note": f"{low} to {high}" if low != "-" else "not defined",
+            }
+        )
+    for key, metric in METRICS.items():
+        if key not in record.scored and "probabilities" not in metric.of:
+            value = record.metrics.get(key, record.scores.get(key))
+            if value is not None:
+                unit = record.ranks.unit if metric.in_unit else ""
+                tiles.append(
+                    {
+                        "key": key,
+                        "name": metric.title,
+                        "meaning": metric.meaning,
+                        "value": shown(value),
+                        "unit": unit,
+                        "note": metric.of[0],
+                    }
+                )
+    return tiles
+
+
+def _groups(record: RunRecord) -> list[dict[str, Any]]:
+    """MAE by number of training labels, as in metrics.json, with intervals; groups without images are left out."""
+    given = record.predictions
+    if given is None:
+        return []
+    members = shot_groups(record.metrics["train_counts"])
+    groups = []
+    for name, group in record.scores["mae_by_shots"].items():
+        chosen = members[name][given.label_ranks]
+        if chosen.any():
+            interval = bootstrap_interval(METRICS["mae"], given.values[chosen], given.labels[chosen])
+            groups.append({**group, "name": name, "meaning": GROUPS[name], "interval": interval})
+    return groups
+
+
+def _feature_map(record: RunRecord) -> tuple[Figure, str]:
+    """At most `MAP_IMAGES` images of the part, drawn by the run's seed."""
+    assert record.images is not None
+    total = len(record.images)
+    rows = np.random.default_rng(record.config.seed).permutation(total)[:MAP_IMAGES]
+    points = points_of(record.model, record.images, rows)
+    thumbnails = [_thumbnail(record.images.image(row), 60) for row in rows]
+    figure = figures.feature_map(points, record.images.values[rows], thumbnails, record.ranks)
+    some = f"{len(rows)} of {total} images" if total > len(rows) else f"{total} images"
+    text = "The space that answers are read from, which D5 and the residual variance score: principal components"
+    return figure, f"{text} of {some}, coloured by true value."
+
+
+def _extremes(record: RunRecord) -> dict[str, list[dict[str, Any]]]:
+    """The images with the smallest and the largest errors; ties by the probability of the true rank."""
+    given = record.predictions
+    if given is None or record.images is None:
+        return {}
+    probabilities, rows = given.probabilities, np.arange(len(given.labels))
+    sure = probabilities[rows, given.label_ranks] if probabilities is not None else np.zeros(len(rows))
+    order = np.lexsort((-sure, given.errors))
+    few = min(EXTREMES, len(order) // 2)
+    predicted_ranks = record.ranks.nearest(torch.from_numpy(given.values)).numpy()
+
+    def entry(row: int) -> dict[str, Any]:
+        assert record.images is not None
+        return {
+            "name": given.names[row],
+            "image": _data_uri(_thumbnail(record.images.image(row), 128)),
+            "label": given.labels[row],
+            "value": given.values[row],
+            "error": given.errors[row],
+            "outline": None if probabilities is None else _outline(probabilities[row]),
+            "label_place": (given.label_ranks[row] + 0.5) / len(record.ranks),
+            "value_place": (predicted_ranks[row] + 0.5) / len(record.ranks),
+        }
+
+    return {
+        "Best": [entry(row) for row in order[:few]],
+        "Worst": [entry(row) for row in order[::-1][:few]],
+    }
+
+
+def _outline(probabilities: np.ndarray) -> str:
+    """A distribution as the path of a step function in a box of 100 x 30."""
+    heights = 30 - 29 * probabilities / probabilities.max()
+    edges = np.linspace(0, 100, len(heights) + 1)
+    steps = [f"V{height:.1f}H{right:.2f}" for height, (_, right) in zip(heights, pairwise(edges), strict=True)]
+    return f"M0 30{''.join(steps)}V30Z"
+
+
+def _thumbnail(image: Image.Image, size: int) -> Image.Image:
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

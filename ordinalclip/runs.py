@@ -1,0 +1,103 @@
+"""A run from its configuration to its report: training below, results beside it, both called from here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ordinalclip.config import RunConfig
+from ordinalclip.data import Parts, load_parts
+from ordinalclip.results.run_report import document_run
+from ordinalclip.run_folder import RunFolder
+from ordinalclip.training.distributed import from_main, held, make_accelerator
+from ordinalclip.training.evaluation import Evaluator, metrics_of
+from ordinalclip.training.trainer import run_training
+
+
+def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) -> Path:
+    """Train and evaluate as a configuration says.
+
+    Args:
+        config: from `load_config`.
+        parts: data in memory instead of what `config.data` names.
+        quiet: show no progress.
+
+    Returns:
+        the run folder, see `ordinalclip.run_folder`.
+
+    Raises:
+        ValueError: bad configuration or data; the message names the key or row.
+        FolderOccupied: the folder holds a run and neither `train.resume` nor `overwrite` says what to do with it.
+        FolderInUse: another job writes to it.
+        Diverged: a loss or gradient that is not finite; the message names step, term, learning rate and rows.
+        OSError: a checkpoint that could not be written.
+        Preempted: SIGTERM came; the checkpoint is written and `train.resume=auto` goes on from it.
+    """
+    train_run(config, parts, quiet)
+    return Path(config.output_dir)
+
+
+def train_run(config: RunConfig, parts: Parts | None = None, quiet: bool = False) -> dict[str, Any]:
+    """`train`, returning the run's metrics."""
+    options, folder = config.train, RunFolder(config.output_dir)
+    accelerator = make_accelerator(
+        options.mixed_precision, options.trackers, config.output_dir, options.process_group_timeout
+    )
+    with held(folder, accelerator):
+        finished = run_training(config, accelerator, folder, parts, quiet or not accelerator.is_main_process)
+        if config.evaluation.report:
+            from_main(accelerator, lambda: document_run(folder, finished.parts, finished.model))
+    return finished.metrics
+
+
+def evaluate_run(
+    folder: str | Path,
+    parts: Parts | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    config: RunConfig | None = None,
+) -> dict[str, Any]:
+    """Score a run's saved model on its test part.
+
+    Args:
+        folder: the run folder; its metrics.json and predictions.parquet take up the test part.
+        parts: the run's data, if it is in memory already.
+        overrides: dotted "key=value" for another place or kind of data; then nothing is written.
+        config: evaluate as this configuration of the same experiment says, which becomes the run's.
+
+    Returns:
+        the run's metrics with those of the test part.
+
+    Raises:
+        FileNotFoundError: no finished run there; ValueError: no test part; FolderInUse: another job writes to it.
+    """
+    run, kept = RunFolder(folder), not overrides
+    run.require_finished()
+    config = config or run.read_config(overrides)
+    accelerator = make_accelerator(config.train.mixed_precision)
+    with held(run, accelerator) if kept else nullcontext():
+        parts = parts or load_parts(config.data, config.ranks, config.seed)
+        if parts.test is None:
+            raise ValueError(f"{folder}: the configuration has no test part")
+        model = run.read_model().to(accelerator.device)
+        ranks = model.head.ranks.rank_of(parts.test.values, parts.test.row_names())
+        test = replace(parts.test, ranks=ranks.numpy())  # other data may hold other distinct labels
+        metrics = run.read_metrics()
+        evaluator = Evaluator.of(config, accelerator, quiet or not accelerator.is_main_process)
+        space_of, counts = "test" if config.evaluation.space else "", metrics["train_counts"]
+        scores, predictions = evaluator.evaluate(model, {"test": test}, metrics_of(config), counts, space_of)
+        metrics |= scores
+
+        def write() -> None:
+            run.write_predictions(predictions)
+            run.write_config(config)
+            run.write_metrics(metrics)
+            if config.evaluation.report:
+                document_run(run, parts, model)
+
+        if kept:
+            from_main(accelerator, write)
+    return metrics

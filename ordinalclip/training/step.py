@@ -1,0 +1,152 @@
+"""One optimiser step on the global batch, whatever the method and however it is executed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.data import DataLoader
+
+from ordinalclip.config import RunConfig
+from ordinalclip.data import Parts
+from ordinalclip.heads import Targets, at_least_float32
+from ordinalclip.images import Augmentation
+from ordinalclip.model import OrdinalModel
+from ordinalclip.training.distributed import MicroBatches, gather_outputs
+from ordinalclip.training.imbalance import sample_weights
+from ordinalclip.training.interruption import Diverged, not_finite
+from ordinalclip.training.optimization import WeightAverage, lr_factor, make_optimizer
+from ordinalclip.training.preparation import prepare_model
+from ordinalclip.training.sampling import Stream, StreamDataset, StreamSampler, shares, stream_loader
+
+
+class Learner:
+    """A model that learns: prepared, with its optimiser and the order of its samples.
+
+    Args:
+        model: the untrained model, on the accelerator's device; it is prepared in place.
+
+    Attributes:
+        total: number of optimiser steps of the whole run.
+        average: the running average of the weights, or None.
+    """
+
+    def __init__(self, model: OrdinalModel, parts: Parts, config: RunConfig, accelerator: Accelerator):
+        options, train = config.train, parts.train
+        self.config, self.accelerator, self.model, self.train = config, accelerator, model, train
+        self.total = num_steps(config, parts)
+        self.images_per_step = options.batch_size * model.head.views
+        self.shares = shares(self.images_per_step, accelerator.num_processes)
+        micro_batched = options.micro_batch_size is not None and options.micro_batch_size < max(self.shares)
+        noises, self.head_noises = prepare_model(model, config, accelerator.num_processes, micro_batched)
+        balanced = train.ranks if options.sampling == "balanced" else None
+        self.stream = Stream(len(train), config.seed, balanced, model.head.views)
+        self.weights = sample_weights(train.ranks, len(parts.ranks), options.weighting, options.lds_sigma)
+        self.average = WeightAverage(model, options.ema) if options.ema else None
+        self.optimizer = accelerator.prepare(make_optimizer(model, options))
+        encoder, self.head = (
+            accelerator.prepare(module) if any(p.requires_grad for p in module.parameters()) else module
+            for module in (model.encoder, model.head)
+        )
+        self.micro_batches = MicroBatches(
+            accelerator, encoder, noises, options.micro_batch_size if micro_batched else None
+        )
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All that is trained."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def batches(self, first_step: int) -> DataLoader:
+        """The batches from a step on, this process's share of each: pixels and positions in the stream."""
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        return stream_loader(
+            StreamSampler(self.images_per_step, first_step, self.total, *place),
+            StreamDataset(
+                self.train,
+                self.model.config.pixel_spec,
+                Augmentation(**self.config.data.augment.model_dump()),
+                self.stream,
+            ),
+            self.config.data.workers,
+            self.config.data.prefetch,
+        )
+
+    def rows_of(self, step: int) -> list[int]:
+        """Rows of the training part in the global batch of a (0-based) step, in order of position."""
+        begin = step * self.images_per_step
+        return [self.stream.at(position) for position in range(begin, begin + self.images_per_step)]
+
+    def step(self, number: int, pixels: Tensor, positions: Tensor) -> dict[str, Any]:
+        """One optimiser step on the global batch.
+
+        Args:
+            number: of the step, from 0.
+            pixels, positions: this process's share of the batch.
+
+        Returns:
+            what is logged; loss terms and norm as tensors, to be read later.
+        """
+        device, options = self.accelerator.device, self.config.train
+        pixels, positions = pixels.to(device, non_blocking=True), positions.to(device, non_blocking=True)
+        factor = lr_factor(number, self.total, options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self.model.encoder.train()
+        self.model.head.train()
+
+        order = torch.channels_last if options.channels_last else torch.contiguous_format
+        pixels = pixels.to(getattr(torch, options.precision), memory_format=order)
+        features = self.micro_batches.encode(pixels, positions)
+        for noise in self.head_noises:
+            noise.positions = positions
+        with self.accelerator.autocast():
+            outputs = {name: at_least_float32(tensor) for name, tensor in self.head(features).items()}
+        outputs = gather_outputs(outputs, self.shares)
+        dtype = next(iter(outputs.values())).dtype
+        terms = self.model.head.loss(outputs, self._targets(number, device, dtype))
+        self.micro_batches.backward(terms["loss"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        trained = self.parameters
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        self._check_finite(number, terms, norm, options.lr * factor)
+        if options.clip_grad_norm is not None:
+            clip_grads_with_norm_(trained, options.clip_grad_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(number)
+        logged = {name: term.detach() for name, term in terms.items()}
+        return {**logged, "grad_norm": norm, "lr": options.lr * factor}
+
+    def _targets(self, number: int, device: torch.device, dtype: torch.dtype) -> Targets:
+        """Labels of the global batch, looked up on every process: nobody has to send them."""
+        rows = self.rows_of(number)
+        values, ranks = torch.from_numpy(self.train.values[rows]), torch.from_numpy(self.train.ranks[rows])
+        weights = None if self.weights is None else torch.from_numpy(self.weights[rows]).to(device, dtype)
+        return Targets(values.to(device, dtype), ranks.to(device), weights, number / self.total)
+
+    def _check_finite(self, number: int, terms: dict[str, Tensor], norm: Tensor, lr: float) -> None:
+        """Stop before the update that would spoil the weights. With fp16 the scaler skips steps of infinite gradients.
+
+        Raises:
+            Diverged: with step, what is not finite, learning rate and the rows of the batch.
+        """
+        checked = [*terms.values(), *([norm] if self.accelerator.scaler is None else [])]
+        if bool(torch.isfinite(torch.stack([value.detach().to(norm) for value in checked])).all()):
+            return
+        rows = ", ".join(self.train.names[row] for row in self.rows_of(number))
+        what = "; ".join(not_finite(terms, self.model))
+        raise Diverged(f"step {number + 1}: {what}; learning rate {lr:g}; rows of the batch: {rows}")
+
+
+def num_steps(config: RunConfig, parts: Parts) -> int:
+    """Optimiser steps of a run."""
+    if config.train.epochs is not None:
+        return math.ceil(config.train.epochs * len(parts.train) / config.train.batch_size)
+    return config.train.max_steps
