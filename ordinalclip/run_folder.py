@@ -121,8 +121,9 @@ class RunFolder:
         if not self.config.is_file() and not any(path.exists() for path in held):
             return State("empty")
         entries = self.read_log()
-        step = f"at step {entries[-1]['step']}, " if entries else "before its first step was logged, "
-        return State("interrupted", f"a run that was interrupted {step}started {_when(self.config)}")
+        step = f"at step {entries[-1]['step']}" if entries else "before its first step was logged"
+        started = f", started {_when(self.config)}" if self.config.is_file() else ""
+        return State("interrupted", f"a run that was interrupted {step}{started}")
 
     def difference(self, config: RunConfig) -> str:
         """In what the run in the folder is another experiment than a configuration, in words; "" if it is the same."""
