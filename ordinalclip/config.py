@@ -287,25 +287,60 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a YAML file, apply dotted overrides, check every key and value.
 
     Args:
-        path: a YAML file; None for the defaults.
+        path: a YAML file, which may extend another (`read_yaml`); None for the defaults.
         overrides: "key=value" with dotted keys; values are YAML, e.g. "train.lr=1e-3", "data.kinds=[dial, tank]".
 
     Raises:
         ValueError: an unreadable file, an unknown key (with the nearest valid one), a value of the wrong type or
-            outside its range. The message names the file or override and the key.
+            outside its range. The message names the file, those it extends, and the key.
     """
-    return parse_config(apply_overrides(read_yaml(path), overrides), str(path or "configuration"))
+    return parse_config(apply_overrides(read_yaml(path), overrides), files_of(path))
 
 
 def read_yaml(path: str | Path | None) -> dict[str, Any]:
     """The mapping in a YAML file; an empty one for None.
 
+    `extends: OTHER.yaml`, a path from the folder of the file that says it, starts from the mapping in OTHER.yaml: keys
+    of the file itself win, mappings are merged key by key, lists are replaced. OTHER.yaml may extend a third.
+
     Raises:
-        FileNotFoundError: no such file; ValueError: not YAML, or not a mapping.
+        FileNotFoundError: no such file; ValueError: not YAML, not a mapping, or files that extend each other.
     """
-    if path is None:
-        return {}
-    file = Path(path)
+    merged: dict[str, Any] = {}
+    for _, content in reversed(_layers(path)):
+        merged = _merge(merged, content)
+    return merged
+
+
+def files_of(path: str | Path | None) -> str:
+    """How messages name a configuration: its file and those it extends, since a wrong key may stand in any of them."""
+    return ", which extends ".join(str(file) for file, _ in _layers(path)) or "configuration"
+
+
+def _layers(path: str | Path | None) -> list[tuple[Path, dict[str, Any]]]:
+    """A file with its mapping, then the file it extends with its own, and so on."""
+    layers: list[tuple[Path, dict[str, Any]]] = []
+    file = None if path is None else Path(path)
+    while file is not None:
+        content = _read_mapping(file)
+        layers.append((file, content))
+        file = _extended(file, content.pop("extends")) if "extends" in content else None
+        if file is not None and any(file.samefile(earlier) for earlier, _ in layers):
+            chain = " extends ".join(str(part) for part in [*(earlier for earlier, _ in layers), file])
+            raise ValueError(f"configurations extend each other in a circle: {chain}")
+    return layers
+
+
+def _extended(file: Path, value: Any) -> Path:
+    if not isinstance(value, str):
+        raise ValueError(f"{file}: extends is the path of one file from the folder of this one, got {value!r}")
+    other = file.parent / value
+    if not other.is_file():
+        raise FileNotFoundError(f"{file} extends {other}: no such configuration file")
+    return other
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such configuration file")
     try:
@@ -315,6 +350,15 @@ def read_yaml(path: str | Path | None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: a configuration is a mapping of keys to values, got {type(content).__name__}")
     return content
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one: `above` wins, mappings on both sides are merged, everything else is replaced."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merge(below[key], above[key])
+    return merged
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from ordinalclip.compare import load_plan
-from ordinalclip.config import describe, load_config, parse_config
+from ordinalclip.config import describe, load_config, parse_config, read_yaml
 from ordinalclip.heads import available_heads
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+BASES = ["methods/base.yaml"]  # extended by others, not run
 
 
 def test_overrides_and_round_trip(tmp_path):
@@ -68,12 +69,91 @@ def test_several_problems_at_once():
         parse_config({"train": {"lr": -1}, "seeed": 3}, "file")
 
 
+def write(folder: Path, **files: str) -> Path:
+    """Write NAME.yaml for every name; returns the path of the first."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_extends_merges_mappings_and_replaces_lists(tmp_path):
+    (tmp_path / "shared").mkdir()
+    write(tmp_path / "shared", middle="extends: ../bottom.yaml\nhead: {num_context: 4}\ntrain: {lr: 0.5, ema: 0.9}\n")
+    top = write(
+        tmp_path,
+        top="extends: shared/middle.yaml\ntrain: {lr: 0.25}\ndata: {kinds: [tank]}\nseed: 3\n",
+        bottom="head: {prompt: a, num_context: 2}\ntrain: {lr: 1, batch_size: 8}\ndata: {kinds: [dial]}\nseed: 1\n",
+    )
+    assert read_yaml(top) == {
+        "head": {"prompt": "a", "num_context": 4},
+        "train": {"lr": 0.25, "ema": 0.9, "batch_size": 8},
+        "data": {"kinds": ["tank"]},
+        "seed": 3,
+    }
+    assert load_config(top, ["train.lr=2"]).train.lr == 2
+    assert read_yaml(tmp_path / "bottom.yaml")["train"]["lr"] == 1
+
+
+def test_a_comparison_extends_another(tmp_path):
+    path = write(
+        tmp_path,
+        more="extends: few.yaml\nseeds: [7]\nmethods: {B: {base: {method: l1}}}\n",
+        few="seeds: [1, 2]\nbase: {train: {max_steps: 3}}\nmethods: {A: {base: {method: coop}}}\n",
+    )
+    comparison = load_plan(path)
+    assert comparison.config.seeds == [7]
+    assert {(run.method, run.train.max_steps) for run in comparison.runs.values()} == {("coop", 3), ("l1", 3)}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "extends: a.yaml"}, r"in a circle: \S*/a\.yaml extends \S*/a\.yaml$"),
+        (
+            {"a": "extends: b.yaml", "b": "extends: ../folder/a.yaml"},
+            r"in a circle: \S*/a\.yaml extends \S*/b\.yaml extends \S*/a\.yaml$",
+        ),
+        ({"a": "extends: b.yaml"}, r"/a\.yaml extends \S*/b\.yaml: no such configuration file"),
+        ({"a": "extends: ''"}, r"/a\.yaml extends \S*: no such configuration file"),
+        ({"a": "extends: [b.yaml]", "b": ""}, r"/a\.yaml: extends is the path of one file .*got \['b\.yaml'\]"),
+        ({"a": "extends:"}, r"/a\.yaml: extends is the path of one file .*got None"),
+        ({"a": "extends: b.yaml", "b": "- 1"}, r"/b\.yaml: a configuration is a mapping"),
+        (
+            {"a": "extends: b.yaml\nseed: 2", "b": "train: {l_r: 1}"},
+            r"/a\.yaml, which extends \S*/b\.yaml: train\.l_r is not a key; nearest: train\.lr",
+        ),
+    ],
+)
+def test_extends_refuses_with_both_files(tmp_path, files, message):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_config(write(tmp_path / "folder", **files))
+
+
 @pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith(("compare/", "accelerate/"))])
 def test_shipped_configurations_are_valid_and_say_how_to_run_them(name):
     header = (CONFIGS / name).read_text(encoding="utf-8").partition("\n\n")[0]
-    assert f"ordinalclip train configs/{name}" in header
     config = load_config(CONFIGS / name, ["data.root=somewhere"])
-    assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
+    if name not in BASES:
+        assert f"ordinalclip train configs/{name}" in header
+        assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
+
+
+def test_methods_share_one_experiment():
+    """Whatever the files of configs/methods say themselves: only the method and its learning rates differ."""
+    base = load_config(CONFIGS / "methods" / "base.yaml").model_dump()
+    own = {"output_dir": "", "method": "", "head": {}}
+    for path in (CONFIGS / "methods").glob("*.yaml"):
+        config = load_config(path).model_dump()
+        config["train"] |= {"lr_encoder": None, "lr_head": None}
+        assert config | own == base | own, path.name
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("accelerate/")])
+def test_shipped_launchers_are_what_accelerate_reads(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(CONFIGS / name)).to_dict().keys() >= set(read_yaml(CONFIGS / name)) - {"debug"}
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("compare/")])
@@ -85,7 +165,8 @@ def test_shipped_comparisons_are_valid(name):
 
 def test_every_method_that_learns_has_a_configuration_and_a_row():
     methods = set(available_heads()) - {"prototypes"}
-    shipped = {load_config(path).method for path in (CONFIGS / "methods").glob("*.yaml")}
+    names = [name for name in SHIPPED if name.startswith("methods/") and name not in BASES]
+    shipped = {load_config(CONFIGS / name).method for name in names}
     assert shipped == methods - {"constant", "zero_shot"}
     for name in ("gauges", "elpv"):
         comparison = load_plan(CONFIGS / "compare" / f"{name}.yaml", ["data.root=somewhere"])

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field, model_validator
 
-from ordinalclip.config import RunConfig, Section, apply_overrides, parse_config, read_yaml
+from ordinalclip.config import RunConfig, Section, apply_overrides, files_of, parse_config, read_yaml
 from ordinalclip.heads import head_class
 from ordinalclip.provenance import num_cores
 
@@ -170,7 +170,7 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     """
     own = [override for override in overrides if re.split("[.=]", override)[0].strip() in CompareConfig.model_fields]
     shared = [override for override in overrides if override not in own]
-    config = parse_config(apply_overrides(read_yaml(path), own), str(path), CompareConfig)
+    config = parse_config(apply_overrides(read_yaml(path), own), files_of(path), CompareConfig)
     return Plan(config, str(path), shared)
 
 
