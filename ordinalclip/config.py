@@ -308,7 +308,7 @@ def read_yaml(path: str | Path | None) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {}
     for _, content in reversed(_layers(path)):
-        merged = _merge(merged, content)
+        merged = merge(merged, content)
     return merged
 
 
@@ -352,12 +352,12 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     return content
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Nested mappings as one: `above` wins, mappings on both sides are merged, everything else is replaced."""
     merged = {**below, **above}
     for key in below.keys() & above.keys():
         if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = _merge(below[key], above[key])
+            merged[key] = merge(below[key], above[key])
     return merged
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field, model_validator
 
-from ordinalclip.config import RunConfig, Section, apply_overrides, files_of, parse_config, read_yaml
+from ordinalclip.config import RunConfig, Section, apply_overrides, files_of, merge, parse_config, read_yaml
 from ordinalclip.heads import head_class
 from ordinalclip.provenance import num_cores
 
@@ -139,8 +139,8 @@ class Plan:
     def _run_config(
         self, variant: str, name: str, number: int, seed: int, source: str, overrides: Sequence[str]
     ) -> RunConfig:
-        content = _merged({"evaluation": {"report": False, "space": True}}, self.config.base)
-        content = _merged(content, self.config.methods[name].base)
+        content = merge({"evaluation": {"report": False, "space": True}}, self.config.base)
+        content = merge(content, self.config.methods[name].base)
         keys = {**self.config.variants[variant], **self.settings[name][number]}
         content = apply_overrides(content, [*_as_overrides(keys), *overrides])
         content = apply_overrides(
@@ -181,12 +181,3 @@ def _as_overrides(keys: Setting) -> list[str]:
 def _label(name: str) -> str:
     """A name as part of a path."""
     return "".join(c if c.isalnum() else "-" for c in name.lower())
-
-
-def _merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in more.items():
-        merged[key] = (
-            _merged(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-        )
-    return merged
