@@ -157,7 +157,7 @@ class ModelConfig(Section):
         0.0, ge=0, lt=1, description="stochastic depth: largest rate at which residual branches are left out"
     )
     mirror: list[Literal["horizontal", "vertical"]] = Field(
-        [], description="at evaluation and serving, features are averaged over the mirrored views too"
+        [], description="at evaluation and serving, features are averaged over the picture and its mirrors"
     )
     lora_rank: int | None = Field(
         None, ge=1, description="train low-rank adapters of this rank in the image encoder, which stays as it is (peft)"

@@ -274,7 +274,7 @@ class Encoder(nn.Module):
     """An image tower with optional dropout on its features: (B, 3, H, W) -> (B, D).
 
     Args:
-        mirror: "horizontal", "vertical" or both: in evaluation the features are averaged over the mirrored views.
+        mirror: "horizontal", "vertical" or both: in evaluation the features are averaged over the picture and its mirrors.
 
     Attributes:
         frozen_statistics: BatchNorm layers keep their running statistics in training too, so that a sample's
@@ -286,11 +286,11 @@ class Encoder(nn.Module):
         self.tower = tower
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.frozen_statistics = True
-        self.views: list[tuple[int, ...]] = [()]
+        self.mirrors: list[tuple[int, ...]] = [()]  # axes to flip, the picture itself first
         for way in mirror:
             if way not in ("horizontal", "vertical"):
                 raise ValueError(f"mirror {way!r} is unknown; choices: horizontal, vertical")
-            self.views += [(*view, -1 if way == "horizontal" else -2) for view in self.views]
+            self.mirrors += [(*axes, -1 if way == "horizontal" else -2) for axes in self.mirrors]
 
     def train(self, mode: bool = True) -> Encoder:
         super().train(mode)
@@ -301,9 +301,9 @@ class Encoder(nn.Module):
         return self
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if self.training or len(self.views) == 1:
+        if self.training or len(self.mirrors) == 1:
             return self.dropout(self.tower(pixel_values))
-        features = [self.tower(pixel_values.flip(view) if view else pixel_values) for view in self.views]
+        features = [self.tower(pixel_values.flip(axes) if axes else pixel_values) for axes in self.mirrors]
         return torch.stack(features).mean(dim=0)
 
 

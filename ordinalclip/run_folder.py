@@ -2,7 +2,7 @@
 
 config.yaml           the whole configuration, defaults included
 provenance.json       versions, source, command, device, data: where the run comes from
-log.jsonl             a row per optimiser step
+log.jsonl             an entry per optimiser step
 checkpoints/          what resuming needs
 predictions.parquet   every prediction
 model/, model-last/   the chosen step's model, and the last step's when that is another
@@ -208,7 +208,7 @@ class RunFolder:
         return _read_json(self.provenance) if self.provenance.is_file() else {}
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The rows of log.jsonl; one that a crash cut off is left out."""
+        """The entries of log.jsonl, one per step; one that a crash cut off is left out."""
         lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -239,15 +239,15 @@ class RunFolder:
         """metrics.json, whole or not at all."""
         write_json(self.metrics, metrics)
 
-    def add_log(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows to log.jsonl."""
+    def add_log(self, entries: list[dict[str, Any]]) -> None:
+        """Append entries to log.jsonl."""
         with self.log.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
     def cut_log(self, step: int) -> None:
-        """Drop the rows of later steps, so that a resumed run writes each row once."""
+        """Drop the entries of later steps, so that a resumed run writes each once."""
         if self.log.is_file():
-            write_text(self.log, "".join(json.dumps(row) + "\n" for row in self.read_log() if row["step"] <= step))
+            write_text(self.log, "".join(json.dumps(each) + "\n" for each in self.read_log() if each["step"] <= step))
 
     def write_predictions(self, predictions: dict[str, Predictions]) -> None:
         """Keep the predictions of some parts; those of the other parts in the file stay."""

@@ -26,7 +26,7 @@ def d5(features: ArrayLike | Tensor, labels: ArrayLike | Tensor, max_points: int
     """Mean label distance of a point to its 5 nearest neighbours in feature space, in the label's unit.
 
     Of more than `max_points` points a random choice of that many is averaged over; their neighbours are still looked
-    for among all points, so the expected figure is the same.
+    for among all points, so the expected value is the same.
 
     Raises:
         ValueError: fewer than 6 points, wrong shapes, or numbers that are not finite.
@@ -94,14 +94,14 @@ def best_residual_variance(
     else:
         rng = np.random.default_rng(seed)
         subsets = [rng.choice(len(points), size, replace=False) for _ in range(num_subsets)]
-    figures = np.zeros((len(subsets), len(usable)))
+    values = np.zeros((len(subsets), len(usable)))
     for row, subset in enumerate(subsets):
         neighbors = nearest_others(points[subset], max(usable) - 1)
         lengths = _lengths(points[subset], neighbors)
         label_distances = cdist(values[subset], values[subset])
         for column, k in enumerate(usable):
-            figures[row, column] = _unexplained(neighbors[:, : k - 1], lengths[:, : k - 1], label_distances)
-    means = figures.mean(axis=0)
+            values[row, column] = _unexplained(neighbors[:, : k - 1], lengths[:, : k - 1], label_distances)
+    means = values.mean(axis=0)
     best = 0 if np.isnan(means).all() else int(np.nanargmin(means))
     return float(means[best]), usable[best]
 

@@ -1,18 +1,25 @@
 """Metrics against scipy and loops; the evaluate modules against the functions."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy import stats
 
+from ordinalclip.cli import main
 from ordinalclip.metrics import (
     METRICS,
+    Metric,
     bootstrap_interval,
     cumulative_score,
     load_metric,
     mae_by_shots,
+    metrics_with,
     ordinality,
 )
+from ordinalclip.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -32,6 +39,96 @@ def test_against_oracles(pair):
     assert METRICS["spearman"](*pair) == pytest.approx(stats.spearmanr(*pair).statistic)
     assert METRICS["accuracy"](*pair) == pytest.approx(sum(p == t for p, t in zip(*pair, strict=True)) / 50)
     assert cumulative_score(*pair, k=2) == pytest.approx(sum(abs(p - t) <= 2 for p, t in zip(*pair, strict=True)) / 50)
+
+
+def test_metrics_of_ranks_and_distributions_against_oracles():
+    """scikit-learn's kappa, and the others as plain loops."""
+    from sklearn.metrics import cohen_kappa_score
+
+    rng = np.random.default_rng(4)
+    for num, ranks in ((20, 2), (60, 5), (400, 40)):
+        true, predicted = rng.integers(0, ranks, num), rng.integers(0, ranks, num)
+        kappa = cohen_kappa_score(predicted, true, weights="quadratic", labels=range(ranks))
+        assert METRICS["qwk"](predicted, true) == pytest.approx(kappa)
+        near = sum(abs(int(p) - int(t)) <= 1 for p, t in zip(predicted, true, strict=True)) / num
+        assert METRICS["off_by_one"](predicted, true) == pytest.approx(near)
+        probabilities = rng.dirichlet(np.ones(ranks), num)
+        total = 0.0
+        for row, rank in zip(probabilities, true, strict=True):
+            for k in range(ranks - 1):
+                total += (sum(row[: k + 1]) - (rank <= k)) ** 2
+        assert METRICS["rps"](probabilities, true) == pytest.approx(total / num)
+        certain = np.eye(ranks)[predicted]  # the MAE in ranks of a distribution without doubt
+        assert METRICS["rps"](certain, true) == pytest.approx(np.abs(predicted - true).mean())
+        values = true + rng.normal(0, 1, num)
+        means = [np.mean([abs(v - t) for v, t in zip(values, true, strict=True) if t == rank]) for rank in set(true)]
+        assert METRICS["macro_mae"](values, true) == pytest.approx(np.mean(means))
+    assert np.isnan(METRICS["qwk"]([2, 2], [2, 2]))
+    # labels of one rank may differ: bins
+    assert METRICS["macro_mae"]([0, 0, 0], [1, 3, 8], [0, 0, 1]) == pytest.approx((2 + 8) / 2)
+
+
+def test_what_is_known_of_a_metric_is_true():
+    """Which side is better, and that errors in the label's unit scale with it."""
+    rng = np.random.default_rng(5)
+    labels = rng.uniform(0, 9, 80)
+    ranks = labels.round().astype(int)
+
+    def columns(noise, scale=1.0):
+        values = np.clip(labels + rng.normal(0, noise, 80), 0, 9)
+        predicted = values.round().astype(int)
+        probabilities = np.full((80, 10), 0.01) + 0.9 * np.eye(10)[predicted]
+        points = np.stack([values, np.zeros(80)], axis=1)
+        return {
+            "values": scale * values,
+            "labels": scale * labels,
+            "ranks": predicted,
+            "label_ranks": ranks,
+            "probabilities": probabilities,
+            "space": points,
+        }
+
+    for name, metric in metrics_with([1.0]).items():
+        if "prototypes" in metric.of:
+            continue
+        good, bad = metric.score(columns(0.3)), metric.score(columns(3.0))
+        assert (good < bad) == metric.falls, name
+        state = rng.bit_generator.state
+        plain = metric.score(columns(1.0))
+        rng.bit_generator.state = state
+        scaled = metric.score(columns(1.0, scale=7.0))
+        if not name.startswith("cs@"):  # whose k is in the unit
+            assert scaled == pytest.approx(plain * (7 if metric.in_unit else 1)), name
+        assert metric.title
+        assert metric.meaning
+    assert METRICS["rps"].score({"probabilities": None, "label_ranks": ranks}) is None
+    assert METRICS["d5"].score({"space": np.zeros((3, 2)), "labels": np.arange(3)}) is None
+
+
+def test_a_new_metric_is_one_entry(quick, tmp_path, monkeypatch, capsys):
+    """metrics.json, report, card, table and figures of a comparison take it up by themselves."""
+    largest = Metric(
+        lambda values, labels: float(np.abs(values - labels).max()), "worst", "largest error", in_unit=True
+    )
+    monkeypatch.setitem(METRICS, "worst", largest)
+    base = {"data": {"num_train": 16, "num_validation": 8, "num_test": 8}, "train": {"max_steps": 1, "batch_size": 8}}
+    base |= {"ranks": {"low": 0, "high": 100, "num": 11}}
+    methods = {"L1": {"base": {"method": "l1"}}, "constant": {"base": {"method": "constant"}}}
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        yaml.safe_dump({"output_dir": str(tmp_path / "out"), "seeds": [1], "base": base, "methods": methods})
+    )
+    assert main(["compare", str(path), "--quiet"]) == 0
+    assert "| worst |" in capsys.readouterr().out
+    (run,) = (tmp_path / "out" / "runs").glob("l1-*")
+    scores = json.loads((run / "metrics.json").read_text())["test"]
+    assert scores["worst"] == scores["expectation"]["worst"] > scores["mae"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "worst ←" not in page  # larger is better, unless it says otherwise
+    assert "worst →" in page
+    best = RunFolder(next(path.parent for path in (tmp_path / "out" / "runs").glob("*/report.html")))
+    assert 'data-metric="worst"' in best.report.read_text()
+    assert "| worst | " in (best.model / "README.md").read_text()
 
 
 def test_constant_predictions_have_no_correlation():

@@ -214,8 +214,9 @@ def _named(run: RunConfig) -> Iterator[None]:
 
 def _is_tested(run: RunConfig, result: Result) -> bool:
     """Whether the test part was read as the configuration says."""
-    saved = RunFolder(run.output_dir).read_config().evaluation
-    return result.metrics is not None and "test" in result.metrics and saved == run.evaluation
+    if result.metrics is None or "test" not in result.metrics:
+        return False
+    return RunFolder(run.output_dir).read_config().evaluation == run.evaluation
 
 
 def _folder_name(run: RunConfig) -> str:

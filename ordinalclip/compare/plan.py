@@ -51,7 +51,7 @@ class CompareConfig(Section):
     keep_checkpoints: bool = Field(False, description="keep checkpoints/ and model-last/ of finished runs")
     base: dict[str, Any] = Field({}, description="keys of a run, shared by all methods")
     settings: Settings = Field([{}], description="dotted keys to try for every method that learns")
-    methods: dict[str, MethodConfig] = Field(min_length=1, description="a row of the table each")
+    methods: dict[str, MethodConfig] = Field(min_length=1, description="a line of the table each")
     variants: dict[str, Setting] = Field({"": {}}, min_length=1, description="a table each: dotted keys that differ")
 
     @model_validator(mode="after")

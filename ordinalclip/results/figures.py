@@ -106,7 +106,7 @@ def error_by_value(labels: np.ndarray, values: np.ndarray, ranks: Ranks, train_c
         labels, values: (N,) true and predicted values.
         train_counts: (R,) number of training labels of each rank.
     """
-    figure, (top, bottom) = _figure(4.4, rows=2, height_ratios=(3, 1), sharex=True)
+    figure, (top, bottom) = _figure(4.4, panels=2, height_ratios=(3, 1), sharex=True)
     edges = value_bins(ranks)
     middles, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
     errors, half, bias = (np.full(len(middles), np.nan) for _ in range(3))
@@ -155,7 +155,7 @@ def feature_map(
         images: N square thumbnails; as many are drawn as fit without overlap, dots for the rest.
         thumbnail: side of a thumbnail as a share of the height.
     """
-    figure, (axes, bar) = _figure(4.9, rows=2, height_ratios=(28, 1))
+    figure, (axes, bar) = _figure(4.9, panels=2, height_ratios=(28, 1))
     points, explained = principal_components(features)
     first, second = explained
     axes.set(xlabel=f"first component, {first:.0%} of the variance", ylabel=f"second component, {second:.0%}")
@@ -188,11 +188,11 @@ def feature_map(
 
 @styled
 def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, unit: str = "") -> Figure:
-    """Training loss and validation MAE of the rows of log.jsonl; the best step is marked."""
-    validated = [row for row in log if "validation_mae" in row]
-    figure, axes = _figure(4.4, rows=2 if validated else 1, sharex=True)
+    """Training loss and validation MAE of the entries of log.jsonl; the best step is marked."""
+    validated = [entry for entry in log if "validation_mae" in entry]
+    figure, axes = _figure(4.4, panels=2 if validated else 1, sharex=True)
     top = axes[0] if validated else axes
-    steps, loss = np.asarray([row["step"] for row in log]), np.asarray([row["loss"] for row in log])
+    steps, loss = np.asarray([entry["step"] for entry in log]), np.asarray([entry["loss"] for entry in log])
     window = max(1, len(loss) // 40)
     top.plot(steps, loss, color=BLUE, alpha=0.35 if window > 1 else 1, linewidth=1)
     if window > 1:
@@ -201,7 +201,7 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
         top.legend(loc="upper right")
     top.set_ylabel("training loss")
     if validated:
-        evaluated, errors = [row["step"] for row in validated], [row["validation_mae"] for row in validated]
+        evaluated, errors = [entry["step"] for entry in validated], [entry["validation_mae"] for entry in validated]
         axes[1].plot(evaluated, errors, color=ORANGE, marker="o", markersize=4, linewidth=1.6)
         if best_step in evaluated:
             chosen = {"linestyle": (0, (4, 3)), "label": f"model: step {best_step}"}
@@ -343,12 +343,12 @@ def metrics_by_method(
             axes.set_visible(False)
             continue
         metric, each = panels[place]
-        for row, name in enumerate(methods):
+        for line, name in enumerate(methods):
             if name in each:
                 known = np.asarray(each[name])
                 spread = known.std(ddof=1) if len(known) > 1 else 0
                 axes.errorbar(
-                    known.mean(), row, xerr=spread, fmt="o", color=BLUE, markersize=4, capsize=2, linewidth=1.2
+                    known.mean(), line, xerr=spread, fmt="o", color=BLUE, markersize=4, capsize=2, linewidth=1.2
                 )
         arrow = "\u2190" if metric.falls else "\u2192"
         axes.set_title(f"{_label(metric.title, unit if metric.in_unit else '')} {arrow}", fontsize=10)
@@ -415,10 +415,10 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(path, facecolor="white", dpi=200)
 
 
-def _figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+def _figure(height: float, panels: int = 1, **options: Any) -> tuple[Figure, Any]:
     ratios = options.pop("height_ratios", None)
     figure = Figure(figsize=(WIDTH, height))
-    return figure, figure.subplots(rows, 1, height_ratios=ratios, **options)
+    return figure, figure.subplots(panels, 1, height_ratios=ratios, **options)
 
 
 def _limit(errors: Sequence[float]) -> float:
@@ -432,9 +432,9 @@ def _beyond(axes: Axes, limit: float, place: int, value: float) -> None:
     axes.text(0.98 * limit, place, f"{value:.3g} \u2192", ha="right", va="center", color=MUTED)
 
 
-def _height_of(rows: Sequence[str]) -> float:
+def _height_of(lines: Sequence[str]) -> float:
     """Inches for a line of text each."""
-    return max(2.2, 0.9 + 0.34 * min(len(rows), 8) + 0.22 * max(0, len(rows) - 8))
+    return max(2.2, 0.9 + 0.34 * min(len(lines), 8) + 0.22 * max(0, len(lines) - 8))
 
 
 def _bare(axes: Axes) -> None:

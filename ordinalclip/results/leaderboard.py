@@ -1,4 +1,4 @@
-"""The table of a comparison: a row per method from the runs of its chosen setting, as Markdown and CSV."""
+"""The table of a comparison: a line per method from the runs of its chosen setting, as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -179,8 +179,8 @@ def mark(summary: dict[str, Any]) -> str:
 
 
 def step_times(folder: RunFolder) -> list[float]:
-    """Milliseconds between the rows of a run's log; those over a validation or an interruption among them."""
-    seconds = [row["seconds"] for row in folder.read_log()]
+    """Milliseconds between the entries of a run's log; those over a validation or an interruption among them."""
+    seconds = [entry["seconds"] for entry in folder.read_log()]
     return [1000 * gap for gap in np.diff(seconds).tolist() if gap > 0]
 
 

@@ -30,7 +30,7 @@ class RunRecord:
 
     Attributes:
         folder, config, metrics: the run folder, its configuration and its metrics.json.
-        log: the rows of log.jsonl; none when nothing was trained.
+        log: the entries of log.jsonl; none when nothing was trained.
         model: the saved model.
         part: the part that is shown: "test" if it was read, else "validation", "" without either.
         predictions: those of that part, or None.

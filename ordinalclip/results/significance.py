@@ -110,8 +110,8 @@ def errors_by_image(images: Sequence[Hashable], errors: ArrayLike) -> np.ndarray
     array([2.66666667, 3.33333333])
     """
     places: dict[Hashable, int] = {}
-    rows = np.asarray([places.setdefault(image, len(places)) for image in images], dtype=np.int64)
-    return np.bincount(rows, np.asarray(errors, dtype=np.float64)) * len(places) / len(rows)
+    found = np.asarray([places.setdefault(image, len(places)) for image in images], dtype=np.int64)
+    return np.bincount(found, np.asarray(errors, dtype=np.float64)) * len(places) / len(found)
 
 
 def _mean_difference(first: np.ndarray, second: np.ndarray) -> float:

@@ -162,26 +162,26 @@ class Trainer:
             self.accelerator.init_trackers("ordinalclip", {"method": config.method, "seed": config.seed})
         images = (total - progression.step) * options.batch_size
         progress: Progress = Progress(None, f"training {config.method}", images, "images", self.evaluator.quiet)
-        rows: list[dict[str, Any]] = []
+        entries: list[dict[str, Any]] = []
         started = time.monotonic()
         with Interruption(self.accelerator.num_processes) as interruption:
             for pixels, positions in self.learner.batches(progression.step):
                 try:
                     logged = self.learner.step(progression.step, pixels, positions)
                 except Diverged:  # numbers that went wrong: what led there is worth keeping
-                    self._write_log(rows)
+                    self._write_log(entries)
                     raise
                 progression.step += 1
-                rows.append({"step": progression.step, **logged, "seconds": time.monotonic() - started})
+                entries.append({"step": progression.step, **logged, "seconds": time.monotonic() - started})
                 due = progression.step % every == 0 or progression.step == total
                 if due:
-                    rows[-1].update(self._validate())
+                    entries[-1].update(self._validate())
                 interrupted = interruption.requested()
                 stop = interrupted or self._is_stale()
                 if progression.step % options.log_every == 0 or due or stop:
-                    self._write_log(rows)
-                    progress.note = f"loss {rows[-1]['loss']:.3f}"
-                    rows = []
+                    self._write_log(entries)
+                    progress.note = f"loss {entries[-1]['loss']:.3f}"
+                    entries = []
                 if due or stop:
                     self._save_checkpoint(progression.train_seconds + time.monotonic() - started)
                 progress.advance(options.batch_size)
@@ -201,15 +201,15 @@ class Trainer:
         patience = self.config.train.patience
         return patience is not None and self.progression.stale >= patience
 
-    def _write_log(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows to log.jsonl and the trackers; this is where the device is waited for."""
-        for row in rows:
-            row.update((name, value.item()) for name, value in row.items() if isinstance(value, Tensor))
+    def _write_log(self, entries: list[dict[str, Any]]) -> None:
+        """Append entries to log.jsonl and the trackers; this is where the device is waited for."""
+        for entry in entries:
+            entry.update((name, value.item()) for name, value in entry.items() if isinstance(value, Tensor))
         if self.accelerator.is_main_process:
-            self.folder.add_log(rows)
+            self.folder.add_log(entries)
         if self.config.train.trackers:
-            for row in rows:
-                self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            for entry in entries:
+                self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
 
     def _validate(self) -> dict[str, float]:
         """Validation MAE by the chosen decoding; remembers the best step."""
@@ -318,14 +318,14 @@ def _finish(
     deployed = evaluator.deployed(model, parts)
     wanted = {"validation": parts.validation, "test": parts.test if config.evaluation.test else None}
     present = {name: part for name, part in wanted.items() if part is not None}
-    counts, metrics = train_counts(parts), metrics_of(config)
+    counts, wanted_metrics = train_counts(parts), metrics_of(config)
     space_of = "test" if config.evaluation.space else ""
-    scores, predictions = evaluator.evaluate(deployed, present, metrics, counts, space_of)
-    figures = {
+    scores, predictions = evaluator.evaluate(deployed, present, wanted_metrics, counts, space_of)
+    metrics = {
         **scores,
         "method": config.method,
         "seed": config.seed,
-        **model_metrics(deployed, metrics),
+        **model_metrics(deployed, wanted_metrics),
         "num_train": len(parts.train),
         "train_counts": counts,
         **done,
@@ -336,7 +336,7 @@ def _finish(
         if predictions:
             folder.write_predictions(predictions)
         folder.write_model(deployed)
-        folder.write_metrics(figures)
+        folder.write_metrics(metrics)
 
     from_main(evaluator.accelerator, write)
-    return Finished(figures, deployed, parts)
+    return Finished(metrics, deployed, parts)
