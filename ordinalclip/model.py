@@ -274,7 +274,7 @@ class Encoder(nn.Module):
     """An image tower with optional dropout on its features: (B, 3, H, W) -> (B, D).
 
     Args:
-        mirror: "horizontal", "vertical" or both: in evaluation the features are averaged over the picture and its mirrors.
+        mirror: "horizontal", "vertical" or both: in evaluation, features are averaged over the picture and its mirrors.
 
     Attributes:
         frozen_statistics: BatchNorm layers keep their running statistics in training too, so that a sample's

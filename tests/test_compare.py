@@ -88,14 +88,14 @@ def test_an_interrupted_comparison_goes_on_inside_the_run(comparison, tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             run_plan(load_plan(comparison), quiet=True)
     assert steps == [0, 1, 0, 1, 0]
-    folder = RunFolder(tmp_path / "out/runs/l1-0-seed1")
+    folder = RunFolder(tmp_path / "out/runs/ordinalclip-0-seed1")  # the file has the methods in order of name
     assert folder.state().kind == "interrupted"
-    inode = RunFolder(tmp_path / "out/runs/ordinalclip-0-seed1").metrics.stat().st_ino
+    inode = RunFolder(tmp_path / "out/runs/l1-0-seed1").metrics.stat().st_ino
     again = run_plan(load_plan(comparison), quiet=True).summaries
     assert [row["mae"] for row in again] == [row["mae"] for row in whole]
     assert [row["step"] for row in folder.read_log()] == [1, 2]
     assert len(folder.read_provenance()["continued"]) == 1
-    assert RunFolder(tmp_path / "out/runs/ordinalclip-0-seed1").metrics.stat().st_ino == inode
+    assert RunFolder(tmp_path / "out/runs/l1-0-seed1").metrics.stat().st_ino == inode  # not written again
 
 
 def test_another_experiment_in_the_folder_is_refused_or_replaced(comparison, tmp_path):
@@ -355,7 +355,7 @@ def test_new_evaluation_keys_do_not_train_again(comparison, tmp_path):
     run_plan(load_plan(comparison), quiet=True)
     model = tmp_path / "out/runs/l1-0-seed1/model/model.safetensors"
     written = model.stat().st_mtime_ns
-    rows = load_plan(comparison, ["evaluation.cs=[1, 30]"]).run(quiet=True)
+    rows = run_plan(load_plan(comparison, ["evaluation.cs=[1, 30]"]), quiet=True).summaries
     assert {"cs@1", "cs@30"} < set(rows[0])
     assert "cs@5" not in rows[0]
     assert model.stat().st_mtime_ns == written

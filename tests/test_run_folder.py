@@ -265,6 +265,29 @@ def test_a_restart_by_torchrun_goes_on(quick, tmp_path, monkeypatch):
         train(quick(*FAST), quiet=True)
 
 
+@pytest.mark.slow
+def test_a_refusal_reaches_every_process(tmp_path):
+    """Two processes of torchrun and a folder that is taken: both leave with the same sentence, none waits for ever."""
+    folder = RunFolder(train(load_config(None, [f"output_dir={tmp_path}/run", *QUICK, *FAST]), quiet=True))
+    before = content_of(folder.path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
+    command += ["ordinalclip", "train", "default", "--quiet", f"output_dir={folder.path}", *QUICK, *FAST]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count(f"ordinalclip: {folder.path} holds a finished run") == 2
+    owner = hold(tmp_path / "run")
+    try:
+        done = subprocess.run(
+            [*command, "overwrite=true"], env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+    finally:
+        owner.kill()
+        owner.wait()
+    assert done.stderr.count(f"in use by process {owner.pid}") == 2
+    assert {name: content for name, content in content_of(folder.path).items() if name.name != "run.lock"} == before
+
+
 # ---- where a run comes from
 
 
