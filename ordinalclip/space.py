@@ -94,14 +94,14 @@ def best_residual_variance(
     else:
         rng = np.random.default_rng(seed)
         subsets = [rng.choice(len(points), size, replace=False) for _ in range(num_subsets)]
-    values = np.zeros((len(subsets), len(usable)))
+    unexplained = np.zeros((len(subsets), len(usable)))
     for row, subset in enumerate(subsets):
         neighbors = nearest_others(points[subset], max(usable) - 1)
         lengths = _lengths(points[subset], neighbors)
         label_distances = cdist(values[subset], values[subset])
         for column, k in enumerate(usable):
-            values[row, column] = _unexplained(neighbors[:, : k - 1], lengths[:, : k - 1], label_distances)
-    means = values.mean(axis=0)
+            unexplained[row, column] = _unexplained(neighbors[:, : k - 1], lengths[:, : k - 1], label_distances)
+    means = unexplained.mean(axis=0)
     best = 0 if np.isnan(means).all() else int(np.nanargmin(means))
     return float(means[best]), usable[best]
 
