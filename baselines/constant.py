@@ -15,6 +15,7 @@ class Constant(Head):
     Decoded by `median` it is the constant with the smallest MAE, by `argmax` the one with the highest accuracy.
     """
 
+    learns = False
     frequencies: Tensor
 
     def __init__(self, context: HeadContext):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -12,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ordinalclip.backbones import near_matches
-from ordinalclip.heads import Decoding, head_class, head_options
+from ordinalclip.heads import Decoding, head_options
 from ordinalclip.ranks import Ranks
 
 
@@ -250,7 +251,10 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     output_dir: str = Field("runs/default", description="run folder")
     seed: int = Field(1, ge=0, description="of initial weights, order of samples and augmentation")
-    method: str = Field("ordinalclip", description="head: ordinalclip, coop, zero_shot, or one of baselines/")
+    method: str = Field(
+        "ordinalclip",
+        description="head: ordinalclip, coop, zero_shot, one of baselines/, or a class of your own as module:Class",
+    )
     head: dict[str, Any] = Field({}, description="options of the method, e.g. head.num_base_ranks=5")
     data: DataConfig = DataConfig()
     ranks: RanksConfig = RanksConfig()
@@ -345,9 +349,14 @@ def parse_config(content: dict[str, Any], source: str, section: type[Section] = 
 
 
 def head_section(method: str) -> type[Section]:
-    """The options of a method, from the signature of its class, as a section that checks their types."""
-    hints = typing.get_type_hints(head_class(method).__init__)
-    fields: dict[str, Any] = {name: (hints.get(name, Any), default) for name, default in head_options(method).items()}
+    """The options of a method as a section that checks their types, with their descriptions."""
+    fields: dict[str, Any] = {
+        name: (
+            option.annotation,
+            Field(... if option.default is inspect.Parameter.empty else option.default, description=option.description),
+        )
+        for name, option in head_options(method).items()
+    }
     return create_model(f"{method} options", __base__=Section, **fields)
 
 

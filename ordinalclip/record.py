@@ -17,8 +17,8 @@ import torch
 
 from ordinalclip.config import RunConfig, load_config
 from ordinalclip.data import Part, Parts, load_parts
-from ordinalclip.heads import PrototypeHead
 from ordinalclip.images import prepare
+from ordinalclip.language import PrototypeHead
 from ordinalclip.metrics import METRICS, bootstrap_interval, cumulative_score
 from ordinalclip.model import OrdinalModel
 from ordinalclip.ranks import Ranks

@@ -11,9 +11,9 @@ from conftest import losses_of
 from safetensors.torch import load_file, save_file
 
 from baselines import HEADS
-from baselines.contrast import rank_n_contrast_loss
+from baselines.adaptive_triplet import adaptive_triplet_loss, draw_triples
+from baselines.rank_n_contrast import rank_n_contrast_loss
 from baselines.rm_loss import RMLoss
-from baselines.triplet import adaptive_triplet_loss, draw_triples
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.heads import HeadContext, Targets, build_head
 from ordinalclip.training import Trainer, train

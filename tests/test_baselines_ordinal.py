@@ -214,7 +214,7 @@ def test_half_precision_features_are_scored_in_float32(method):
         ("rm_loss", {"readout": "nn"}, r"head\.readout 'nn' is unknown; choices: neighbors, l1"),
         ("atrip", {"triples_per_sample": 0}, r"head\.triples_per_sample must be at least 1"),
         ("rank_n_contrast", {"temperature": 0}, r"head\.temperature must be above 0"),
-        ("plc_src", {"gap": 0}, r"head\.gap above 0, got 0\.1, 0\.1 and 0"),
+        ("plc_src", {"gap": 0}, r"head\.gap above 0, got 0\.1 and 0"),
         ("coral", {"margin": 1}, "is not an option of method 'coral'"),
     ],
 )

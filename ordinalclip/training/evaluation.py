@@ -22,15 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from ordinalclip.backbones import PixelSpec
 from ordinalclip.config import RunConfig, apply_overrides, parse_config, read_yaml
 from ordinalclip.data import Part, Parts, load_parts
-from ordinalclip.heads import (
-    Decoding,
-    Outputs,
-    PrototypeHead,
-    Targets,
-    at_least_float32,
-    decode,
-)
+from ordinalclip.heads import Decoding, Outputs, Targets, decode
 from ordinalclip.images import crop, normalise
+from ordinalclip.language import PrototypeHead
+from ordinalclip.losses import at_least_float32
 from ordinalclip.metrics import METRICS, best_residual_variance, cumulative_score, d5, mae_by_shots, ordinality
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Part, Parts, load_parts
-from ordinalclip.heads import Outputs, Targets, at_least_float32
+from ordinalclip.heads import Outputs, Targets
 from ordinalclip.images import Augmentation
+from ordinalclip.losses import at_least_float32
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress, announced
 from ordinalclip.report import document_run
