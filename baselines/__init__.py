@@ -10,6 +10,7 @@ HEADS = {
     "plc_src": "baselines.correlation:PLCSRC",
     "cross_entropy": "baselines.classification:CrossEntropy",
     "cnn": "baselines.classification:CNNHead",
+    "loss": "baselines.adapter:ImportedLossHead",
     "sord": "baselines.distributions:SORD",
     "dldl_v2": "baselines.distributions:DLDLv2",
     "mean_variance": "baselines.distributions:MeanVariance",

@@ -17,7 +17,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines_open.json").r
 RANKS = Ranks((0.0, 1.0, 3.0, 4.0, 6.0))
 SAMPLE_WISE = {  # a sample of weight 2 is that sample twice
     **{method: {} for method in ("l1", "mse", "huber", "cross_entropy", "cnn", "sord", "dldl_v2", "mean_variance")},
-    **{method: {} for method in ("ordreg", "coral", "corn", "l2_softmax", "cosface", "arcface", "rm_loss")},
+    **{method: {} for method in ("ordreg", "coral", "corn", "l2_softmax", "cosface", "arcface", "rm_loss", "loss")},
     "plc": {"outliers": 0.0},  # which samples are outliers does not depend on weights
 }
 LEARNING = sorted(set(HEADS) - {"constant"})
