@@ -16,11 +16,12 @@ from ordinalclip.losses import at_least_float32
 def rank_n_contrast_loss(
     features: Tensor, labels: Tensor, temperature: float = 2.0, weights: Tensor | None = None
 ) -> Tensor:
-    """Rank-N-Contrast (Zha et al., NeurIPS 2023, eq. 2) of n samples, or of n views of fewer.
+    """Rank-N-Contrast (Zha et al., NeurIPS 2023, eq. 2) of n samples, or of n augmented views of fewer.
 
     With s_ij = -||f_i - f_j|| / temperature and d_ij = |y_i - y_j|, the mean over pairs i != j of
     -log(e^s_ij / sum of e^s_ik over all k != i with d_ik >= d_ij). A sorted search and one cumulative sum per row give
-    all denominators in O(n^2 log n) time and O(n^2) memory. Views are rows of their own, with their image's label.
+    all denominators in O(n^2 log n) time and O(n^2) memory. Augmented views are rows of their own,
+    with their image's label.
 
     Args:
         features: (n, D).

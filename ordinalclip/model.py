@@ -207,7 +207,7 @@ class OrdinalModel(PreTrainedModel):
             return self.head.predict(self.head(self.encoder(pixel_values)))
 
     def deploy(self) -> OrdinalModel:
-        """The form that is served: a view on this model's encoder with a head that needs no text tower."""
+        """The form that is served: this model's own encoder, not a copy, with a head that needs no text tower."""
         config, head = deepcopy(self.config), self.head
         config.text, config.text_architecture = "", None
         if (deployed := head.deploy()) is not None:
@@ -247,7 +247,9 @@ class OrdinalModel(PreTrainedModel):
         meta device, where buffers that are not saved (attention masks) would come back as garbage.
 
         Raises:
-            OSError: no such folder or files; RuntimeError: weights that do not fit the configuration.
+            OSError: no such folder or files; RuntimeError: weights that do not fit the configuration; ValueError: a
+                head of another package that cannot be imported. Only load such models from people whom you trust with
+                the import of any module that is installed.
         """
         hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
         config = kwargs.pop("config", None)

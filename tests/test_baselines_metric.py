@@ -1,4 +1,4 @@
-"""Metric-space methods: golden figures, plain loops, the running threshold, and the two read-outs."""
+"""Metric-space methods: golden numbers, plain loops, the running threshold, and the two read-outs."""
 
 import json
 import math
@@ -357,11 +357,11 @@ def test_resuming_brings_threshold_bank_and_triples_back(quick, method):
     """Steps 3 and 4 from the checkpoint of step 2 are those of the run that was not stopped."""
     config = quick(f"method={method}", "train.eval_every=2")
     folder = train(config, quiet=True)
-    losses, figures = losses_of(folder), json.loads((folder / "metrics.json").read_text())
+    losses, metrics = losses_of(folder), json.loads((folder / "metrics.json").read_text())
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
     train(config.model_copy(update={"train": config.train.model_copy(update={"resume": "auto"})}), quiet=True)
     assert losses_of(folder).tolist() == losses.tolist()
-    assert json.loads((folder / "metrics.json").read_text())["test"] == figures["test"]
+    assert json.loads((folder / "metrics.json").read_text())["test"] == metrics["test"]
 
 
 @pytest.mark.parametrize("form", ["deployed", "trainable"])
