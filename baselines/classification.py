@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from baselines.linear import FullPrecisionLinear
-from ordinalclip.heads import Head, HeadContext, Outputs, Targets, at_least_float32
-from ordinalclip.losses import cross_entropy
+from ordinalclip.heads import Head, HeadContext, Outputs, Targets
+from ordinalclip.losses import at_least_float32, cross_entropy
 
 
 class CrossEntropy(Head):

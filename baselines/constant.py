@@ -15,8 +15,8 @@ class Constant(Head):
     Decoded by `median` it is the constant with the smallest MAE, by `argmax` the one with the highest accuracy.
     """
 
-    frequencies: Tensor
     learns = False
+    frequencies: Tensor
 
     def __init__(self, context: HeadContext):
         super().__init__(context)

@@ -9,6 +9,7 @@ choice made here, named in the docstrings.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch.nn.functional import normalize
 
 from baselines.linear import FullPrecisionLinear
 from baselines.pairs import mean_of, without_diagonal
-from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets, at_least_float32
-from ordinalclip.losses import weighted_mean
+from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets
+from ordinalclip.losses import at_least_float32, weighted_mean
 
 FLAT = 1e-6  # standard deviation below which predictions are constant but for rounding
 
@@ -131,41 +132,19 @@ def src_loss(
 
 
 class CorrelationHead(Head):
-    """A linear regressor with squared error and one or both of the losses above.
+    """A linear regressor with squared error, to which subclasses add the losses above."""
 
-    Args:
-        use_plc, use_src: which.
-        outliers, margin: see the losses.
-        gap: see `src_loss`, in standard deviations of the training labels.
-    """
-
-    def __init__(self, context: HeadContext, use_plc: bool, use_src: bool, outliers: float, margin: float, gap: float):
+    def __init__(self, context: HeadContext):
         super().__init__(context)
-        if not 0 <= outliers <= 1 or margin < 0 or not gap > 0:
-            raise ValueError(
-                "head.outliers must be in [0, 1], head.margin at least 0 and head.gap above 0, "
-                f"got {outliers:g}, {margin:g} and {gap:g}"
-            )
-        self.use_plc, self.use_src = use_plc, use_src
-        self.outliers, self.margin, self.gap = outliers, margin, gap
         self.linear = FullPrecisionLinear(context.input_dim, 1)
 
     def forward(self, features: Tensor) -> Outputs:
-        outputs = {"standardised": self.linear(features).squeeze(-1)}
-        return {**outputs, "features": at_least_float32(features)} if self.use_src else outputs
+        return {"standardised": self.linear(features).squeeze(-1)}
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
-        labels, weights = self.standardise(targets.values), targets.weights
-        squared = weighted_mean((outputs["standardised"] - labels).square(), weights)
-        terms = {"loss": squared, "mse": squared}
-        if self.use_plc:
-            plc = plc_loss(outputs["standardised"], labels, weights, self.outliers)["loss"]
-            terms.update(loss=terms["loss"] + plc, plc=plc)
-        if self.use_src:  # on values as they are, since standardising would break ties by rounding
-            gap, fine = self.gap * self.label_std, min(1.0, 2 * targets.progress)
-            src = src_loss(outputs["features"], targets.values, gap, fine, self.margin, weights)["loss"]
-            terms.update(loss=terms["loss"] + src, src=src)
-        return terms
+        squared = (outputs["standardised"] - self.standardise(targets.values)).square()
+        mean = weighted_mean(squared, targets.weights)
+        return {"loss": mean, "mse": mean}
 
     def predict(self, outputs: Outputs) -> Prediction:
         return self.predict_value(outputs["standardised"])
@@ -175,27 +154,45 @@ class PLC(CorrelationHead):
     """Squared error + `plc_loss`, a reconstruction.
 
     Args:
-        outliers: share of the batch.
+        outliers: share of the batch that counts as outliers, which take no part in the correlation.
     """
 
-    def __init__(self, context: HeadContext, outliers: float = 0.1):
-        super().__init__(context, True, False, outliers, margin=0.1, gap=0.25)
+    def __init__(self, context: HeadContext, outliers: float = 0.1, **shared: Any):
+        super().__init__(context, **shared)
+        if not 0 <= outliers <= 1:
+            raise ValueError(f"head.outliers must be in [0, 1], got {outliers:g}")
+        self.outliers = outliers
+
+    def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        terms, labels = super().loss(outputs, targets), self.standardise(targets.values)
+        plc = plc_loss(outputs["standardised"], labels, targets.weights, self.outliers)["loss"]
+        return {**terms, "loss": terms["loss"] + plc, "plc": plc}
 
 
 class SRC(CorrelationHead):
     """Squared error + `src_loss`, a reconstruction. The fine part's factor rises from 0 to 1 by half of the training.
 
     Args:
-        margin: of the cosines.
-        gap: between rough and fine, in standard deviations of the training labels.
+        margin: by which cosines are to keep the order of the labels.
+        gap: distance of labels between rough and fine, in standard deviations of the training labels.
     """
 
-    def __init__(self, context: HeadContext, margin: float = 0.1, gap: float = 0.25):
-        super().__init__(context, False, True, outliers=0.1, margin=margin, gap=gap)
+    def __init__(self, context: HeadContext, margin: float = 0.1, gap: float = 0.25, **shared: Any):
+        super().__init__(context, **shared)
+        if margin < 0 or not gap > 0:
+            raise ValueError(f"head.margin must be at least 0 and head.gap above 0, got {margin:g} and {gap:g}")
+        self.margin, self.gap = margin, gap
+
+    def forward(self, features: Tensor) -> Outputs:
+        return {**super().forward(features), "features": at_least_float32(features)}
+
+    def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        terms = super().loss(outputs, targets)
+        gap, fine = self.gap * self.label_std, min(1.0, 2 * targets.progress)
+        # on values as they are, since standardising would break ties by rounding
+        src = src_loss(outputs["features"], targets.values, gap, fine, self.margin, targets.weights)["loss"]
+        return {**terms, "loss": terms["loss"] + src, "src": src}
 
 
-class PLCSRC(CorrelationHead):
-    """Squared error + `plc_loss` + `src_loss`, reconstructions; options of both."""
-
-    def __init__(self, context: HeadContext, outliers: float = 0.1, margin: float = 0.1, gap: float = 0.25):
-        super().__init__(context, True, True, outliers, margin, gap)
+class PLCSRC(SRC, PLC):
+    """Squared error + `plc_loss` + `src_loss`, reconstructions."""

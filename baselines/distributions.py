@@ -19,7 +19,7 @@ class SORD(CrossEntropy):
     """Soft targets softmax(-sharpness |v_k - y|) over the rank values v_k (Diaz & Marathe, CVPR 2019).
 
     Args:
-        sharpness: per unit of the label. Where ranks lie many units apart, 1 makes the targets one-hot.
+        sharpness: of the targets, per unit of the label. Where ranks lie many units apart, 1 makes the targets one-hot.
     """
 
     def __init__(self, context: HeadContext, sharpness: float = 1.0):
@@ -38,8 +38,8 @@ class DLDLv2(CrossEntropy):
     """Cross-entropy to a Gaussian around the label, plus |expectation - label| (Gao et al., IJCAI 2018).
 
     Args:
-        std: of the Gaussian, in the label's unit.
-        expectation_weight: factor of the second term, which is in the label's unit.
+        std: standard deviation of the Gaussian, in the label's unit.
+        expectation_weight: factor of the expectation's error, which is in the label's unit.
     """
 
     def __init__(self, context: HeadContext, std: float = 2.0, expectation_weight: float = 1.0):
@@ -65,7 +65,8 @@ class MeanVariance(CrossEntropy):
     """Cross-entropy, half the squared error of the expectation, and the variance (Pan et al., CVPR 2018).
 
     Args:
-        mean_weight, variance_weight: factors of the last two terms, which are in the label's unit squared.
+        mean_weight: factor of the expectation's error, which is in the label's unit squared.
+        variance_weight: factor of the variance, which is in the label's unit squared.
     """
 
     def __init__(self, context: HeadContext, mean_weight: float = 0.2, variance_weight: float = 0.05):

@@ -10,8 +10,8 @@ from torch.nn.functional import layer_norm, normalize
 
 from baselines.linear import FullPrecisionLinear
 from baselines.neighbors import RadiusNeighbors
-from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets, at_least_float32
-from ordinalclip.losses import absolute_error
+from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets
+from ordinalclip.losses import absolute_error, at_least_float32
 
 Readout = Literal["neighbors", "l1"]
 
@@ -30,9 +30,9 @@ class EmbeddingHead(Head):
             without gradient: what it learns never shapes the space.
 
     Args:
-        embedding_dim: width E of the embedding.
-        hidden_dim: width of a hidden layer before it; None: a linear layer.
-        readout: how a value is read out.
+        embedding_dim: width of the embedding.
+        hidden_dim: width of a hidden layer before the embedding; null: a linear layer.
+        readout: how a value is read out of the embedding: by its neighbours in the training part, or linearly.
         radius: of the neighbours, where there is no validation part to choose it.
     """
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ordinalclip.heads import at_least_float32
+from ordinalclip.losses import at_least_float32
 
 
 class FullPrecisionLinear(nn.Linear):

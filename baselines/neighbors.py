@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from ordinalclip.heads import at_least_float32
+from ordinalclip.losses import at_least_float32
 
 QUERY_BLOCK, BANK_BLOCK = 256, 8192  # one block of distances: 16 MB
 PAIR_BLOCK = 8192  # pairs whose distance is recomputed at a time

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from baselines.embedding import EmbeddingHead, Readout
+from baselines.embedding import EmbeddingHead
 from baselines.pairs import pairwise_distances
-from ordinalclip.heads import HeadContext, Targets, at_least_float32
+from ordinalclip.heads import HeadContext, Targets
+from ordinalclip.losses import at_least_float32
 
 STABILITY = 1e-9  # the paper's guard of the denominator
 
@@ -80,8 +83,11 @@ class RMLossHead(EmbeddingHead):
     """RM-Loss on s * MLP(features), with one learnable scale s; read out by neighbours.
 
     Args:
-        sigma, alpha, momentum, mining: see `RMLoss`, in standard deviations of the training labels.
-        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+        sigma: width of the neighbourhood that counts most, in standard deviations of the training labels; inf: all
+            pairs alike.
+        alpha: what far pairs still count.
+        momentum: of the running threshold above which pairs are mined.
+        mining: false takes all pairs.
     """
 
     def __init__(
@@ -91,12 +97,9 @@ class RMLossHead(EmbeddingHead):
         alpha: float = 0.1,
         momentum: float = 0.9,
         mining: bool = True,
-        embedding_dim: int = 64,
-        hidden_dim: int | None = 256,
-        readout: Readout = "neighbors",
-        radius: float = 0.1,
+        **shared: Any,
     ):
-        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        super().__init__(context, **shared)
         self.scale = nn.Parameter(torch.ones(()))
         self.criterion = RMLoss(sigma, alpha, momentum, mining)
 

@@ -8,8 +8,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from baselines.linear import FullPrecisionLinear
 from baselines.pairs import mean_of
-from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets, at_least_float32, decode
-from ordinalclip.losses import weighted_mean
+from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets, decode
+from ordinalclip.losses import at_least_float32, weighted_mean
 
 
 def threshold_loss(logits: Tensor, ranks: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -59,15 +59,8 @@ def rank_probabilities(exceedance: Tensor) -> Tensor:
     return -torch.diff(falling, dim=1, prepend=torch.ones_like(falling[:, :1]), append=torch.zeros_like(falling[:, :1]))
 
 
-class OrdReg(Head):
-    """R - 1 binary classifiers of their own (Niu et al., CVPR 2016)."""
-
-    def __init__(self, context: HeadContext):
-        super().__init__(context)
-        self.linear = FullPrecisionLinear(context.input_dim, len(context.ranks) - 1)
-
-    def forward(self, features: Tensor) -> Outputs:
-        return {"above": self.linear(features)}
+class ThresholdHead(Head):
+    """Logits `above` (B, R - 1) of "the rank is above k", answered independently of each other."""
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         return {"loss": threshold_loss(outputs["above"], targets.ranks, targets.weights)}
@@ -81,7 +74,18 @@ class OrdReg(Head):
         return decode(rank_probabilities(exceedance), self.ranks, self.decoding)
 
 
-class CORAL(OrdReg):
+class OrdReg(ThresholdHead):
+    """R - 1 binary classifiers of their own (Niu et al., CVPR 2016)."""
+
+    def __init__(self, context: HeadContext):
+        super().__init__(context)
+        self.linear = FullPrecisionLinear(context.input_dim, len(context.ranks) - 1)
+
+    def forward(self, features: Tensor) -> Outputs:
+        return {"above": self.linear(features)}
+
+
+class CORAL(ThresholdHead):
     """One weight vector for all questions, a bias for each (Cao et al., 2020): at the optimum no two contradict.
 
     The biases start at the log-odds of equally frequent ranks; from 0 they take hundreds of steps to part. Even so it

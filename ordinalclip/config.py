@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -11,8 +12,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from ordinalclip.heads import Decoding, head_class, head_options
-from ordinalclip.ranks import Ranks
+from ordinalclip.heads import head_options
+from ordinalclip.ranks import Decoding, Ranks
 from ordinalclip.suggestions import near_matches
 
 
@@ -255,7 +256,10 @@ class RunConfig(Section):
         False, description="replace the run that is in the folder; false: refuse to start anew there"
     )
     seed: int = Field(1, ge=0, description="of initial weights, order of samples and augmentation")
-    method: str = Field("ordinalclip", description="head: ordinalclip, coop, zero_shot, or one of baselines/")
+    method: str = Field(
+        "ordinalclip",
+        description="head: ordinalclip, coop, zero_shot, one of baselines/, or a class of your own as module:Class",
+    )
     head: dict[str, Any] = Field({}, description="options of the method, e.g. head.num_base_ranks=5")
     data: DataConfig = DataConfig()
     ranks: RanksConfig = RanksConfig()
@@ -404,9 +408,14 @@ def parse_config(content: dict[str, Any], source: str, section: type[Section] = 
 
 
 def head_section(method: str) -> type[Section]:
-    """The options of a method, from the signature of its class, as a section that checks their types."""
-    hints = typing.get_type_hints(head_class(method).__init__)
-    fields: dict[str, Any] = {name: (hints.get(name, Any), default) for name, default in head_options(method).items()}
+    """The options of a method as a section that checks their types, with their descriptions."""
+    fields: dict[str, Any] = {
+        name: (
+            option.annotation,
+            Field(... if option.default is inspect.Parameter.empty else option.default, description=option.description),
+        )
+        for name, option in head_options(method).items()
+    }
     return create_model(f"{method} options", __base__=Section, **fields)
 
 

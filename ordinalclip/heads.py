@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from ordinalclip.losses import Alignment, alignment_loss
-from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
-from ordinalclip.ranks import Decoding as Decoding
-from ordinalclip.ranks import Ranks
+from ordinalclip.losses import at_least_float32
+from ordinalclip.ranks import Decoding, Ranks
 from ordinalclip.suggestions import near_matches
 from ordinalclip.text import TextTower
 
@@ -90,27 +88,22 @@ def decode(probabilities: Tensor, ranks: Ranks, decoding: Decoding) -> Predictio
     return Prediction(values[rank], rank, probabilities)
 
 
-def at_least_float32(features: Tensor) -> Tensor:
-    """Half precision lifted to float32, so that normalising, scaling and softmax never run in bf16."""
-    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
-
-
 class Head(nn.Module):
     """A method: features -> outputs -> loss and predictions.
 
     Subclasses take a `HeadContext` first and their options as keyword arguments with defaults, and define
-    `forward` and `loss`; heads that give no `logits` (B, R) also define `predict`.
+    `forward` and `loss`; heads that give no `logits` (B, R) also define `predict`. See `head_options` for options that
+    are passed on to the base class as `**shared`.
 
     Attributes:
+        learns: whether anything of the method is trained; a comparison gives one that does not a single setting.
+        rebuilt: submodules that come back from the backbone's own weights, so that no checkpoint holds them.
         views: how many augmented views of every picture are in a training batch, as rows of their own.
     """
 
+    learns: ClassVar[bool] = True
+    rebuilt: ClassVar[tuple[str, ...]] = ()
     views = 1
-    learns = True
-    rebuilt: tuple[str, ...] = ()
-
-    def rank_prototypes(self) -> Tensor | None:
-        return None
 
     def __init__(self, context: HeadContext):
         super().__init__()
@@ -147,6 +140,10 @@ class Head(nn.Module):
         """What is served instead of this head, as (method name, options, head). Default None: the head itself."""
         return None
 
+    def rank_prototypes(self) -> Tensor | None:
+        """The (R, D) vectors that images are compared with, one per rank. Default None: the head has none."""
+        return None
+
     def prompt_parameters(self) -> list[nn.Parameter]:
         """Parameters that take the prompts' learning rate; all others of the head take the head's."""
         return []
@@ -161,189 +158,13 @@ class Head(nn.Module):
         return Prediction(value, self.ranks.nearest(value))
 
 
-class PrototypeHead(Head):
-    """What is deployed: R prototype vectors, a temperature and, if the encoder needs it, the projection.
-
-    Args:
-        output_dim: width of the prototypes; default: that of the features, without a projection.
-        alignment, alignment_weight: see `alignment_loss`; only used when labels are given.
-    """
-
-    prototypes: Tensor
-    logit_scale: Tensor
-    projection: nn.Module
-
-    def __init__(
-        self,
-        context: HeadContext,
-        output_dim: int | None = None,
-        alignment: Alignment = "official",
-        alignment_weight: float = 1.0,
-    ):
-        super().__init__(context)
-        self.projection = nn.Identity() if output_dim is None else nn.Linear(context.input_dim, output_dim)
-        self.register_buffer("prototypes", torch.zeros(len(context.ranks), output_dim or context.input_dim))
-        self.register_buffer("logit_scale", torch.tensor(float(context.logit_scale)))
-        self.alignment: Alignment = alignment
-        self.alignment_weight = alignment_weight
-
-    def text_features(self) -> Tensor:
-        """The R prototypes, (R, D)."""
-        return self.prototypes
-
-    def rank_prototypes(self) -> Tensor | None:
-        return self.text_features()
-
-    def space(self, features: Tensor) -> Tensor:
-        """The projected features, of length 1."""
-        return normalize(at_least_float32(self.projection(features)), dim=-1)
-
-    def forward(self, features: Tensor) -> Outputs:
-        prototypes, image = self.text_features(), self.space(features)
-        with torch.autocast(features.device.type, enabled=False):
-            rank = normalize(at_least_float32(prototypes), dim=-1)
-            return {"logits": self.logit_scale.exp() * image @ rank.t()}
-
-    def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
-        return alignment_loss(outputs["logits"], targets.ranks, targets.weights, self.alignment, self.alignment_weight)
-
-
-class ZeroShot(PrototypeHead):
-    learns = False
-
-    """Zero-shot CLIP: hand-written templates with the rank names, averaged after normalising. Nothing learns.
-
-    Args:
-        templates: sentences with {name} and, if wanted, {unit}.
-
-    Raises:
-        ValueError: no text tower in the features' space, or a template without {name}.
-    """
-
-    def __init__(self, context: HeadContext, templates: Sequence[str] = ("a photo of {name} {unit}.",)):
-        super().__init__(context)
-        text = _text_tower(context, "zero_shot")
-        if not context.shared_space:
-            raise ValueError("zero_shot needs an image encoder and a text tower of the same CLIP")
-        for template in templates:
-            if "{name}" not in template:
-                raise ValueError(f"template {template!r} lacks the place {{name}} for the rank's name")
-        names, unit = context.ranks.names or (), context.ranks.unit
-        with torch.no_grad():
-            total = sum(
-                normalize(text([" ".join(template.format(name=name, unit=unit).split()) for name in names]), dim=-1)
-                for template in templates
-            )
-            self.prototypes.copy_(normalize(torch.as_tensor(total), dim=-1))
-
-    def deploy(self) -> tuple[str, dict[str, Any], Head]:
-        return "prototypes", {}, self
-
-
-class OrdinalCLIP(PrototypeHead):
-    rebuilt = ("text",)
-    """Learned rank prompts through the frozen text tower (Li et al., NeurIPS 2022).
-
-    Trained: context, base rank embeddings and, when the image features live in another space than the text
-    features, a linear projection. The options are those of `PromptLearner` and `alignment_loss`.
-
-    Args:
-        prompt: a sentence to start the context from; default: random.
-        learn_logit_scale: whether the temperature learns too.
-    """
-
-    def __init__(
-        self,
-        context: HeadContext,
-        prompt: str | None = None,
-        num_context: int = 10,
-        num_base_ranks: int | None = 3,
-        interpolation: Interpolation = "linear",
-        rank_position: RankPosition = "tail",
-        tokens_per_rank: int = 1,
-        rank_specific_context: bool = False,
-        init_from_names: bool = False,
-        alignment: Alignment = "official",
-        alignment_weight: float = 1.0,
-        learn_logit_scale: bool = False,
-        activation_checkpointing: bool = False,
-    ):
-        text = _text_tower(context, "ordinalclip")
-        output_dim = None if context.shared_space else text.output_dim
-        super().__init__(context, output_dim, alignment, alignment_weight)
-        del self.prototypes, self.logit_scale
-        self.output_dim = output_dim
-        self.text = text
-        self.text.activation_checkpointing = activation_checkpointing
-        self.logit_scale = nn.Parameter(torch.tensor(float(context.logit_scale)), requires_grad=learn_logit_scale)
-        self.learner = PromptLearner(
-            text,
-            context.ranks,
-            num_context=num_context,
-            context=prompt,
-            num_base_ranks=num_base_ranks,
-            interpolation=interpolation,
-            rank_position=rank_position,
-            tokens_per_rank=tokens_per_rank,
-            rank_specific_context=rank_specific_context,
-            init_from_names=init_from_names,
-        )
-
-    def text_features(self) -> Tensor:
-        return self.text(self.learner())
-
-    def prompt_parameters(self) -> list[nn.Parameter]:
-        return [*self.learner.parameters(), cast(nn.Parameter, self.logit_scale)]
-
-    def deploy(self) -> tuple[str, dict[str, Any], Head]:
-        options: dict[str, Any] = {
-            "output_dim": self.output_dim,
-            "alignment": self.alignment,
-            "alignment_weight": self.alignment_weight,
-        }
-        input_dim = self.projection.in_features if isinstance(self.projection, nn.Linear) else self.text.output_dim
-        context = HeadContext(self.ranks, input_dim, decoding=self.decoding)
-        head = PrototypeHead(context, **options).to(self.logit_scale)
-        with torch.no_grad():
-            head.prototypes.copy_(normalize(self.text_features(), dim=-1))
-            head.logit_scale.copy_(self.logit_scale)
-        head.projection.load_state_dict(self.projection.state_dict())
-        return "prototypes", options, head
-
-
-class CoOp(OrdinalCLIP):
-    """One free embedding per rank, started from the rank's name (Zhou et al., 2022); OrdinalCLIP's losses."""
-
-    def __init__(
-        self,
-        context: HeadContext,
-        prompt: str | None = None,
-        num_context: int = 10,
-        rank_position: RankPosition = "tail",
-        tokens_per_rank: int = 1,
-        rank_specific_context: bool = False,
-        init_from_names: bool = True,
-        alignment: Alignment = "official",
-        alignment_weight: float = 1.0,
-        learn_logit_scale: bool = False,
-        activation_checkpointing: bool = False,
-    ):
-        options = {key: value for key, value in locals().items() if key not in ("self", "context", "__class__")}
-        super().__init__(context, num_base_ranks=None, **options)
-
-
-def _text_tower(context: HeadContext, method: str) -> TextTower:
-    if context.text is None:
-        raise ValueError(f"method {method!r} needs a text tower: set model.text, e.g. to open_clip:RN50/openai")
-    return context.text
-
-
 HEADS = {
-    "ordinalclip": "ordinalclip.heads:OrdinalCLIP",
-    "coop": "ordinalclip.heads:CoOp",
-    "zero_shot": "ordinalclip.heads:ZeroShot",
-    "prototypes": "ordinalclip.heads:PrototypeHead",
+    "ordinalclip": "ordinalclip.language:OrdinalCLIP",
+    "coop": "ordinalclip.language:CoOp",
+    "zero_shot": "ordinalclip.language:ZeroShot",
+    "prototypes": "ordinalclip.language:PrototypeHead",
 }
+OURS = ("ordinalclip", "baselines")  # packages whose methods every installation has
 
 
 def available_heads() -> dict[str, str]:
@@ -355,22 +176,116 @@ def available_heads() -> dict[str, str]:
 
 
 def head_class(method: str) -> type[Head]:
-    """The class of a method.
+    """The class of a method, which is one of `available_heads` or a class of your own, "module:Class".
 
     Raises:
-        ValueError: an unknown method; the message lists the choices.
+        ValueError: an unknown method (the message lists the choices), a module that cannot be imported, a name that it
+            lacks, or something that is no subclass of `Head`.
     """
+    found = import_object(class_path(method), f"method {method!r}")
+    if not (isinstance(found, type) and issubclass(found, Head)):
+        raise ValueError(f"method {method!r}: {found!r} is not a subclass of ordinalclip.heads.Head")
+    return found
+
+
+def class_path(method: str) -> str:
+    """The "module:Class" of a method.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    if ":" in method:
+        return method
     heads = available_heads()
     if method not in heads:
-        raise ValueError(f"method {method!r} is unknown; choices: {', '.join(sorted(heads))}")
-    module, _, name = heads[method].partition(":")
-    return getattr(importlib.import_module(module), name)
+        raise ValueError(
+            f"method {method!r} is unknown; choices: {', '.join(sorted(heads))}, or a head of your own as module:Class"
+        )
+    return heads[method]
 
 
-def head_options(method: str) -> dict[str, Any]:
-    """The options of a method and their defaults."""
-    parameters = list(inspect.signature(head_class(method)).parameters.values())[1:]
-    return {parameter.name: parameter.default for parameter in parameters}
+def foreign_class(method: str) -> str:
+    """The "module:Class" of a method that another package brings, which its saved models need; else ""."""
+    path = class_path(method)
+    return "" if path.partition(":")[0].partition(".")[0] in OURS else path
+
+
+def import_object(path: str, what: str) -> Any:
+    """What "module:name" stands for.
+
+    Args:
+        what: begins the message of errors.
+
+    Raises:
+        ValueError: not of this form, a module that cannot be imported, or a name that it lacks.
+    """
+    module, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ValueError(f"{what}: write module:name, e.g. my_package.my_module:MyName, got {path!r}")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever the code of others raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{what}: module {module!r} cannot be imported ({reason}); installed packages and the folders on "
+            "PYTHONPATH are searched"
+        ) from error
+    if not hasattr(found, name):
+        public = [other for other in vars(found) if not other.startswith("_")]
+        raise ValueError(f"{what}: module {module!r} has no {name!r}; {near_matches(name, public)}")
+    return getattr(found, name)
+
+
+class Option(NamedTuple):
+    """An option of a method: `default` (`inspect.Parameter.empty`: it must be given), `annotation`, `description`."""
+
+    default: Any
+    annotation: Any
+    description: str
+
+
+def head_options(method: str) -> dict[str, Option]:
+    """The options of a method, each declared once in the class that uses it.
+
+    These are the keyword arguments of the class's constructor and, where it takes `**shared` to pass them on, those of
+    the next class in its method resolution order that has a constructor, and so on. A default in a subclass wins. The
+    first parameter is the `HeadContext`; positional-only ones are what a base class wants from its subclasses. The
+    description is that of the docstring's block `Args:`, in the declaring class or else in the next that has one.
+
+    >>> head_options("huber")["delta"].default
+    1.0
+    """
+    options: dict[str, Option] = {}
+    for base in head_class(method).__mro__:
+        if "__init__" not in vars(base):
+            continue
+        _, _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        hints, described = get_type_hints(vars(base)["__init__"]), _described_arguments(base)
+        for name, parameter in ((p.name, p) for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)):
+            known, text = options.get(name), described.get(name, "")
+            if known is None:
+                options[name] = Option(parameter.default, hints.get(name, Any), text)
+            elif not known.description:
+                options[name] = known._replace(description=text)
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return options
+
+
+def _described_arguments(base: type) -> dict[str, str]:
+    """Names and descriptions of the block `Args:` of a class's own docstring; "a, b: text" describes both."""
+    _, _, block = inspect.cleandoc(vars(base).get("__doc__") or "").partition("\nArgs:\n")
+    described: dict[str, str] = {}
+    names: list[str] = []
+    for line in block.splitlines():
+        if line and not line.startswith(" "):
+            break
+        if entry := re.match(r" {4}(\w+(?:, \w+)*): *(.*)", line):
+            names = entry[1].split(", ")
+            described.update(dict.fromkeys(names, entry[2]))
+        elif line:
+            described.update({name: f"{described[name]} {line.strip()}".strip() for name in names})
+    return {name: text.removesuffix(".") for name, text in described.items()}
 
 
 def build_head(method: str, context: HeadContext, options: Mapping[str, Any]) -> Head:

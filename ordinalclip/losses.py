@@ -12,6 +12,11 @@ Alignment = Literal["official", "paper"]
 LABEL_SHARPNESS = 10.0  # the official code's softmax(10 * onehot)
 
 
+def at_least_float32(features: Tensor) -> Tensor:
+    """Half precision lifted to float32, so that normalising, scaling and softmax never run in bf16."""
+    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+
+
 def weighted_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of (B,) values, weighted by (B,) sample weights if given."""
     return values.mean() if weights is None else (values * weights).sum() / weights.sum()
@@ -65,7 +70,7 @@ def alignment_loss(
     """
     if alignment not in get_args(Alignment):
         raise ValueError(f"alignment {alignment!r} is unknown; choices: {', '.join(get_args(Alignment))}")
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = at_least_float32(logits)
     batch_size = logits.shape[0]
     contrastive = cross_entropy(logits, ranks, weights)
 

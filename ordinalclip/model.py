@@ -17,7 +17,17 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedCo
 from transformers.utils import ModelOutput, cached_file
 
 from ordinalclip.backbones import Backbone, load_backbone
-from ordinalclip.heads import Decoding, Head, HeadContext, Prediction, Targets, build_head
+from ordinalclip.heads import (
+    Decoding,
+    Head,
+    HeadContext,
+    Prediction,
+    Targets,
+    available_heads,
+    build_head,
+    foreign_class,
+    head_class,
+)
 from ordinalclip.images import PixelSpec
 from ordinalclip.processing import OrdinalImageProcessor
 from ordinalclip.progress import without_bars
@@ -35,6 +45,7 @@ class OrdinalConfig(PreTrainedConfig):
         backbone, backbone_architecture: spec of the image encoder and what rebuilds its architecture.
         text, text_architecture: likewise of the text tower; empty in the deployed form, which has none.
         method, head: the head and its options.
+        head_class: "module:Class" behind a method that another package brings; empty for the methods of this one.
         ranks: `Ranks.to_dict()`.
         pixels: `PixelSpec` of the image encoder as a dict.
         input_dim: width of the image features; shared_space: whether they live in the text tower's space.
@@ -50,6 +61,7 @@ class OrdinalConfig(PreTrainedConfig):
     text_architecture: dict | None = None
     method: str = "prototypes"
     head: dict | None = None
+    head_class: str = ""
     ranks: dict | None = None
     pixels: dict | None = None
     input_dim: int = 0
@@ -160,6 +172,7 @@ class OrdinalModel(PreTrainedModel):
             text_architecture=tower.architecture if tower else None,
             method=method,
             head=dict(head or {}),
+            head_class=foreign_class(method),
             ranks=ranks.to_dict(),
             pixels=asdict(image.pixels),
             input_dim=image.output_dim,
@@ -195,11 +208,12 @@ class OrdinalModel(PreTrainedModel):
             return self.head.predict(self.head(self.encoder(pixel_values)))
 
     def deploy(self) -> OrdinalModel:
-        """The form that is served: a view on this model's encoder with a head that needs no text tower."""
+        """The form that is served: this model's own encoder, not a copy, with a head that needs no text tower."""
         config, head = deepcopy(self.config), self.head
         config.text, config.text_architecture = "", None
         if (deployed := head.deploy()) is not None:
             config.method, config.head, head = deployed
+            config.head_class = foreign_class(config.method)
         return OrdinalModel(config, self.encoder, head).eval()
 
     @property
@@ -234,7 +248,9 @@ class OrdinalModel(PreTrainedModel):
         meta device, where buffers that are not saved (attention masks) would come back as garbage.
 
         Raises:
-            OSError: no such folder or files; RuntimeError: weights that do not fit the configuration.
+            OSError: no such folder or files; RuntimeError: weights that do not fit the configuration; ValueError: a
+                head of another package that cannot be imported. Only load such models from people whom you trust with
+                the import of any module that is installed.
         """
         hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
         config = kwargs.pop("config", None)
@@ -345,7 +361,22 @@ def _head(config: OrdinalConfig, tower: Backbone | None) -> Head:
         label_std=config.label_std,
         decoding=cast(Decoding, config.decoding),
     )
-    return build_head(config.method, context, config.head or {})
+    return build_head(_method(config), context, config.head or {})
+
+
+def _method(config: OrdinalConfig) -> str:
+    """The method, or the class behind it where no installed package registers that name.
+
+    Raises:
+        ValueError: it comes from another package, whose import is missing.
+    """
+    if not config.head_class or config.method in available_heads():
+        return config.method
+    try:
+        head_class(config.head_class)
+    except ValueError as error:
+        raise ValueError(f"this model's method {config.method!r} comes from another package: {error}") from error
+    return config.head_class
 
 
 AutoConfig.register(OrdinalConfig.model_type, OrdinalConfig, exist_ok=True)

@@ -104,7 +104,7 @@ def test_unknown_specs(spec, message):
 
 
 def test_methods_that_need_text_say_so():
-    with pytest.raises(ValueError, match=r"'ordinalclip' needs a text tower: set model\.text"):
+    with pytest.raises(ValueError, match=r"OrdinalCLIP needs a text tower: set model\.text"):
         build_head("ordinalclip", HeadContext(Ranks.of(3), 8), {})
     with pytest.raises(ValueError, match="same CLIP"):
         OrdinalModel.build("timm:resnet10t", Ranks.of(3), "zero_shot", text="tiny")

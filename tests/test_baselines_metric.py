@@ -1,4 +1,4 @@
-"""Metric-space methods: golden figures, plain loops, the running threshold, and the two read-outs."""
+"""Metric-space methods: golden numbers, plain loops, the running threshold, and the two read-outs."""
 
 import json
 import math
@@ -11,9 +11,9 @@ from conftest import losses_of
 from safetensors.torch import load_file, save_file
 
 from baselines import HEADS
-from baselines.contrast import rank_n_contrast_loss
+from baselines.adaptive_triplet import adaptive_triplet_loss, draw_triples
+from baselines.rank_n_contrast import rank_n_contrast_loss
 from baselines.rm_loss import RMLoss
-from baselines.triplet import adaptive_triplet_loss, draw_triples
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.heads import HeadContext, Targets, build_head
 from ordinalclip.training import Trainer, train
@@ -357,11 +357,11 @@ def test_resuming_brings_threshold_bank_and_triples_back(quick, method):
     """Steps 3 and 4 from the checkpoint of step 2 are those of the run that was not stopped."""
     config = quick(f"method={method}", "train.eval_every=2")
     folder = train(config, quiet=True)
-    losses, figures = losses_of(folder), json.loads((folder / "metrics.json").read_text())
+    losses, metrics = losses_of(folder), json.loads((folder / "metrics.json").read_text())
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
     train(config.model_copy(update={"train": config.train.model_copy(update={"resume": "auto"})}), quiet=True)
     assert losses_of(folder).tolist() == losses.tolist()
-    assert json.loads((folder / "metrics.json").read_text())["test"] == figures["test"]
+    assert json.loads((folder / "metrics.json").read_text())["test"] == metrics["test"]
 
 
 @pytest.mark.parametrize("form", ["deployed", "trainable"])

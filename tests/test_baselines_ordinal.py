@@ -17,7 +17,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines_open.json").r
 RANKS = Ranks((0.0, 1.0, 3.0, 4.0, 6.0))
 SAMPLE_WISE = {  # a sample of weight 2 is that sample twice
     **{method: {} for method in ("l1", "mse", "huber", "cross_entropy", "cnn", "sord", "dldl_v2", "mean_variance")},
-    **{method: {} for method in ("ordreg", "coral", "corn", "l2_softmax", "cosface", "arcface", "rm_loss")},
+    **{method: {} for method in ("ordreg", "coral", "corn", "l2_softmax", "cosface", "arcface", "rm_loss", "loss")},
     "plc": {"outliers": 0.0},  # which samples are outliers does not depend on weights
 }
 LEARNING = sorted(set(HEADS) - {"constant"})
@@ -214,7 +214,7 @@ def test_half_precision_features_are_scored_in_float32(method):
         ("rm_loss", {"readout": "nn"}, r"head\.readout 'nn' is unknown; choices: neighbors, l1"),
         ("atrip", {"triples_per_sample": 0}, r"head\.triples_per_sample must be at least 1"),
         ("rank_n_contrast", {"temperature": 0}, r"head\.temperature must be above 0"),
-        ("plc_src", {"gap": 0}, r"head\.gap above 0, got 0\.1, 0\.1 and 0"),
+        ("plc_src", {"gap": 0}, r"head\.gap above 0, got 0\.1 and 0"),
         ("coral", {"margin": 1}, "is not an option of method 'coral'"),
     ],
 )

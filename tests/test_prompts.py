@@ -1,4 +1,4 @@
-"""Prompts and the packed text tower against the authors' figures and against plain encoding."""
+"""Prompts and the packed text tower against the authors' numbers and against plain encoding."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def text_model(width=64, layers=3, heads=4, output=32, vocabulary=49408):
 
 @pytest.fixture(scope="module")
 def golden_tower():
-    """The text encoder of the golden figures, from its seeded recipe."""
+    """The text encoder of the golden numbers, from its seeded recipe."""
     model, rng = text_model(), np.random.default_rng(GOLDEN[0]["seed"])
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("visual") and k != "logit_scale"}
     for key in sorted(state):
@@ -66,7 +66,7 @@ def learner_of(tower, case):
 
 @pytest.mark.parametrize("number", range(len(GOLDEN)))
 @pytest.mark.parametrize("packed", [True, False])
-def test_golden_figures(golden_tower, number, packed):
+def test_golden_numbers(golden_tower, number, packed):
     case = GOLDEN[number]
     learner = learner_of(golden_tower, case)
     encode = golden_tower if packed else golden_tower.encode_plain

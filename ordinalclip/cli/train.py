@@ -31,6 +31,6 @@ def _documented_keys() -> str:
     for key, default, description in describe():
         lines.append(f"  {key} ({json.dumps(default, default=str)}): {description}")
     lines.append("options of method ordinalclip (head.*); other methods have their own, see their docstrings:")
-    for key, default, _ in describe(head_section("ordinalclip"), "head."):
-        lines.append(f"  {key} ({json.dumps(default)})")
+    for key, default, description in describe(head_section("ordinalclip"), "head."):
+        lines.append(f"  {key} ({json.dumps(default)}): {description}")
     return "\n".join(lines)

@@ -25,7 +25,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 
-from ordinalclip.heads import Outputs, at_least_float32
+from ordinalclip.heads import Outputs
+from ordinalclip.losses import at_least_float32
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.sampling import SampleNoise
 

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Part, Parts
-from ordinalclip.heads import Outputs, Targets, at_least_float32, decode
+from ordinalclip.heads import Outputs, Targets, decode
 from ordinalclip.images import PixelSpec, crop, normalise
+from ordinalclip.losses import at_least_float32
 from ordinalclip.metrics import Metric, metrics_with
 from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import DECODINGS, Predictions

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Parts
-from ordinalclip.heads import Targets, at_least_float32
+from ordinalclip.heads import Targets
 from ordinalclip.images import Augmentation
+from ordinalclip.losses import at_least_float32
 from ordinalclip.model import OrdinalModel
 from ordinalclip.training.distributed import MicroBatches, gather_outputs
 from ordinalclip.training.imbalance import sample_weights

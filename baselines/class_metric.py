@@ -17,7 +17,7 @@ from pytorch_metric_learning.miners import BatchHardMiner
 from pytorch_metric_learning.reducers import DoNothingReducer
 from torch import Tensor
 
-from baselines.embedding import EmbeddingHead, Readout
+from baselines.embedding import EmbeddingHead
 from baselines.linear import FullPrecisionLinear
 from baselines.pairs import mean_of
 from ordinalclip.heads import HeadContext, Targets
@@ -61,8 +61,7 @@ class Contrastive(ClassMetricHead):
     """Contrastive loss (Hadsell et al., CVPR 2006): equal ranks together, others at least `margin` apart.
 
     Args:
-        margin: distance on the unit sphere.
-        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+        margin: least distance between different ranks, on the unit sphere.
     """
 
     normalised = True
@@ -71,12 +70,9 @@ class Contrastive(ClassMetricHead):
         self,
         context: HeadContext,
         margin: float = 1.0,
-        embedding_dim: int = 64,
-        hidden_dim: int | None = 256,
-        readout: Readout = "neighbors",
-        radius: float = 0.1,
+        **shared: Any,
     ):
-        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        super().__init__(context, **shared)
         self.criterion = ContrastiveLoss(neg_margin=margin, reducer=DoNothingReducer())
 
 
@@ -88,8 +84,7 @@ class Triplet(ClassMetricHead):
     1.7 times the L1 head's (5.9 against 3.4).
 
     Args:
-        margin: difference of distances on the unit sphere.
-        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+        margin: by which the positive is to be nearer than the negative, in distance on the unit sphere.
     """
 
     normalised = True
@@ -98,12 +93,9 @@ class Triplet(ClassMetricHead):
         self,
         context: HeadContext,
         margin: float = 0.2,
-        embedding_dim: int = 64,
-        hidden_dim: int | None = 256,
-        readout: Readout = "neighbors",
-        radius: float = 0.1,
+        **shared: Any,
     ):
-        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        super().__init__(context, **shared)
         self.criterion = TripletMarginLoss(margin=margin, reducer=DoNothingReducer())
         self.miner = BatchHardMiner()
 
@@ -116,20 +108,14 @@ class NPair(ClassMetricHead):
 
     Inner products of embeddings as they are; the paper's penalty on their norms is left to weight decay. A sample's
     weight counts where it is the anchor.
-
-    Args:
-        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
     """
 
     def __init__(
         self,
         context: HeadContext,
-        embedding_dim: int = 64,
-        hidden_dim: int | None = 256,
-        readout: Readout = "neighbors",
-        radius: float = 0.1,
+        **shared: Any,
     ):
-        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        super().__init__(context, **shared)
         self.criterion = NPairsLoss(
             distance=DotProductSimilarity(normalize_embeddings=False), reducer=DoNothingReducer()
         )
@@ -141,7 +127,6 @@ class CosFace(ClassMetricHead):
     Args:
         margin: taken off the cosine with the right proxy.
         scale: of the cosines.
-        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
     """
 
     normalised = True
@@ -151,12 +136,9 @@ class CosFace(ClassMetricHead):
         context: HeadContext,
         margin: float = 0.35,
         scale: float = 64.0,
-        embedding_dim: int = 64,
-        hidden_dim: int | None = 256,
-        readout: Readout = "neighbors",
-        radius: float = 0.1,
+        **shared: Any,
     ):
-        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        super().__init__(context, **shared)
         options = {"margin": margin, "scale": scale, "reducer": DoNothingReducer()}
         self.criterion = CosFaceLoss(len(context.ranks), self.embedding_dim, **options)
 
@@ -167,7 +149,6 @@ class ArcFace(ClassMetricHead):
     Args:
         margin: added to the angle with the right proxy, in degrees.
         scale: of the cosines.
-        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
     """
 
     normalised = True
@@ -177,12 +158,9 @@ class ArcFace(ClassMetricHead):
         context: HeadContext,
         margin: float = 28.6,
         scale: float = 64.0,
-        embedding_dim: int = 64,
-        hidden_dim: int | None = 256,
-        readout: Readout = "neighbors",
-        radius: float = 0.1,
+        **shared: Any,
     ):
-        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        super().__init__(context, **shared)
         options = {"margin": margin, "scale": scale, "reducer": DoNothingReducer()}
         self.criterion = ArcFaceLoss(len(context.ranks), self.embedding_dim, **options)
 
@@ -191,8 +169,7 @@ class L2Softmax(EmbeddingHead):
     """L2-softmax (Ranjan et al., 2017): softmax cross-entropy on embeddings of fixed length.
 
     Args:
-        scale: that length, in the loss; embeddings are read out at length 1.
-        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+        scale: length of the embeddings in the loss; they are read out at length 1.
     """
 
     normalised = True
@@ -201,12 +178,9 @@ class L2Softmax(EmbeddingHead):
         self,
         context: HeadContext,
         scale: float = 16.0,
-        embedding_dim: int = 64,
-        hidden_dim: int | None = 256,
-        readout: Readout = "neighbors",
-        radius: float = 0.1,
+        **shared: Any,
     ):
-        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        super().__init__(context, **shared)
         self.scale = scale
         self.classifier = FullPrecisionLinear(self.embedding_dim, len(context.ranks))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from baselines.embedding import EmbeddingHead, Readout
+from baselines.embedding import EmbeddingHead
 from baselines.pairs import mean_of
 from ordinalclip.heads import HeadContext, Targets
 
@@ -57,20 +59,16 @@ class AdaptiveTriplet(EmbeddingHead):
     run repeats and resumes exactly; which samples meet is up to the order that the run's seed gives them.
 
     Args:
-        triples_per_sample: this many times B triples are drawn, instead of taking all B^3.
-        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+        triples_per_sample: of a batch of B this many times B triples are drawn, instead of taking all B^3.
     """
 
     def __init__(
         self,
         context: HeadContext,
         triples_per_sample: int = 16,
-        embedding_dim: int = 64,
-        hidden_dim: int | None = 256,
-        readout: Readout = "neighbors",
-        radius: float = 0.1,
+        **shared: Any,
     ):
-        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        super().__init__(context, **shared)
         if triples_per_sample < 1:
             raise ValueError(f"head.triples_per_sample must be at least 1, got {triples_per_sample}")
         self.triples_per_sample = triples_per_sample

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from baselines.embedding import EmbeddingHead, Readout
 from baselines.pairs import mean_of, pairwise_distances, without_diagonal
-from ordinalclip.heads import HeadContext, Targets, at_least_float32
+from ordinalclip.heads import HeadContext, Targets
+from ordinalclip.losses import at_least_float32
 
 
 def rank_n_contrast_loss(
     features: Tensor, labels: Tensor, temperature: float = 2.0, weights: Tensor | None = None
 ) -> Tensor:
-    """Rank-N-Contrast (Zha et al., NeurIPS 2023, eq. 2) of n samples, or of n views of fewer.
+    """Rank-N-Contrast (Zha et al., NeurIPS 2023, eq. 2) of n samples, or of n augmented views of fewer.
 
     With s_ij = -||f_i - f_j|| / temperature and d_ij = |y_i - y_j|, the mean over pairs i != j of
     -log(e^s_ij / sum of e^s_ik over all k != i with d_ik >= d_ij). A sorted search and one cumulative sum per row give
-    all denominators in O(n^2 log n) time and O(n^2) memory. Views are rows of their own, with their image's label.
+    all denominators in O(n^2 log n) time and O(n^2) memory. Augmented views are rows of their own,
+    with their image's label.
 
     Args:
         features: (n, D).
@@ -45,8 +49,7 @@ class RankNContrast(EmbeddingHead):
 
     Args:
         temperature: of the similarities.
-        views: of every picture, each a row of the batch: B pictures are encoded `views` times.
-        embedding_dim, hidden_dim, readout, radius: see `EmbeddingHead`.
+        views: augmented views of every picture, each a row of the batch: B pictures are encoded `views` times.
     """
 
     def __init__(
@@ -54,12 +57,10 @@ class RankNContrast(EmbeddingHead):
         context: HeadContext,
         temperature: float = 2.0,
         views: int = 2,
-        embedding_dim: int = 64,
-        hidden_dim: int | None = 256,
         readout: Readout = "l1",
-        radius: float = 0.1,
+        **shared: Any,
     ):
-        super().__init__(context, embedding_dim, hidden_dim, readout, radius)
+        super().__init__(context, readout=readout, **shared)
         if not temperature > 0:
             raise ValueError(f"head.temperature must be above 0, got {temperature:g}")
         if views < 1:

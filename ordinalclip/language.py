@@ -1,0 +1,222 @@
+"""Heads that compare images with a prototype per rank in the space of a CLIP: learned prompts, and what is deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ordinalclip.heads import Head, HeadContext, Outputs, Targets
+from ordinalclip.losses import Alignment, alignment_loss, at_least_float32
+from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
+from ordinalclip.text import TextTower
+
+
+class SimilarityHead(Head):
+    """Logits are scaled cosines of images and prototypes; subclasses give `rank_prototypes` and `logit_scale`.
+
+    Args:
+        output_dim: width of the prototypes when the features are projected to it; None: the features are compared.
+        alignment: form of the loss's second term, that of the authors' code or of the paper, see `alignment_loss`.
+        alignment_weight: factor of the loss's second term.
+
+    Attributes:
+        logit_scale: (), log of the temperature's inverse.
+    """
+
+    logit_scale: Tensor
+
+    def __init__(
+        self,
+        context: HeadContext,
+        output_dim: int | None,
+        /,
+        alignment: Alignment = "official",
+        alignment_weight: float = 1.0,
+    ):
+        super().__init__(context)
+        self.projection = nn.Identity() if output_dim is None else nn.Linear(context.input_dim, output_dim)
+        self.output_dim = output_dim
+        self.alignment: Alignment = alignment
+        self.alignment_weight = alignment_weight
+
+    def rank_prototypes(self) -> Tensor:
+        """The (R, D) prototypes, of any length."""
+        raise NotImplementedError(f"{type(self).__name__} defines no rank_prototypes")
+
+    def space(self, features: Tensor) -> Tensor:
+        """The projected features, of length 1."""
+        return normalize(at_least_float32(self.projection(features)), dim=-1)
+
+    def forward(self, features: Tensor) -> Outputs:
+        prototypes, image = self.rank_prototypes(), self.space(features)
+        with torch.autocast(features.device.type, enabled=False):
+            rank = normalize(at_least_float32(prototypes), dim=-1)
+            return {"logits": self.logit_scale.exp() * image @ rank.t()}
+
+    def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        return alignment_loss(outputs["logits"], targets.ranks, targets.weights, self.alignment, self.alignment_weight)
+
+
+class PrototypeHead(SimilarityHead):
+    """What is deployed: R prototype vectors, a temperature and, if the encoder needs it, the projection.
+
+    Args:
+        output_dim: width of the prototypes; default: that of the features, without a projection.
+    """
+
+    learns = False
+    prototypes: Tensor
+
+    def __init__(self, context: HeadContext, output_dim: int | None = None, **shared: Any):
+        super().__init__(context, output_dim, **shared)
+        self.register_buffer("prototypes", torch.zeros(len(context.ranks), output_dim or context.input_dim))
+        self.register_buffer("logit_scale", torch.tensor(float(context.logit_scale)))
+
+    def rank_prototypes(self) -> Tensor:
+        return self.prototypes
+
+
+class ZeroShot(PrototypeHead):
+    """Zero-shot CLIP: hand-written templates with the rank names, averaged after normalising. Nothing learns.
+
+    Args:
+        templates: sentences with {name} and, if wanted, {unit}.
+
+    Raises:
+        ValueError: no text tower in the features' space, or a template without {name}.
+    """
+
+    def __init__(self, context: HeadContext, templates: Sequence[str] = ("a photo of {name} {unit}.",)):
+        super().__init__(context)
+        text = _text_tower(context, self)
+        if not context.shared_space:
+            raise ValueError("zero_shot needs an image encoder and a text tower of the same CLIP")
+        for template in templates:
+            if "{name}" not in template:
+                raise ValueError(f"template {template!r} lacks the place {{name}} for the rank's name")
+        names, unit = context.ranks.names or (), context.ranks.unit
+        with torch.no_grad():
+            total = sum(
+                normalize(text([" ".join(template.format(name=name, unit=unit).split()) for name in names]), dim=-1)
+                for template in templates
+            )
+            self.prototypes.copy_(normalize(torch.as_tensor(total), dim=-1))
+
+    def deploy(self) -> tuple[str, dict[str, Any], Head]:
+        return "prototypes", {}, self
+
+
+class PromptHead(SimilarityHead):
+    """Learned rank prompts through the frozen text tower; subclasses say how rank embeddings come about.
+
+    Trained: context, rank embeddings and, when the image features live in another space than the text features, a
+    linear projection.
+
+    Args:
+        num_base_ranks, interpolation: see `PromptLearner`.
+        prompt: a sentence to start the context from, e.g. "the age of the person is"; default: random.
+        num_context: number of context tokens, where no prompt is given.
+        rank_position: place of the rank tokens: after, inside or before the context.
+        tokens_per_rank: number of tokens of a rank embedding, where it does not start from a name.
+        rank_specific_context: a context of its own for every rank instead of a shared one.
+        init_from_names: start rank embeddings from the names of the ranks instead of at random.
+        learn_logit_scale: whether the temperature learns too.
+        activation_checkpointing: compute the text tower's activations again in the backward pass: less memory.
+
+    Raises:
+        ValueError: no text tower; see `PromptLearner` for the rest.
+    """
+
+    rebuilt = ("text",)
+
+    def __init__(
+        self,
+        context: HeadContext,
+        num_base_ranks: int | None,
+        interpolation: Interpolation,
+        /,
+        prompt: str | None = None,
+        num_context: int = 10,
+        rank_position: RankPosition = "tail",
+        tokens_per_rank: int = 1,
+        rank_specific_context: bool = False,
+        init_from_names: bool = False,
+        learn_logit_scale: bool = False,
+        activation_checkpointing: bool = False,
+        **shared: Any,
+    ):
+        text = _text_tower(context, self)
+        super().__init__(context, None if context.shared_space else text.output_dim, **shared)
+        self.text = text
+        self.text.activation_checkpointing = activation_checkpointing
+        scale = nn.Parameter(torch.tensor(float(context.logit_scale)), requires_grad=learn_logit_scale)
+        self.logit_scale: nn.Parameter = scale
+        self.learner = PromptLearner(
+            text,
+            context.ranks,
+            num_context=num_context,
+            context=prompt,
+            num_base_ranks=num_base_ranks,
+            interpolation=interpolation,
+            rank_position=rank_position,
+            tokens_per_rank=tokens_per_rank,
+            rank_specific_context=rank_specific_context,
+            init_from_names=init_from_names,
+        )
+
+    def rank_prototypes(self) -> Tensor:
+        return self.text(self.learner())
+
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        return [*self.learner.parameters(), self.logit_scale]
+
+    def deploy(self) -> tuple[str, dict[str, Any], Head]:
+        options: dict[str, Any] = {
+            "output_dim": self.output_dim,
+            "alignment": self.alignment,
+            "alignment_weight": self.alignment_weight,
+        }
+        input_dim = self.projection.in_features if isinstance(self.projection, nn.Linear) else self.text.output_dim
+        context = HeadContext(self.ranks, input_dim, decoding=self.decoding)
+        head = PrototypeHead(context, **options).to(self.logit_scale)
+        with torch.no_grad():
+            head.prototypes.copy_(normalize(self.rank_prototypes(), dim=-1))
+            head.logit_scale.copy_(self.logit_scale)
+        head.projection.load_state_dict(self.projection.state_dict())
+        return "prototypes", options, head
+
+
+class OrdinalCLIP(PromptHead):
+    """Rank embeddings interpolated between a few base embeddings (Li et al., NeurIPS 2022).
+
+    Args:
+        num_base_ranks: number of base embeddings; null: one free embedding per rank.
+        interpolation: how base embeddings mix, by the distance in rank; see `interpolation_weights`.
+    """
+
+    def __init__(
+        self,
+        context: HeadContext,
+        num_base_ranks: int | None = 3,
+        interpolation: Interpolation = "linear",
+        **shared: Any,
+    ):
+        super().__init__(context, num_base_ranks, interpolation, **shared)
+
+
+class CoOp(PromptHead):
+    """One free embedding per rank, started from the rank's name (Zhou et al., 2022); OrdinalCLIP's losses."""
+
+    def __init__(self, context: HeadContext, init_from_names: bool = True, **shared: Any):
+        super().__init__(context, None, "linear", init_from_names=init_from_names, **shared)
+
+
+def _text_tower(context: HeadContext, head: Head) -> TextTower:
+    if context.text is None:
+        name = type(head).__name__
+        raise ValueError(f"{name} needs a text tower: set model.text, e.g. to open_clip:RN50/openai")
+    return context.text
