@@ -127,6 +127,41 @@ def test_several_jobs_give_the_same_table(comparison, tmp_path, monkeypatch):
         assert other["mae"] == pytest.approx(row["mae"], rel=1e-3)
 
 
+UNTAUGHT = """
+import torch
+from ordinalclip.heads import Head
+
+
+class Middle(Head):
+    \"\"\"Answers the middle rank; nothing learns.\"\"\"
+
+    learns = False
+
+    def forward(self, features):
+        return {"logits": -(torch.arange(len(self.ranks)) - 5.0).abs().expand(len(features), -1)}
+
+    def loss(self, outputs, targets):
+        return {"loss": outputs["logits"].mean()}
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_method_of_ones_own_that_learns_nothing_needs_no_settings(comparison, tmp_path, monkeypatch, jobs):
+    """It is neither asked for as many settings as the others nor trained; several jobs find its module, too."""
+    (tmp_path / "untaught.py").write_text(UNTAUGHT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    content = yaml.safe_load(comparison.read_text()) | {"jobs": jobs, "seeds": [1]}
+    content["methods"] = {"middle": {"base": {"method": "untaught:Middle"}}, "L1": content["methods"]["L1"]}
+    comparison.write_text(yaml.safe_dump(content))
+    outcome = run_plan(load_plan(comparison), quiet=True)
+    assert outcome.num_runs == 3
+    rows = {row["method"]: row for row in outcome.summaries}
+    predictions = RunFolder(tmp_path / "out/runs/middle-0-seed1").read_predictions("test")
+    assert set(predictions.values) == {50.0}
+    assert rows["middle"]["mae"] == pytest.approx(np.abs(predictions.labels - 50).mean())
+    assert rows["middle"]["parameters"] == 0
+
+
 def test_compare_chooses_by_validation_and_averages_over_seeds(comparison, tmp_path):
     rows = {row["method"]: row for row in run_plan(load_plan(comparison), quiet=True).summaries}
     for name, label in (("OrdinalCLIP", "ordinalclip"), ("L1", "l1")):

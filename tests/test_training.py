@@ -15,12 +15,12 @@ from torch import nn
 
 from ordinalclip import OrdinalModel
 from ordinalclip.config import load_config
-from ordinalclip.heads import available_heads
+from ordinalclip.heads import available_heads, head_class
 from ordinalclip.metrics import METRICS
 from ordinalclip.training import evaluate_run, train
 from ordinalclip.training.checkpoint import load_checkpoint
 
-TRAINABLE = sorted(set(available_heads()) - {"prototypes", "zero_shot", "constant"})
+TRAINABLE = sorted(name for name in available_heads() if head_class(name).learns)
 EXACT = ("train.precision=float64", "train.eval_every=100", *NOISY)
 
 
