@@ -214,7 +214,7 @@ def test_constant_is_the_best_constant(quick):
 
 GENTLE = ("train.lr_encoder=2e-4", "train.lr_head=1e-2")  # for heads that start far from the encoder's features
 LEARNING = {  # where a learning rate of 1e-3 for all does worse: the settings of configs/compare/gauges.yaml
-    **dict.fromkeys(("cnn", "cross_entropy", "sord", "ordreg", "coral", "corn"), GENTLE),
+    **dict.fromkeys(("cnn", "cross_entropy", "loss", "sord", "ordreg", "coral", "corn"), GENTLE),
     **dict.fromkeys(
         ("rm_loss", "rank_n_contrast", "contrastive", "triplet", "n_pair", "cosface", "arcface", "l2_softmax"), GENTLE
     ),
