@@ -106,6 +106,24 @@ def test_threshold_is_state_that_training_alone_moves(tmp_path):
     assert torch.equal(loss.threshold, restored.threshold)
 
 
+def test_errors_as_large_as_the_threshold_do_not_count():
+    """At a threshold of 0 the pairs of a sample with itself, without error, are left out; and of one error, all."""
+    loss = RMLoss().double().eval()
+    loss.threshold.fill_(0.0)
+    features, labels, _ = batch()
+    pairs = [
+        (math.exp(-(((labels[i] - labels[j]).item() / 0.5) ** 2) / 2) + 0.1, i, j)
+        for i in range(9)
+        for j in set(range(9)) - {i}
+    ]
+    errors = [
+        w * abs(norm(features[i].tolist(), features[j].tolist()) - abs(labels[i] - labels[j]).item())
+        for w, i, j in pairs
+    ]
+    assert loss(features, labels).item() == pytest.approx(sum(errors) / sum(w for w, _, _ in pairs))
+    assert RMLoss()(torch.zeros(4, 2), torch.zeros(4)) == 0
+
+
 def test_identical_rows_have_a_finite_gradient():
     features = torch.zeros(4, 3, requires_grad=True)
     loss = RMLoss(mining=False)(features, torch.tensor([0.0, 0.0, 1.0, 2.0]))

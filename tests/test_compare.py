@@ -250,6 +250,7 @@ def test_paired_test_against_its_formula():
     assert greater_p_value(second, first) == pytest.approx(1 - greater_p_value(first, second))
     assert greater_p_value([2, 3], [1, 2]) == 0  # larger by the same everywhere
     assert greater_p_value([1, 2], [2, 3]) == 1
+    assert greater_p_value([1, 2], [1, 2]) == 1
 
 
 def test_holm_against_its_definition():
