@@ -4,10 +4,10 @@
     python benchmarks/mutants.py --only losses --only data  # those of some modules
     python benchmarks/mutants.py --list                     # look whether every fault still has its place
 
-Prints a table of module, fault, the test that caught it, and seconds. The working tree is never edited: each of `--jobs`
-workers has a copy of it, where one file is changed and put back. The selected tests must pass without a fault first; five
-times their seconds and a minute more are the time limit, and a fault that makes them hang counts as caught. Every test run
-is forked from a process that has imported the libraries, which saves ten seconds each.
+Prints a table of module, fault, the test that caught it, and seconds. The working tree is never edited: each of
+`--jobs` workers has a copy of it, where one file is changed and put back. The selected tests must pass without a fault
+first; five times their seconds and a minute more are the time limit, and a fault that makes them hang counts as caught.
+Every test run is forked from a process that has imported the libraries, which saves ten seconds each.
 
 Exit status: 0; 1 where a fault survived that is not marked `survives` in the list; 2 where the list or the tests are at
 fault themselves.
@@ -16,6 +16,7 @@ fault themselves.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -37,10 +38,20 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = Path(__file__).with_suffix(".yaml")
 LIBRARIES = (  # imported once; nothing of the package may be among them
-    "torch.distributed torch.utils.tensorboard transformers.pipelines transformers.models.auto.modeling_auto datasets "
-    "evaluate accelerate open_clip timm pytorch_metric_learning.losses pytorch_metric_learning.miners scipy.stats "
-    "scipy.sparse.csgraph scipy.spatial matplotlib.pyplot jinja2 pydantic pyarrow.parquet peft PIL.ImageEnhance"
-).split()
+    *(
+        "torch.distributed",
+        "torch.utils.tensorboard",
+        "datasets",
+        "evaluate",
+        "accelerate",
+        "open_clip",
+        "timm",
+        "peft",
+    ),
+    *("transformers.pipelines", "transformers.models.auto.modeling_auto", "pyarrow.parquet", "pydantic", "jinja2"),
+    *("pytorch_metric_learning.losses", "pytorch_metric_learning.miners", "matplotlib.pyplot", "PIL.ImageEnhance"),
+    *("scipy.stats", "scipy.sparse.csgraph", "scipy.spatial"),
+)
 
 
 @dataclass(frozen=True)
@@ -175,10 +186,8 @@ class Worker:
         done, status = os.waitpid(self.child, os.WNOHANG)
         if not done and seconds < self.limit:
             return None
-        try:  # also what the tests started and left behind
+        with contextlib.suppress(ProcessLookupError):  # also what the tests started and left behind
             os.killpg(self.child, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         if not done:
             os.waitpid(self.child, 0)
         self.child = None

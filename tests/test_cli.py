@@ -72,7 +72,7 @@ def test_wrong_calls_exit_with_two_and_one_line(tmp_path, capsys):
 
 
 def test_help_documents_every_key(capsys):
-    """A line `key (default): description` for every key that a run's config.yaml holds, and for the method's options."""
+    """A line `key (default): description` for every key of a run's config.yaml, and for the method's options."""
     with pytest.raises(SystemExit) as left:
         main(["train", "--help"])
     assert left.value.code == 0

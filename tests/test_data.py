@@ -74,7 +74,7 @@ def test_shares_are_rounded_to_the_nearest_row(count, split):
     rows = datasets.Dataset.from_dict({"image": [None] * count, "label": list(range(count))})
     parts = make_parts({"all": rows}, DataConfig(split=split), RanksConfig(low=0, high=count, num=count + 1), seed=3)
     labels = [[] if part is None else part.values.tolist() for part in (parts.train, parts.validation, parts.test)]
-    assert sorted(sum(labels, [])) == list(range(count))
+    assert sorted(label for part in labels for label in part) == list(range(count))
     sizes = [len(part) for part in labels]
     for cut in (1, 2):
         assert abs(sum(sizes[:cut]) - count * sum(split[:cut])) <= 0.5 + 1e-9
