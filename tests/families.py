@@ -1,8 +1,10 @@
 """Small random models of every family of backbones, written to folders as their libraries write them."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 import transformers
@@ -147,3 +149,36 @@ def make_family(name: str, folder: Path) -> str:
     family, _, label = name.partition(":")
     FAMILIES[name](folder / label)
     return f"{family}:{folder / label}"
+
+
+def cubic(x, a):
+    """Keys' convolution kernel (1981)."""
+    x = abs(x)
+    if x < 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+def interpolated(table, new, smooth):
+    """Position embeddings (n, D), or (1, n, D), of another grid: what stands before the grid stays, the grid is
+    interpolated bicubically, in loops over places.
+
+    Args:
+        new: places on a side.
+        smooth: as Pillow does it (a = -0.5, a kernel as wide as a new place, cut off at the border), for open_clip and
+            timm; else as OpenCV (a = -0.75, four places, the border repeated), for transformers.
+    """
+    flat = table.detach().double().reshape(-1, table.shape[-1]).numpy()
+    old = math.isqrt(len(flat))
+    first = len(flat) - old**2
+    weights, wide = np.zeros((new, old)), max(1.0, old / new) if smooth else 1.0
+    for i in range(new):
+        middle = (i + 0.5) * old / new - 0.5
+        for j in range(math.floor(middle - 2 * wide), math.ceil(middle + 2 * wide) + 1):
+            weight = cubic((j - middle) / wide, -0.5 if smooth else -0.75)
+            if not smooth or 0 <= j < old:
+                weights[i, min(max(j, 0), old - 1)] += weight
+    weights /= weights.sum(axis=1, keepdims=True)
+    grid = np.einsum("ia,jb,abd->ijd", weights, weights, flat[first:].reshape(old, old, -1))
+    result = np.concatenate([flat[:first], grid.reshape(new * new, -1)])
+    return torch.from_numpy(result).to(table.dtype).reshape(*table.shape[:-2], -1, table.shape[-1])

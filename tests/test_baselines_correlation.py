@@ -74,10 +74,11 @@ def loop_src(features, labels, weights, gap, margin):
 
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_src_against_loops(ties, seed):
+@pytest.mark.parametrize("gap", [0.6, 0.5])  # with ties, in quarters, some gaps are exactly 0.5
+def test_src_against_loops(ties, seed, gap):
     features, _, labels, weights = batch(seed=seed, ties=ties)
-    terms = src_loss(features, labels, 0.6, 0.3, 0.2, weights)
-    coarse, fine = loop_src(features.tolist(), labels.tolist(), weights.tolist(), 0.6, 0.2)
+    terms = src_loss(features, labels, gap, 0.3, 0.2, weights)
+    coarse, fine = loop_src(features.tolist(), labels.tolist(), weights.tolist(), gap, 0.2)
     assert terms["coarse"].item() == pytest.approx(coarse)
     assert terms["fine"].item() == pytest.approx(fine)
     assert min(coarse, fine) > 0

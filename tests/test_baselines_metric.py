@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses_of
+from conftest import learner_of, losses_of
 from safetensors.torch import load_file, save_file
 
 from baselines import HEADS
@@ -16,7 +16,7 @@ from baselines.rank_n_contrast import rank_n_contrast_loss
 from baselines.rm_loss import RMLoss
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.heads import HeadContext, Targets, build_head
-from ordinalclip.training import Trainer, train
+from ordinalclip.training import train
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines_open.json").read_text())
 RANKS = Ranks.linear(0, 100, 6)
@@ -104,6 +104,24 @@ def test_threshold_is_state_that_training_alone_moves(tmp_path):
     again = [each.train()(*batch(seed=3)[:2]) for each in (loss, restored)]
     assert torch.equal(*again)
     assert torch.equal(loss.threshold, restored.threshold)
+
+
+def test_errors_as_large_as_the_threshold_do_not_count():
+    """At a threshold of 0 the pairs of a sample with itself, without error, are left out; and of one error, all."""
+    loss = RMLoss().double().eval()
+    loss.threshold.fill_(0.0)
+    features, labels, _ = batch()
+    pairs = [
+        (math.exp(-(((labels[i] - labels[j]).item() / 0.5) ** 2) / 2) + 0.1, i, j)
+        for i in range(9)
+        for j in set(range(9)) - {i}
+    ]
+    errors = [
+        w * abs(norm(features[i].tolist(), features[j].tolist()) - abs(labels[i] - labels[j]).item())
+        for w, i, j in pairs
+    ]
+    assert loss(features, labels).item() == pytest.approx(sum(errors) / sum(w for w, _, _ in pairs))
+    assert RMLoss()(torch.zeros(4, 2), torch.zeros(4)) == 0
 
 
 def test_identical_rows_have_a_finite_gradient():
@@ -218,16 +236,16 @@ def test_rank_n_contrast_sees_the_order_of_labels_only():
 
 def test_rank_n_contrast_trains_on_two_views(quick):
     """A batch of 8 pictures has 16 rows: each picture twice in a row, in two crops."""
-    run = Trainer(quick("method=rank_n_contrast", "data.augment.crop_ratio=1.3"), quiet=True)
-    pixels, values, ranks, positions = next(iter(run._loader()))
+    learner = learner_of(quick("method=rank_n_contrast", "data.augment.crop_ratio=1.3"))
+    pixels, positions = next(iter(learner.batches(0)))
     assert positions.tolist() == list(range(16))
-    rows = run._batch_rows()
+    rows = learner.rows_of(0)
     assert rows[::2] == rows[1::2]
-    assert torch.equal(values[::2], values[1::2])
-    assert torch.equal(ranks[::2], ranks[1::2])
+    targets = learner._targets(0, torch.device("cpu"), torch.float64)
+    assert targets.values.tolist() == learner.train.values[rows].tolist()
+    assert targets.ranks.tolist() == learner.train.ranks[rows].tolist()
     assert all(not torch.equal(*pair) for pair in pixels.view(8, 2, *pixels.shape[1:]))
-    single = Trainer(quick("method=rank_n_contrast", "head.views=1"), quiet=True)
-    assert single._batch_rows() == rows[::2]
+    assert learner_of(quick("method=rank_n_contrast", "head.views=1")).rows_of(0) == rows[::2]
 
 
 def test_far_embeddings_do_not_overflow():

@@ -126,6 +126,14 @@ def test_corn_probabilities_are_products():
     assert probabilities == pytest.approx([a - b for a, b in pairwise(at_least)])
 
 
+def test_coral_starts_from_equally_likely_ranks():
+    head = head_of("coral")
+    with torch.no_grad():
+        head.linear.weight.zero_()
+    probabilities = head.predict(head(batch()[0])).probabilities
+    assert torch.allclose(probabilities, torch.full((9, 5), 0.2).double(), atol=1e-6)
+
+
 @pytest.mark.parametrize("method", sorted(SAMPLE_WISE))
 def test_a_weight_counts_as_copies(method):
     head, (features, targets) = head_of(method, **SAMPLE_WISE[method]).eval(), batch()

@@ -1,11 +1,14 @@
 """The command line as a person uses it."""
 
 import json
+import re
 
 import pytest
 import yaml
 
 from ordinalclip.cli import main
+from ordinalclip.config import RunConfig, describe, flat_keys
+from ordinalclip.heads import head_options
 
 BASE = {
     "data": {"num_train": 16, "num_validation": 8, "num_test": 8},
@@ -69,8 +72,23 @@ def test_wrong_calls_exit_with_two_and_one_line(tmp_path, capsys):
 
 
 def test_help_documents_every_key(capsys):
-    with pytest.raises(SystemExit):
+    """A line `key (default): description` for every key of a run's config.yaml, and for the method's options."""
+    with pytest.raises(SystemExit) as left:
         main(["train", "--help"])
-    printed = capsys.readouterr().out
-    for key in ("train.micro_batch_size", "data.augment.flip", "head.num_base_ranks", "model.batch_norm"):
-        assert key in printed
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    documented = {}
+    for line in lines:
+        if found := re.fullmatch(r"  ([a-z_.0-9]+) \((.*?)\)(?:: (.*))?", line):
+            assert found[1] not in documented
+            documented[found[1]] = (json.loads(found[2]), found[3])
+
+    config = RunConfig()
+    keys = flat_keys(config.model_dump(mode="json")) | {"head": {}}
+    options = {f"head.{name}": default for name, default in head_options(config.method).items()}
+    assert documented.keys() == keys.keys() | options.keys()
+    for key, default in {**keys, **options}.items():
+        assert documented[key][0] == default, key
+    for key, default, description in describe():
+        assert description.strip(), key
+        assert documented[key] == (json.loads(json.dumps(default)), description)

@@ -67,6 +67,46 @@ def test_stratified_split_keeps_shares_and_is_a_function_of_the_seed(tmp_path):
     assert fixed[0] == fixed[1]
 
 
+@pytest.mark.parametrize("count", [3, 10, 11, 14, 27])
+@pytest.mark.parametrize("split", [(0.6, 0.15, 0.25), (0.7, 0.1, 0.2), (1 / 3, 1 / 3, 1 / 3)])
+def test_shares_are_rounded_to_the_nearest_row(count, split):
+    """Every cut lies within half a row of where it should; every row is in one part."""
+    rows = datasets.Dataset.from_dict({"image": [None] * count, "label": list(range(count))})
+    parts = make_parts({"all": rows}, DataConfig(split=split), RanksConfig(low=0, high=count, num=count + 1), seed=3)
+    labels = [[] if part is None else part.values.tolist() for part in (parts.train, parts.validation, parts.test)]
+    assert sorted(label for part in labels for label in part) == list(range(count))
+    sizes = [len(part) for part in labels]
+    for cut in (1, 2):
+        assert abs(sum(sizes[:cut]) - count * sum(split[:cut])) <= 0.5 + 1e-9
+    if count == 10 and split[0] == 0.6:
+        assert sizes == [6, 2, 2]
+
+
+def test_selected_rows_keep_label_rank_and_name_together():
+    """Rows are called by their place in the table, from 1, however often a part was drawn from."""
+    rows = datasets.Dataset.from_dict({"image": [None] * 60, "label": [(7 * k) % 12 for k in range(60)]})
+    config = DataConfig(split=(0.5, 0.2, 0.3), shots=2, train_share=0.5)
+    parts = make_parts({"all": rows}, config, RanksConfig(low=0, high=11, num=12), seed=2)
+    assert len(parts.train) == 12
+    for part in (parts.train, parts.validation, parts.test.select([5, 0, 2])):
+        for name, value, rank, row in zip(part.names, part.values, part.ranks, part.rows, strict=True):
+            place = int(name.removeprefix("row ")) - 1
+            assert value == row["label"] == rows[place]["label"]
+            assert rank == parts.ranks.rank_of([value]).item()
+    assert min(int(name[4:]) for part in (parts.train, parts.validation, parts.test) for name in part.names) >= 1
+    whole = make_parts({"all": rows}, DataConfig(split=(1, 0, 0)), RanksConfig(), seed=2).train
+    assert sorted(whole.names, key=lambda name: int(name[4:])) == [f"row {k + 1}" for k in range(60)]
+
+
+def test_draws_are_random_rows_of_a_rank():
+    """Not the first ones: over some seeds every row of a rank is drawn."""
+    rows = datasets.Dataset.from_dict({"image": [None] * 12, "label": [0, 1] * 6})
+    drawn = [
+        make_parts({"train": rows}, DataConfig(shots=2, draw_seed=seed), RanksConfig(), 0).train for seed in range(20)
+    ]
+    assert {name for part in drawn for name in part.names} == {f"row {k + 1}" for k in range(12)}
+
+
 def test_groups_stay_whole(image_folder):
     parts = parts_of(image_folder, table="labels.csv", group="subject", split=(1 / 3, 1 / 3, 1 / 3))
     groups = [set(part.rows["subject"]) for part in (parts.train, parts.validation, parts.test)]

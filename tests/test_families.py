@@ -12,9 +12,9 @@ import pytest
 import timm
 import torch
 import transformers
-from families import FAMILIES, WITH_TEXT, WORDS, make_family, word_tokenizer
+from families import FAMILIES, WITH_TEXT, WORDS, interpolated, make_family, word_tokenizer
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 from ordinalclip import OrdinalModel, Ranks, TextTower, tokenization
 from ordinalclip.backbones import load_backbone
@@ -187,16 +187,50 @@ def test_prompts_through_transformers_clip_are_packed(spec_of):
     ],
 )
 def test_another_input_size(spec_of, tmp_path, name, size):
-    model = built(spec_of(name), image_size=size)
-    own = built(spec_of(name))
-    pixels = torch.nn.functional.interpolate(torch.randn(3, 3, 4, 4), (size, size), mode="bicubic")
+    """Features are those of the library's own tower, its position embeddings interpolated by hand; both come back."""
+    spec = spec_of(name)
+    model = built(spec, image_size=size)
     assert model.config.pixel_spec.size == size
+    coarse = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic")
+    with torch.no_grad():
+        features, expected = model.encoder(pixels), at_another_size(name, spec, model, size)(pixels)
+    assert torch.allclose(features, expected, atol=1e-4 * expected.abs().max().item())
+    assert torch.pdist(features).min() > 1e-2 * features.norm(dim=1).mean()  # of other pictures other features
     model.save_pretrained(tmp_path)
     loaded = OrdinalModel.from_pretrained(tmp_path)
+    assert torch.allclose(loaded.encoder(pixels), features, atol=1e-5)
     assert torch.allclose(loaded(pixels).logits, model(pixels).logits, atol=1e-4)
-    shrunk = torch.nn.functional.interpolate(pixels, (own.config.pixel_spec.size,) * 2, mode="bicubic", antialias=True)
-    features, others = model.encoder(pixels), own.encoder(shrunk)
-    assert features.shape == others.shape
+
+
+def at_another_size(name, spec, model, size):
+    """Pixels -> features, without our own way to another input size."""
+    if name.startswith("hf"):
+        folder = spec.partition(":")[2]
+        weights, config = AutoModel.from_pretrained(folder).state_dict(), AutoConfig.from_pretrained(folder)
+        for part in (config, getattr(config, "vision_config", config)):
+            if hasattr(part, "image_size"):
+                part.image_size = size
+        for key in [key for key in weights if "position_embedding" in key and "text" not in key]:
+            weights[key] = interpolated(weights[key], size // 16, smooth=False)
+        reference = AutoModel.from_config(config).eval()
+        reference.load_state_dict(weights)
+        call = reference.get_image_features if hasattr(reference, "get_image_features") else reference
+        return lambda pixels: call(pixels).pooler_output.flatten(1)
+    if name.startswith("timm"):  # random weights; the size is timm's own option
+        reference = timm.create_model(name.partition(":")[2], num_classes=0, img_size=size).eval()
+        reference.load_state_dict(model.encoder.tower.state_dict())
+        return reference
+    reference = load_backbone(spec).encoder.eval()
+    trunk = getattr(reference, "trunk", None)
+    if trunk is None:
+        reference.positional_embedding = torch.nn.Parameter(
+            interpolated(reference.positional_embedding, size // 16, True)
+        )
+    else:
+        trunk.patch_embed.strict_img_size, trunk.patch_embed.grid_size = False, (size // 16,) * 2
+        trunk.pos_embed = torch.nn.Parameter(interpolated(trunk.pos_embed, size // 16, True))
+    return reference
 
 
 def test_interpolated_position_embeddings_keep_their_grid(spec_of):

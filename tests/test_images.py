@@ -153,3 +153,44 @@ def test_find_images(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images in this folder"):
         find_images([str(tmp_path / "empty")])
+
+
+def test_crop_places_a_square_left_to_right_and_top_to_bottom():
+    pixels = np.arange(6 * 10, dtype=np.uint8).reshape(6, 10)
+    image = Image.fromarray(np.stack([pixels] * 3, axis=-1))
+    for x, y, left, top in ((0, 0, 0, 0), (1, 0, 6, 0), (0, 1, 0, 2), (0.5, 1, 3, 2), (0.25, 0.5, 2, 1)):
+        cut = np.asarray(crop(image, 4, x, y))[..., 0]
+        assert (cut == pixels[top : top + 4, left : left + 4]).all(), (x, y)
+
+
+def views_of(augmentation, image, count=64):
+    return [augmentation(image, SPEC, np.random.default_rng(seed)) for seed in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("option", "turns"),
+    [
+        ("flip", [lambda p: p, lambda p: p.flip(-1)]),
+        ("flip_vertical", [lambda p: p, lambda p: p.flip(-2)]),
+        ("quarter_turns", [lambda p, k=k: torch.rot90(p, k, (-2, -1)) for k in range(4)]),
+    ],
+)
+def test_every_turn_comes_about_equally_often(option, turns):
+    image = picture((16, 16))
+    plain = prepare(image, SPEC)
+    expected = [turn(plain) for turn in turns]
+    views = views_of(Augmentation(crop_ratio=1.0, **{option: True}), image)
+    counts = [sum(torch.equal(view, other) for view in views) for other in expected]
+    assert sum(counts) == 64
+    assert min(counts) > 32 / len(turns)
+
+
+def test_an_option_leaves_the_draws_of_the_others_alone():
+    """With a second option the first still does the same to each view: on a picture of one colour, mirrored or not."""
+    grey = Image.new("RGB", (20, 20), (120, 120, 120))
+    brighter = Augmentation(brightness=0.5)
+    expected = views_of(brighter, grey, 8)
+    assert len({view.mean().item() for view in expected}) == 8
+    for option in ({"flip": True}, {"flip_vertical": True}, {"quarter_turns": True}, {"shift": 0.2}):
+        views = views_of(replace(brighter, **option), grey, 8)
+        assert all(torch.equal(one, other) for one, other in zip(views, expected, strict=True)), option

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ordinalclip.losses import alignment_loss
+from ordinalclip.losses import absolute_error, alignment_loss, cross_entropy, weighted_mean
 
 
 def batch(size=7, num_ranks=5, seed=0):
@@ -84,3 +84,18 @@ def test_half_precision_logits_are_scored_in_float32():
 def test_unknown_form():
     with pytest.raises(ValueError, match="'symmetric' is unknown; choices: official, paper"):
         alignment_loss(*batch(), alignment="symmetric")
+
+
+def test_weighted_means_against_loops():
+    logits, ranks = batch()
+    values, targets, weights = logits[:, 0], logits[:, 1], torch.linspace(0.2, 3, 7).double()
+    errors = [abs(v - t) for v, t in zip(values.tolist(), targets.tolist(), strict=True)]
+    surprise = [-torch.log_softmax(row, 0)[rank].item() for row, rank in zip(logits, ranks, strict=True)]
+    for function, arguments, single in (
+        (weighted_mean, (values,), values.tolist()),
+        (absolute_error, (values, targets), errors),
+        (cross_entropy, (logits, ranks), surprise),
+    ):
+        expected = sum(w * x for w, x in zip(weights.tolist(), single, strict=True)) / weights.sum().item()
+        assert function(*arguments, weights).item() == pytest.approx(expected)
+        assert function(*arguments).item() == pytest.approx(sum(single) / 7)

@@ -168,6 +168,12 @@ def test_ordinality_against_loops():
         ordinality(torch.zeros(1, 3))
 
 
+def test_equal_prototypes_have_no_order():
+    """Similarity has to fall: where it stays the same nothing is counted."""
+    assert ordinality(torch.tensor([[1.0, 0.0]] * 4)) == 0
+    assert ordinality(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])) == pytest.approx(2 / 3)
+
+
 def test_mae_by_shots_against_a_loop(pair):
     predicted, true = pair
     counts = [0, 101, 100, 20, 19, 1, 300, 0, 50, 5]

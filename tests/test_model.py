@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 from ordinalclip import OrdinalConfig, OrdinalModel, Ranks
 from ordinalclip.gauges import make_gauges
-from ordinalclip.heads import available_heads, decode
+from ordinalclip.heads import HeadContext, available_heads, build_head, decode
 
 RANKS = Ranks.linear(0, 100, 21, unit="%")
 METHODS = sorted(set(available_heads()) - {"prototypes"})
@@ -161,6 +161,72 @@ def test_decoding_against_loops():
         assert decode(probabilities, ranks, "expectation").value[row].item() == pytest.approx(mean)
     with pytest.raises(ValueError, match="'mode' is unknown; choices: median"):
         decode(probabilities, ranks, "mode")
+
+
+def test_the_median_is_the_first_rank_that_reaches_one_half():
+    """Exactly one half is enough; random distributions against a loop, in which it never costs more than any rank."""
+    ranks = Ranks((0, 1, 5, 10))
+    for probabilities, rank in (
+        ([0.5, 0.5, 0.0, 0.0], 0),
+        ([0.25, 0.25, 0.25, 0.25], 1),
+        ([0.0, 0.0, 0.5, 0.5], 2),
+        ([0.55, 0.45, 0.0, 0.0], 0),
+        ([0.45, 0.55, 0.0, 0.0], 1),
+        ([0.3, 0.25, 0.25, 0.2], 1),
+        ([0.1, 0.1, 0.1, 0.1], 3),  # rounding may leave less than one half: the last rank then
+    ):
+        found = decode(torch.tensor([probabilities]), ranks, "median")
+        assert found.rank.item() == rank, probabilities
+        assert found.value.item() == ranks.values[rank]
+    many = torch.distributions.Dirichlet(torch.ones(4).double()).sample((300,))
+    for row, rank in zip(many.tolist(), decode(many, ranks, "median").rank.tolist(), strict=True):
+        assert rank == next(k for k in range(4) if sum(row[: k + 1]) >= 0.5)
+        cost = [sum(p * abs(v - w) for p, w in zip(row, ranks.values, strict=True)) for v in ranks.values]
+        assert cost[rank] == pytest.approx(min(cost))
+
+
+def test_the_rank_of_an_expectation_is_the_one_nearest_to_it():
+    """Half 0 and half 10 are 4 or 5 on the average, which is neither of the likely ranks."""
+    probabilities = torch.tensor([[0.6, 0.0, 0.0, 0.4], [0.0, 0.2, 0.0, 0.8]])
+    found = decode(probabilities, Ranks((0, 1, 5, 10)), "expectation")
+    assert found.value.tolist() == pytest.approx([4.0, 8.2])
+    assert found.rank.tolist() == [2, 3]
+
+
+def test_logits_of_prompts_are_scaled_cosines():
+    """Of image and text features, in loops; each row is a distribution, whoever else is in the batch."""
+    model = perturbed("ordinalclip")
+    pixels = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        image, text = model.encoder(pixels).double(), model.head.text(model.head.learner()).double()
+        output = model(pixels)
+    scale = torch.tensor(float(model.head.logit_scale)).exp().item()
+    for row, feature in enumerate(image):
+        cosines = [(feature @ other / feature.norm() / other.norm()).item() for other in text]
+        assert output.logits[row].tolist() == pytest.approx([scale * cosine for cosine in cosines], abs=1e-3)
+        weights = np.exp(scale * (np.array(cosines) - max(cosines)))
+        assert np.allclose(output.probabilities[row].detach().numpy(), weights / weights.sum(), atol=1e-4)
+        assert torch.allclose(model(pixels[row : row + 1]).probabilities[0], output.probabilities[row], atol=1e-4)
+
+
+def test_zero_shot_templates_count_alike():
+    """Each template's features have length 1 before they are averaged, however long the tower makes them."""
+    templates = ["a photo of {name} {unit}.", "it reads {name}."]
+    model = OrdinalModel.build("tiny", RANKS, "zero_shot", {"templates": templates})
+    tower = OrdinalModel.build("tiny", RANKS, "ordinalclip").head.text
+    for rank in (0, 7, 20):
+        name = RANKS.name(rank)
+        features = tower([f"a photo of {name} %.", f"it reads {name}."]).double()
+        mean = sum(feature / feature.norm() for feature in features)
+        assert torch.allclose(model.head.prototypes[rank].double(), mean / mean.norm(), atol=1e-5)
+
+
+def test_regressors_learn_standardised_labels_and_answer_in_the_unit():
+    head = build_head("l1", HeadContext(RANKS, 3, label_mean=40.0, label_std=8.0), {})
+    assert head.standardise(torch.tensor([40.0, 48.0, 20.0])).tolist() == [0, 1, -2.5]
+    answer = head.predict({"standardised": torch.tensor([0.0, 1.0, -2.5, 9.0])})
+    assert answer.value.tolist() == [40, 48, 20, 112]
+    assert answer.rank.tolist() == [8, 10, 4, 20]
 
 
 def test_grey_and_large_images_are_served(tmp_path):

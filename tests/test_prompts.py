@@ -196,6 +196,46 @@ def test_bases_start_from_the_names_of_their_nearest_rank(tower):
         assert torch.equal(learner.rank_embeddings[base, 0], tower.embed(tower.token_ids(name))[0])
 
 
+def test_bases_between_ranks_start_from_the_nearer_one(tower):
+    """Four bases over six ranks stand at 0, 1 2/3, 3 1/3 and 5."""
+    names = ("zero", "one", "two", "three", "four", "five")
+    learner = PromptLearner(tower, Ranks(tuple(range(6)), names), num_base_ranks=4, init_from_names=True)
+    for base, name in enumerate(("zero", "two", "three", "five")):
+        assert torch.equal(learner.rank_embeddings[base, 0], tower.embed(tower.token_ids(name))[0])
+
+
+@pytest.mark.parametrize("specific", [False, True])
+def test_random_embeddings_have_the_deviation_of_the_paper(tower, specific):
+    torch.manual_seed(0)
+    learner = PromptLearner(tower, 30, num_context=20, tokens_per_rank=2, rank_specific_context=specific)
+    for parameter in (learner.context, learner.rank_embeddings):
+        assert parameter.std().item() == pytest.approx(0.02, rel=0.05)
+        assert parameter.mean().item() == pytest.approx(0, abs=2e-3)
+
+
+def test_contexts_of_their_own_are_read_by_their_own_rank(tower):
+    """A change of one rank's context changes that rank's features and no other's; so does a shared one for all."""
+    for position in ("tail", "middle", "front"):
+        for specific in (True, False):
+            learner = PromptLearner(
+                tower, 4, num_context=3, rank_position=position, rank_specific_context=specific, init_from_names=True
+            )
+            before = tower(learner()).detach()
+            with torch.no_grad():
+                learner.context[2 if specific else ...].add_(torch.randn(64))
+            changed = (tower(learner()) - before).abs().amax(dim=1) > 1e-4
+            assert changed.tolist() == ([False, False, True, False] if specific else [True] * 4), position
+
+
+def test_texts_with_equal_tokens_after_different_ones_are_not_shared(tower):
+    """Together as each for itself: only the start up to the first difference is one prefix."""
+    texts = ["an age of 7 years.", "an sum of 8 years.", "an age of 9 years."]
+    assert len(tower.prompts(texts).prefix) == 2  # [SOT] and "an"
+    alone = torch.cat([tower([text]) for text in texts])
+    assert torch.allclose(tower(texts), alone, atol=1e-5)
+    assert (alone[0] - alone[1]).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("kind", ["linear", "inverse", "gaussian", "piecewise"])
 @pytest.mark.parametrize(("num_ranks", "num_bases"), [(9, 1), (9, 2), (100, 3), (7, 7), (2000, 5)])
 def test_interpolation_against_loops(kind, num_ranks, num_bases):
@@ -254,6 +294,21 @@ def test_bidirectional_tower_is_encoded_at_full_length(pooling):
     learner = PromptLearner(tower, 3, num_base_ranks=2, num_context=3)
     assert torch.equal(tower(learner()), tower.encode_plain(learner()))
     assert not torch.allclose(tower(learner()), tower.encode_packed(learner()), atol=1e-3)
+
+
+def test_padding_that_a_bidirectional_tower_sees_is_the_tokenizers():
+    """Texts of unequal lengths, padded with token 7, against open_clip's own forward."""
+    torch.manual_seed(0)
+    text = {"vocab_size": 49408, "width": 64, "heads": 4, "layers": 2, "no_causal_mask": True, "pad_id": 7}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    model = open_clip.CustomTextCLIP(32, vision, text).eval()
+    tower = TextTower.from_open_clip(model)
+    assert tower.padding_token == 7
+    texts = ["an age of 42.", "a very old person in a photo."]
+    ids = open_clip.tokenize(texts)
+    expected = model.encode_text(torch.where(ids == 0, 7, ids))
+    assert torch.allclose(tower(texts), expected, atol=1e-5)
+    assert not torch.allclose(model.encode_text(ids), expected, atol=1e-3)
 
 
 def test_tower_in_bfloat16_takes_float32_prompts():

@@ -62,3 +62,23 @@ def test_predictions_beyond_the_ends_take_the_end_rank_and_bins_count():
     assert Ranks((0, 10)).nearest(torch.tensor([-99.0, 5.0, 5.1, 99.0])).tolist() == [0, 0, 1, 1]
     binned = Ranks((1, 2, 10), edges=(1.5, 3))
     assert binned.nearest(torch.tensor([5.0])).tolist() == binned.rank_of([5]).tolist() == [2]
+
+
+def test_evenly_spaced_ranks_hold_both_ends():
+    assert Ranks.linear(0, 100, 5, unit="%").values == (0, 25, 50, 75, 100)
+    assert Ranks.linear(-1, 1, 11).values == pytest.approx([-1 + 0.2 * k for k in range(11)])
+    with pytest.raises(ValueError, match="num_ranks must be at least 2, got 1"):
+        Ranks.linear(0, 1, 1)
+
+
+def test_labels_may_lie_outside_by_the_widest_gap():
+    ranks = Ranks((0, 1, 5))
+    assert ranks.rank_of([-4, 9]).tolist() == [0, 2]
+    for label in (-4.1, 9.1):
+        with pytest.raises(ValueError, match="tolerance 4"):
+            ranks.rank_of([label])
+
+
+def test_of_several_labels_outside_the_first_is_named():
+    with pytest.raises(ValueError, match=r"b\.png: label 50 is outside .*; 2 of 4 labels are"):
+        Ranks((0, 1)).rank_of([0, 50, 1, 99], rows=["a.png", "b.png", "c.png", "d.png"])

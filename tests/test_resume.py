@@ -135,6 +135,17 @@ def test_a_refused_resume_leaves_the_run_as_it_was(quick):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["train.batch_size=4", "train.warmup_steps=1", "seed=7", "data.split_seed=3", "model.dropout=0.5", "train.ema=0.5"],
+)
+def test_what_a_run_computes_may_not_change_on_resuming(quick, change):
+    """Of each section one: whatever takes part in the numbers makes another experiment."""
+    train(quick(*FOUR, "train.max_steps=2"), quiet=True)
+    with pytest.raises(ValueError, match=change.partition("=")[0].replace(".", r"\.") + " was"):
+        train(quick(*FOUR, "train.max_steps=2", "train.resume=auto", change), quiet=True)
+
+
 def test_execution_may_change_on_resuming(quick, tmp_path):
     whole = train(quick(*FOUR, f"output_dir={tmp_path}/whole"), quiet=True)
     cut = train(quick(*FOUR, f"output_dir={tmp_path}/cut"), quiet=True)

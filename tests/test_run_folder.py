@@ -83,6 +83,31 @@ def test_an_interrupted_run_is_continued_or_replaced_but_never_lost(quick, tmp_p
     assert [row["loss"] for row in log_of(cut.path)] == [row["loss"] for row in log_of(whole_run)]
 
 
+def test_going_back_to_an_earlier_checkpoint_is_not_finished_until_it_is(quick, monkeypatch):
+    options = (*FAST, "train.keep_checkpoints=5")
+    folder = train(quick(*options), quiet=True)
+    back = f"train.resume={folder}/checkpoints/step-00000002"
+    assert interrupt(monkeypatch, quick(*options, back), at=3).state().kind == "interrupted"
+
+
+def test_nothing_of_an_old_run_survives_its_successor(quick):
+    """Not even a checkpoint of a later step than the new run has."""
+    folder = train(quick(*FAST, "train.max_steps=6"), quiet=True)
+    train(quick(*FAST, "overwrite=true"), quiet=True)
+    assert [path.name[-1] for path in sorted((folder / "checkpoints").iterdir())] == ["2", "4"]
+    assert [row["step"] for row in log_of(folder)] == [1, 2, 3, 4]
+
+
+def test_predictions_of_the_other_part_stay(quick):
+    folder = RunFolder(train(quick(*FAST, "evaluation.test=false", "data.num_validation=9"), quiet=True))
+    validation = folder.read_predictions("validation")
+    assert len(validation.labels) == 9
+    evaluate_run(folder.path, quiet=True)
+    evaluate_run(folder.path, quiet=True)
+    assert folder.read_predictions("validation").labels.tolist() == validation.labels.tolist()
+    assert len(folder.read_predictions("test").labels) == 12
+
+
 def test_the_command_says_what_is_there(tmp_path, capsys):
     call = ["train", "default", "--quiet", f"output_dir={tmp_path}/run", *QUICK, *FAST]
     assert main(call) == 0

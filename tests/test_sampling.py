@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from ordinalclip.images import Augmentation, PixelSpec
 from ordinalclip.training.imbalance import balanced_order, sample_weights
 from ordinalclip.training.sampling import (
     SampleNoise,
     Stream,
+    StreamDataset,
     StreamSampler,
     inexact_dropout,
     shares,
@@ -105,3 +108,61 @@ def test_weights_against_a_plain_loop():
     assert sample_weights(ranks, 4, "none") is None
     with pytest.raises(ValueError, match="lds_sigma smooths"):
         sample_weights(ranks, 4, "none", 1.0)
+
+
+def masks(seed, layer):
+    noise = SampleNoise(0.3, layer, seed, whole_sample=False).train()
+    noise.positions = torch.arange(4)
+    return noise(torch.ones(4, 3000)) == 0
+
+
+def test_masks_of_all_layers_and_seeds_are_independent():
+    """Whatever is added up: layer 3 of seed 7 shares nothing with layer 2 of seed 8, 4 of 6, or 2 of 7."""
+    dropped = masks(7, 3)
+    for seed, layer in ((8, 2), (6, 4), (7, 2), (8, 3), (3, 7)):
+        agree = (masks(seed, layer) == dropped).float().mean().item()
+        assert agree == pytest.approx(0.3**2 + 0.7**2, abs=0.03)
+
+
+def test_drop_path_leaves_out_whole_samples():
+    noise = SampleNoise(0.5, 1, 7, whole_sample=True).train()
+    noise.positions = torch.arange(400)
+    share = (noise(torch.ones(400, 3, 5)) == 0).float().mean(dim=(1, 2))
+    assert set(share.tolist()) == {0.0, 1.0}
+    assert share.mean().item() == pytest.approx(0.5, abs=0.08)
+
+
+def test_no_two_layers_of_a_model_have_the_same_number():
+    """Encoder first, head after: a mask is a function of the number."""
+    encoder = use_sample_noise(nn.Sequential(nn.Dropout(0.1), nn.Sequential(nn.Dropout(0.2), nn.Dropout(0.3))), 1)
+    head = use_sample_noise(nn.Sequential(nn.Dropout(0.4), nn.Dropout(0.5)), 1, len(encoder))
+    assert [noise.p for noise in encoder + head] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert [noise.layer for noise in encoder + head] == list(range(5))
+
+
+def test_every_epoch_sees_an_image_in_another_view():
+    """The view is that of the position: the same again when resumed there, another one epoch later."""
+
+    class OnePart:
+        values, ranks = np.array([3.0, 4.0]), np.array([0, 1])
+
+        def resized(self, index, spec, size):
+            pixels = np.random.default_rng(index).integers(0, 255, (size, size, 3), dtype=np.uint8)
+            return Image.fromarray(pixels)
+
+    stream = Stream(2, seed=5)
+    samples = StreamDataset(OnePart(), PixelSpec(8, (0, 0, 0), (1, 1, 1)), Augmentation(crop_ratio=4.0), stream)
+    first = [stream.at(position) for position in range(6)]
+    for position in range(6):
+        pixels, value, rank, place = samples[position]
+        assert (value, rank, place) == (3.0 + first[position], first[position], position)
+        assert torch.equal(pixels, samples[position][0])
+        again = next(later for later in range(position + 1, 9) if stream.at(later) == first[position])
+        assert not torch.equal(pixels, samples[again][0])
+
+
+def test_the_odd_sample_of_a_balanced_epoch_falls_to_any_rank():
+    """100 samples of 3 ranks: one of them comes 34 times, and not always the same."""
+    ranks = np.repeat([0, 1, 4], [70, 20, 10])
+    stream = Stream(100, seed=5, ranks=ranks)
+    assert {int(np.bincount(ranks[stream.order(epoch)]).argmax()) for epoch in range(20)} == {0, 1, 4}

@@ -5,17 +5,21 @@ import os
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from conftest import NOISY, learner_of, log_of, losses_of
+from PIL import Image
 from torch import nn
 
+import baselines
 from ordinalclip import OrdinalModel
-from ordinalclip.config import load_config
-from ordinalclip.heads import available_heads, head_class
+from ordinalclip.config import DataConfig, RanksConfig, load_config
+from ordinalclip.data import make_parts
+from ordinalclip.heads import Head, Prediction, available_heads, head_class
 from ordinalclip.metrics import METRICS
 from ordinalclip.training import evaluate_run, train
 from ordinalclip.training.checkpoint import load_checkpoint
@@ -170,6 +174,51 @@ def test_early_stopping(quick):
     assert len(log_of(folder)) == 3  # the first validation is the best; two more without a better one
 
 
+class Scripted(Head):
+    """A user's head that answers as far off as a script says for the step that it is at; all labels are 50."""
+
+    script = ()
+
+    def __init__(self, context):
+        super().__init__(context)
+        self.linear, self.steps = nn.Linear(context.input_dim, 1), 0
+
+    def forward(self, features):
+        return {"standardised": self.linear(features).squeeze(-1)}
+
+    def loss(self, outputs, targets):
+        self.steps += 1  # once in every step, whenever and however often it is validated
+        return {"loss": outputs["standardised"].square().mean()}
+
+    def predict(self, outputs):
+        value = torch.full_like(outputs["standardised"], 50 + self.script[self.steps - 1])
+        return Prediction(value, self.ranks.nearest(value))
+
+
+@pytest.mark.parametrize(
+    ("patience", "script", "stops_at", "best"),
+    [
+        (2, [9, 9, 8, 8, 7, 7.5, 6, 6, 6.5, 1, 1, 1], 9, 7),  # better and not better in turns, then twice not
+        (3, [9, 9.5, 9, 8, 8.5, 8.5, 7, 8, 8, 8, 1, 1], 10, 7),  # twice not, but never three times
+        (1, [9, 8, 7, 6, 5, 4, 3, 2, 2, 1, 1, 1], 9, 8),  # as good as the best is not better
+        (2, [9, 8, 7, 6, 5, 4, 5, 3, 5, 2, 5, 1], 12, 12),
+    ],
+)
+def test_patience_starts_anew_with_every_better_validation(quick, monkeypatch, patience, script, stops_at, best):
+    """A sequence of validation MAEs from outside: where the run stops, and which step becomes the model."""
+    monkeypatch.setitem(baselines.HEADS, "scripted", f"{__name__}:Scripted")
+    monkeypatch.setattr(Scripted, "script", script)
+    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (8, 8), (30 * k,) * 3) for k in range(4)]})
+    rows = rows.add_column("label", [50.0] * 4)
+    parts = make_parts({"train": rows, "validation": rows}, DataConfig(), RanksConfig(low=0, high=100, num=5), 1)
+    options = (f"train.patience={patience}", "train.eval_every=1", f"train.max_steps={len(script)}")
+    folder = train(quick("method=scripted", *options, "train.batch_size=2"), parts, quiet=True)
+    logged = log_of(folder)
+    assert [row["step"] for row in logged] == list(range(1, stops_at + 1))
+    assert [row["validation_mae"] for row in logged] == pytest.approx(script[:stops_at])
+    assert json.loads((folder / "metrics.json").read_text())["best_step"] == best
+
+
 def test_learning_rates_and_freezing(quick):
     options = (
         "train.lr_prompts=1e-2",
@@ -287,7 +336,54 @@ def test_trackers(quick):
         train(quick("train.trackers=[tensorbord]"), quiet=True)
 
 
-def test_bf16_keeps_logits_in_float32(quick, tmp_path):
+class Plain(Head):
+    """A user's head that leaves everything to the trainer: an ordinary layer gives bfloat16 under autocast."""
+
+    def __init__(self, context):
+        super().__init__(context)
+        self.linear = nn.Linear(context.input_dim, len(context.ranks))
+
+    def forward(self, features):
+        return {"logits": self.linear(features)}
+
+    def loss(self, outputs, targets):
+        return {"loss": nn.functional.cross_entropy(outputs["logits"], targets.ranks)}
+
+
+@pytest.mark.parametrize(
+    "method", ["ordinalclip", "coop", "cnn", "coral", "l1", "plc_src", "rm_loss", "arcface", "plain"]
+)
+def test_bf16_keeps_logits_in_float32(quick, monkeypatch, method):
+    """Autocast is on when the head runs, and yet what the loss gets, and what it gives, is float32."""
+    monkeypatch.setitem(baselines.HEADS, "plain", f"{__name__}:Plain")
+    kind, seen, given = head_class(method), [], []
+    forward, loss = kind.forward, kind.loss
+
+    def watched_forward(self, features):
+        probe = nn.functional.linear(features, torch.ones(1, features.shape[1]))
+        outputs = forward(self, features)
+        if self.training:
+            seen.append((probe.dtype, {name: output.dtype for name, output in outputs.items()}))
+        return outputs
+
+    def watched_loss(self, outputs, targets):
+        terms = loss(self, outputs, targets)
+        tensors = {**outputs, **terms, "values": targets.values}
+        given.append({name: tensor.dtype for name, tensor in tensors.items()})
+        return terms
+
+    monkeypatch.setattr(kind, "forward", watched_forward)
+    monkeypatch.setattr(kind, "loss", watched_loss)
+    train(quick(f"method={method}", "train.mixed_precision=bf16", "train.max_steps=2"), quiet=True)
+    assert len(seen) == len(given) == 2
+    for probe, outputs in seen:
+        assert probe == torch.bfloat16
+        assert set(outputs.values()) == {torch.bfloat16 if method == "plain" else torch.float32}
+    for dtypes in given:
+        assert set(dtypes.values()) == {torch.float32}, dtypes
+
+
+def test_bf16_moves_the_losses_by_rounding_only(quick, tmp_path):
     runs = [
         train(quick(f"output_dir={tmp_path}/{p}", f"train.mixed_precision={p}"), quiet=True) for p in ("no", "bf16")
     ]
