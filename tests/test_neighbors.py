@@ -67,11 +67,26 @@ def test_clusters_far_from_the_middle(small_blocks):
 
 def test_ties_and_distances_equal_to_the_radius(small_blocks):
     grid = np.stack(np.meshgrid(np.arange(6.0), np.arange(6.0)), axis=-1).reshape(-1, 2) + 1000
-    features, labels = np.concatenate([grid, grid[::-1]]), np.arange(72.0)  # every point twice, labels apart
+    features = np.concatenate([grid, grid[::-1]])  # every point twice, with labels that no symmetry averages out
+    labels = np.random.default_rng(5).uniform(0, 100, 72)
     for radius in (0.25, 1.0, 5.0):  # 0.25: the first of two equals; 1 and 5: points exactly on the circle
         queries = np.concatenate([grid, grid + np.array([0.5, 0.0])])
         answers = RadiusNeighbors(radius).fit(features, labels).predict(queries)
         assert answers.numpy() == pytest.approx(loop(features, labels, queries, radius), rel=1e-9)
+
+
+def test_the_nearest_of_nearly_equal_distances(small_blocks):
+    """Two points at distance 1 of each query, one of them by 1e-11 nearer: less than the products can tell."""
+    rng = np.random.default_rng(8)
+    queries = rng.normal(0, 300, (40, 6))
+    directions = rng.normal(size=(2, 40, 6))
+    directions /= np.linalg.norm(directions, axis=2, keepdims=True)
+    nearer = rng.integers(0, 2, 40)
+    features = np.concatenate([queries + directions[k] * (1 + 1e-11 * (nearer != k))[:, None] for k in (0, 1)])
+    labels = np.arange(80.0)
+    answers = RadiusNeighbors(2**-7).fit(features, labels).predict(queries)
+    assert answers.tolist() == loop(features, labels, queries, 2**-7).tolist()
+    assert answers.tolist() == (np.arange(40) + 40 * nearer).tolist()
 
 
 def test_answers_do_not_depend_on_blocks_and_order(monkeypatch):
@@ -115,6 +130,27 @@ def test_radius_search(noise):
     assert fitted.radius.item() == pytest.approx(expected, rel=1e-6)
     if noise != 0.1:
         assert (expected > 0.2) == (noise == 1.0)
+
+
+@pytest.mark.parametrize("steps", [5, 12, 40, 400])
+def test_radius_search_on_errors_of_any_shape(monkeypatch, steps):
+    """Steps at random heights, so that slopes are flat, equal and misleading, as a function of the radius alone."""
+    radii = []
+    for seed in range(30):
+        heights = np.random.default_rng(seed).integers(1, 6, steps + 1)
+
+        def mae(radius, heights=heights):
+            return float(heights[min(steps, int(radius / 0.56 * steps))])
+
+        monkeypatch.setattr(
+            RadiusNeighbors,
+            "_answers",
+            lambda self, queries, given, mae=mae: torch.tensor([[mae(radius)] * len(queries) for radius in given]),
+        )
+        fitted = RadiusNeighbors().fit([[0.0]], [0.0], validation=([[0.0]] * 3, [0.0] * 3))
+        assert fitted.radius.item() == pytest.approx(search(mae), rel=1e-6)
+        radii.append(fitted.radius.item())
+    assert len(set(radii)) > 3
 
 
 def test_saved_bank_is_restored_strictly():
