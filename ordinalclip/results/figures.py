@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -334,9 +335,9 @@ def metrics_by_method(
         methods: from top to bottom.
     """
     panels = [(metric, each) for metric, each in values.values() if each]
-    across = 3
+    across = min(4, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(1.6 * WIDTH, down * (0.75 + 0.2 * len(methods))))
+    figure = Figure(figsize=(2 * WIDTH, down * (0.9 + 0.2 * len(methods))), layout=ConstrainedLayoutEngine(h_pad=0.1))
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     for place, axes in enumerate(grid.flat):
         if place >= len(panels):
@@ -353,7 +354,7 @@ def metrics_by_method(
         arrow = "\u2190" if metric.falls else "\u2192"
         axes.set_title(f"{_label(metric.title, unit if metric.in_unit else '')} {arrow}", fontsize=10)
         axes.set_yticks(range(len(methods)), [_short(name, 26) for name in methods])
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.grid(axis="y", visible=False)
     grid.flat[0].set_ylim(len(methods) - 0.4, -0.6)
     return figure
