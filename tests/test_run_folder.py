@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -253,7 +254,9 @@ def test_the_same_process_cannot_hold_a_folder_twice(tmp_path):
 
     with lock(tmp_path / "run.lock"), pytest.raises(FolderInUse, match=f"process {os.getpid()}"):
         hold_again()
+    held = os.listdir("/proc/self/fd")
     hold_again()
+    assert os.listdir("/proc/self/fd") == held  # nor does it keep the file open
 
 
 def test_a_file_system_without_locks_is_said_aloud(tmp_path, monkeypatch, caplog):
@@ -339,11 +342,16 @@ def test_provenance(quick, monkeypatch):
     assert len(again["continued"]) == 1
 
 
-def test_a_fingerprint_knows_names_labels_and_order(quick):
+def test_a_fingerprint_knows_names_labels_and_order(quick, monkeypatch):
     config = quick()
     part = load_parts(config.data, config.ranks, config.seed).train
     mark = fingerprint(part)
     assert fingerprint(part.select(np.arange(len(part)))) == mark
+    monkeypatch.setattr("ordinalclip.provenance.CHUNK", 5)
+    assert fingerprint(part) == mark  # however many names are in memory at a time
+    late = part.select([*range(len(part) - 2), len(part) - 1, len(part) - 2])
+    alike = replace(late, values=part.values)  # the same labels, two of the last names exchanged
+    assert fingerprint(alike)["sha256"] != mark["sha256"]
     swapped = part.select([1, 0, *range(2, len(part))])
     assert fingerprint(swapped)["sha256"] != mark["sha256"]
     assert "first was 'row 1'" in changed_data({"train": mark}, {"train": fingerprint(swapped)})
