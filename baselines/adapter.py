@@ -167,7 +167,7 @@ def _build(
         if isinstance(value, str) and ":" in value:
             value = _build(value, f"head.options.{key}", {}, num_ranks, use_logits, unreduced)
         elif isinstance(value, list) and ("Tensor" in annotation or key in ("weight", "weights")):
-            value = torch.tensor(value)
+            value = torch.tensor(value, dtype=torch.float32)
         values[key] = value
     if "use_logits" in known:
         values["use_logits"] = use_logits
@@ -177,13 +177,28 @@ def _build(
     if lacking:
         raise ValueError(f"{what} {path} needs head.options with {', '.join(lacking)}")
     if not isinstance(found, type):
-        return partial(found, **values)
+        return _Function(found, values)
     try:
         return found(**values)
     except Exception as error:  # whatever the code of others raises
         raise ValueError(
             f"{what} {path} cannot be built with {dict(options)}: {type(error).__name__}: {error}"
         ) from error
+
+
+class _Function(nn.Module):
+    """A function with its options; those that are tensors move and change their type with the module."""
+
+    def __init__(self, function: Criterion, options: dict[str, Any]):
+        super().__init__()
+        self.function = function
+        self.options = {name: value for name, value in options.items() if not torch.is_tensor(value)}
+        self.tensors = [name for name in options if name not in self.options]
+        for name in self.tensors:
+            self.register_buffer(f"option_{name}", options[name], persistent=False)
+
+    def forward(self, logits: Tensor, ranks: Tensor) -> Any:
+        return self.function(logits, ranks, **self.options, **{n: getattr(self, f"option_{n}") for n in self.tensors})
 
 
 def _parameters(found: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:

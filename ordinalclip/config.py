@@ -219,7 +219,7 @@ class TrainConfig(Section):
     resume: str = Field(
         "none", description="none: start in an empty folder; auto: go on at the newest checkpoint; or one of them"
     )
-    log_every: int = Field(10, ge=1, description="steps between writes to log.jsonl (one row per step all the same)")
+    log_every: int = Field(10, ge=1, description="steps between writes to log.jsonl (one entry per step all the same)")
     exact: bool = Field(
         True, description="refuse what depends on processes or micro-batches (some BatchNorm modes); false: warn"
     )
@@ -279,8 +279,11 @@ class RunConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        """The whole configuration, defaults included; without `overwrite`, which is for the command that says it."""
-        return yaml.safe_dump({**self.model_dump(mode="json"), "overwrite": False}, sort_keys=False)
+        """The whole configuration, defaults included; without what is for the command that says it: to overwrite a
+        run, or to go on with it."""
+        content = {**self.model_dump(mode="json"), "overwrite": False}
+        content["train"]["resume"] = "none"
+        return yaml.safe_dump(content, sort_keys=False)
 
     def save(self, path: str | Path) -> None:
         """Write `to_yaml` to a file."""

@@ -63,9 +63,14 @@ class RowNames(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            numbers = self.numbers[index]
+            return [f"row {n + 1}" for n in numbers.tolist()] if self.paths is None else self._paths_of(numbers)
         number = int(self.numbers[index])
         return f"row {number + 1}" if self.paths is None else str(self.paths[number].as_py())
+
+    def _paths_of(self, numbers: np.ndarray) -> list[str]:
+        assert self.paths is not None
+        return [str(path) for path in self.paths.take(pa.array(numbers)).to_pylist()]
 
 
 @dataclass(frozen=True)

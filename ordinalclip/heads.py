@@ -74,7 +74,7 @@ def decode(probabilities: Tensor, ranks: Ranks, decoding: Decoding) -> Predictio
     Args:
         probabilities: (B, R), rows summing to 1.
     """
-    values = ranks.tensor(probabilities.device).to(probabilities.dtype)
+    values = torch.tensor(ranks.values, dtype=probabilities.dtype, device=probabilities.device)
     if decoding == "expectation":
         value = probabilities @ values
         return Prediction(value, ranks.nearest(value), probabilities)
@@ -96,7 +96,7 @@ class Head(nn.Module):
     are passed on to the base class as `**shared`.
 
     Attributes:
-        learns: whether anything of the method is trained; a comparison gives one that does not a single setting.
+        learns: whether anything of the method is trained; a comparison asks no settings to try of one that does not.
         rebuilt: submodules that come back from the backbone's own weights, so that no checkpoint holds them.
         views: how many augmented views of every picture are in a training batch, as rows of their own.
     """

@@ -276,8 +276,13 @@ class Metric:
         return None if np.isnan(value) else value
 
 
-def _smallest_residual_variance(points: Any, labels: ArrayLike, ks: Sequence[int] = (5, 10, 20, 50)) -> float:
-    return best_residual_variance(points, labels, ks)[0]
+NEIGHBOURHOODS = (5, 10, 20, 50)  # sizes among which the residual variance takes the best, unless a run says others
+SUBSET = 1000  # points at a time, of a larger set
+
+
+def _smallest_residual_variance(points: Any, labels: ArrayLike, ks: Sequence[int] = NEIGHBOURHOODS) -> float:
+    usable = [k for k in ks if k <= min(len(points), SUBSET)]
+    return best_residual_variance(points, labels, usable, SUBSET)[0] if usable else float("nan")
 
 
 RANKS = ("ranks", "label_ranks")
@@ -317,6 +322,7 @@ METRICS: dict[str, Metric] = {
         ("space", "labels"),
         None,
         falls=True,
+        least=min(NEIGHBOURHOODS),
     ),
     "ordinality": Metric(
         ordinality,
@@ -328,7 +334,13 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def metrics_with(cs: Sequence[float] = (5.0,), ks: Sequence[int] = (5, 10, 20, 50)) -> dict[str, Metric]:
+def decodings() -> str:
+    """By which decoding metrics are computed, as a clause for people."""
+    by_argmax = [metric.title for metric in METRICS.values() if metric.decoding == "argmax"]
+    return f"values by median; {', '.join(by_argmax)} by argmax"
+
+
+def metrics_with(cs: Sequence[float] = (5.0,), ks: Sequence[int] = NEIGHBOURHOODS) -> dict[str, Metric]:
     """`METRICS` with the options of a run: "cs" becomes a metric "cs@k" for every k.
 
     Args:

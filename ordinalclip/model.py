@@ -370,7 +370,7 @@ def _method(config: OrdinalConfig) -> str:
     Raises:
         ValueError: it comes from another package, whose import is missing.
     """
-    if not config.head_class or config.method in available_heads():
+    if config.head_class in ("", available_heads().get(config.method)):
         return config.method
     try:
         head_class(config.head_class)

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from ordinalclip.config import DataConfig, RunConfig
@@ -52,13 +53,18 @@ def provenance(config: RunConfig, parts: Parts, num_processes: int) -> dict[str,
         "source": source(),
         "device": device(),
         "processes": num_processes,
-        "data": {name: fingerprint(part) for name in PARTS if (part := getattr(parts, name)) is not None},
+        "data": fingerprints(parts),
         "licenses": {
             "data": data_license(config.data),
             "backbone": backbone_license(config.model.backbone),
             **({"text": backbone_license(config.model.text)} if config.model.text else {}),
         },
     }
+
+
+def fingerprints(parts: Parts) -> dict[str, Any]:
+    """`fingerprint` of every part that there is."""
+    return {name: fingerprint(part) for name in PARTS if (part := getattr(parts, name)) is not None}
 
 
 def fingerprint(part: Part) -> dict[str, Any]:
@@ -79,22 +85,6 @@ def fingerprint(part: Part) -> dict[str, Any]:
         "first": part.names[0],
         "last": part.names[len(part) - 1],
     }
-
-
-def changed_data(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In which part two `provenance(...)["data"]` differ, in words; "" where they do not."""
-    for name in PARTS:
-        was, is_now = before.get(name), now.get(name)
-        if was == is_now:
-            continue
-        if was is None or is_now is None:
-            return (
-                f"the {name} part was {'not there' if was is None else 'there'}, now it is{' not' * (was is not None)}"
-            )
-        keys = [key for key in was if key != "sha256" and was[key] != is_now.get(key)]
-        what = "; ".join(f"{key} was {was[key]!r}, is {is_now[key]!r}" for key in keys) or "names or labels differ"
-        return f"the {name} part has changed: {what}"
-    return ""
 
 
 def source() -> dict[str, Any] | None:
@@ -127,16 +117,11 @@ def num_cores() -> int:
 
 
 def job() -> str:
-    """What a job of torchrun keeps when it restarts its workers; "" outside of one."""
+    """What a worker of torchrun has in common with those that its agent started before it; "" outside of a job."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
-    name = os.environ["TORCHELASTIC_RUN_ID"]
-    return name if name != "none" else f"{socket.gethostname()}-{os.getppid()}"  # "none": a single node, by its agent
-
-
-def is_restart() -> bool:
-    """Whether torchrun has restarted this worker."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    agent = psutil.Process(os.getppid())
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {agent.pid} {agent.create_time():.0f}"
 
 
 def _version(name: str) -> str | None:

@@ -142,7 +142,7 @@ class Ranks:
         """The rank index of any value, predictions beyond the ends included, (B,) int64."""
         if self.edges is not None:
             inner = self.edges[1:-1] if len(self.edges) == len(self) + 1 else self.edges
-            return torch.bucketize(values.contiguous(), torch.tensor(inner).to(values), right=True)
+            return torch.bucketize(values.contiguous(), torch.tensor(inner, dtype=torch.float64).to(values), right=True)
         anchors = torch.tensor(self.values, dtype=torch.float64)
         middles = (anchors[1:] + anchors[:-1]) / 2
         return torch.bucketize(values.contiguous(), middles.to(values))  # a value exactly in the middle goes down

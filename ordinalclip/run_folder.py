@@ -57,7 +57,9 @@ EXECUTION = {  # how a run is executed, not what it computes
     "train.trackers",
     "train.process_group_timeout",
 }
+ASIDE = ".partial-"  # begins the names of what is not written to its end
 CHOOSING = "evaluation.decoding"  # by which the best step is chosen; the rest of evaluation can be done again
+WAYS = "overwrite=true replaces it, another output_dir leaves it alone"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -102,6 +104,7 @@ class RunFolder:
         self.diverged = self.path / "diverged.txt"
         self.report = self.path / "report.html"
         self.figures = self.path / "figures"
+        self.trackers = self.path / "ordinalclip"  # what TensorBoard and its kin write, under the project's name
         self.lock = self.path / "run.lock"
 
     # ---- how far it has come
@@ -125,15 +128,27 @@ class RunFolder:
         started = f", started {_when(self.config)}" if self.config.is_file() else ""
         return State("interrupted", f"a run that was interrupted {step}{started}")
 
-    def difference(self, config: RunConfig) -> str:
-        """In what the run in the folder is another experiment than a configuration, in words; "" if it is the same."""
+    def difference(self, config: RunConfig, data: dict[str, Any] | None = None) -> str:
+        """In what the run in the folder is another experiment, in words; "" if it is the same.
+
+        Args:
+            config: to compare with.
+            data: fingerprints of the data to compare with (`provenance.fingerprints`); None: not compared.
+        """
         if not self.config.is_file():
             return f"it has no {self.config.name}"
         try:
             saved = load_config(self.config)
         except ValueError as error:
             return str(error)
-        return described(changed_keys(saved.model_dump(mode="json"), config.model_dump(mode="json")))
+        if changed := changed_keys(saved.model_dump(mode="json"), config.model_dump(mode="json")):
+            return described(changed)
+        return "" if data is None else self.data_difference(data)
+
+    def data_difference(self, data: dict[str, Any]) -> str:
+        """In what the data is not that of the run, in words; "" if it is the same or not on record."""
+        before = self.read_provenance().get("data")
+        return "" if before is None else changed_data(before, data)
 
     def check_may_start(self, config: RunConfig) -> None:
         """Nothing that is there is lost by this run.
@@ -145,19 +160,17 @@ class RunFolder:
         state = self.state()
         if state.kind == "empty" or config.overwrite:
             return
-        ways = "overwrite=true replaces it, another output_dir leaves it alone"
         if config.train.resume == "none":
-            raise FolderOccupied(f"{self.path} holds {state.text}: train.resume=auto goes on with it, {ways}")
+            raise FolderOccupied(f"{self.path} holds {state.text}: train.resume=auto goes on with it, {WAYS}")
         if difference := self.difference(config):
-            raise ValueError(f"{self.path}: cannot resume under another configuration: {difference}; {ways}")
+            raise ValueError(f"{self.path}: cannot resume under another configuration: {difference}; {WAYS}")
 
     def clear(self) -> None:
         """Delete the run, what makes it look whole first; files of other names stay."""
-        own = (self.metrics, self.diverged, self.config, self.report, self.provenance, self.log, self.predictions)
-        for file in own:
-            file.unlink(missing_ok=True)
-        for folder in (self.model, self.model_last, self.checkpoints, self.figures):
-            shutil.rmtree(folder, ignore_errors=True)
+        files = (self.metrics, self.diverged, self.config, self.report, self.provenance, self.log, self.predictions)
+        folders = (self.model, self.model_last, self.checkpoints, self.figures, self.trackers)
+        for path in (*files, *folders, *self.path.glob(f"{ASIDE}*")):
+            delete(path)
 
     def reopen(self) -> None:
         """The run goes on: it is not finished until it is finished again."""
@@ -173,7 +186,6 @@ class RunFolder:
         Raises:
             FolderInUse: another job holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
             with lock(self.lock):
                 yield
@@ -283,26 +295,42 @@ def described(changed: dict[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{key} was {before!r}, is {after!r}" for key, (before, after) in sorted(changed.items()))
 
 
+def changed_data(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In which part two sets of fingerprints (`provenance.fingerprints`) differ, in words; "" where they do not."""
+    for name in dict.fromkeys([*before, *now]):
+        was, is_now = before.get(name), now.get(name)
+        if was == is_now:
+            continue
+        if was is None or is_now is None:
+            return f"the {name} part was {'not ' * (was is None)}there, now it is{' not' * (is_now is None)}"
+        keys = [key for key in was if key != "sha256" and was[key] != is_now.get(key)]
+        what = "; ".join(f"{key} was {was[key]!r}, is {is_now[key]!r}" for key in keys) or "names or labels differ"
+        return f"the {name} part has changed: {what}"
+    return ""
+
+
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
     """A path beside `target` to write a file or folder to; it takes the target's place once it is on disk.
 
-    After an error, or when the process dies, the target is as it was. What a dead process left aside is deleted by
-    the next write to the same target.
+    After an error, or when the process dies, the target is as it was; of a folder, the instant between two renamings
+    apart, in which the old one stands aside. What a dead process left aside is deleted by the next write.
     """
-    aside = target.with_name(f".partial-{target.name}")
-    _delete(aside)
+    aside, old = target.with_name(f"{ASIDE}{target.name}"), target.with_name(f"{ASIDE}old-{target.name}")
+    delete(aside)
+    delete(old)
     try:
         yield aside
         for path in sorted(aside.iterdir()) if aside.is_dir() else [aside]:
             _flush(path)
-        if aside.is_dir() and target.exists():
-            shutil.rmtree(target)  # a folder cannot be replaced in one step
+        if aside.is_dir() and target.exists():  # a folder cannot be replaced in one step
+            target.rename(old)
         aside.replace(target)
         _flush(target.parent)
     except BaseException:
-        _delete(aside)
+        delete(aside)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -316,15 +344,24 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def local(path: str | Path) -> str:
-    """A path as cards and reports show it: of one on this machine only the last two parts.
+def local(text: str | Path) -> str:
+    """A path, or a backbone's spec with one, as cards and reports show it: on this machine only its last two parts.
 
     >>> local("/home/ann/study/runs/mine"), local("runs/mine"), local("../data/labels.csv"), local("hub/name")
     ('runs/mine', 'runs/mine', 'data/labels.csv', 'hub/name')
+    >>> local("open_clip:/home/ann/clip"), local("open_clip:RN50//home/ann/w/rn50.pt"), local("timm:vgg16/pretrained")
+    ('open_clip:ann/clip', 'open_clip:RN50/w/rn50.pt', 'timm:vgg16/pretrained')
     """
-    given = Path(path).expanduser()
-    climbs = ".." in given.parts
-    return Path(*given.parts[-2:]).as_posix().lstrip("/") if given.is_absolute() or climbs else str(path)
+    given = str(text)
+    family, colon, rest = given.partition(":")
+    if colon and family.isidentifier() and not rest.startswith("//"):
+        return f"{family}:{local(rest)}"
+    name, slashes, file = given.partition("//")
+    if slashes and name and not name.endswith(":"):
+        return f"{name}/{local('/' + file)}"
+    parts = Path(given).expanduser().parts
+    here = Path(given).expanduser().is_absolute() or ".." in parts
+    return Path(*parts[-2:]).as_posix().lstrip("/") if here else given
 
 
 # ---- the lock
@@ -366,11 +403,16 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int | None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         logger.warning("%s: no locks on this system; nothing guards the folder", path.parent)
         return None
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another job has just left the folder empty and deleted it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -425,6 +467,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _flush(path: Path) -> None:
     """Make sure that a file's content, or a folder's list of names, is on disk."""
+    if os.name == "nt":  # which opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -432,8 +476,12 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+def delete(path: Path) -> None:
+    """Delete a file or folder, if it is there; of a link to a folder elsewhere, what is in that folder."""
+    if path.is_symlink() and path.is_dir():
+        for child in path.iterdir():
+            delete(child)
+    elif path.is_dir():
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

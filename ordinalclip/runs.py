@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Parts, load_parts
+from ordinalclip.provenance import fingerprints
 from ordinalclip.results.run_report import document_run
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.distributed import from_main, held, make_accelerator
@@ -72,7 +74,8 @@ def evaluate_run(
         the run's metrics with those of the test part.
 
     Raises:
-        FileNotFoundError: no finished run there; ValueError: no test part; FolderInUse: another job writes to it.
+        FileNotFoundError: no finished run there; ValueError: no test part, or, without overrides, other data than
+            that of the run; FolderInUse: another job writes to it.
     """
     run, kept = RunFolder(folder), not overrides
     run.require_finished()
@@ -80,6 +83,11 @@ def evaluate_run(
     accelerator = make_accelerator(config.train.mixed_precision)
     with held(run, accelerator) if kept else nullcontext():
         parts = parts or load_parts(config.data, config.ranks, config.seed)
+        if kept and (changed := from_main(accelerator, partial(_changed, run, parts))):
+            raise ValueError(
+                f"{folder}: this is not the data of the run: {changed}. With an override, such as data.root=PATH, "
+                "other data is scored and nothing is written"
+            )
         if parts.test is None:
             raise ValueError(f"{folder}: the configuration has no test part")
         model = run.read_model().to(accelerator.device)
@@ -93,11 +101,15 @@ def evaluate_run(
 
         def write() -> None:
             run.write_predictions(predictions)
-            run.write_config(config)
             run.write_metrics(metrics)
+            run.write_config(config)
             if config.evaluation.report:
                 document_run(run, parts, model)
 
         if kept:
             from_main(accelerator, write)
     return metrics
+
+
+def _changed(run: RunFolder, parts: Parts) -> str:
+    return run.data_difference(fingerprints(parts))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ordinalclip.cli import main
-from ordinalclip.config import RunConfig, describe, flat_keys
+from ordinalclip.config import RunConfig, describe, flat_keys, head_section
 from ordinalclip.heads import head_options
 
 BASE = {
@@ -85,10 +85,10 @@ def test_help_documents_every_key(capsys):
 
     config = RunConfig()
     keys = flat_keys(config.model_dump(mode="json")) | {"head": {}}
-    options = {f"head.{name}": default for name, default in head_options(config.method).items()}
+    options = {f"head.{name}": option.default for name, option in head_options(config.method).items()}
     assert documented.keys() == keys.keys() | options.keys()
     for key, default in {**keys, **options}.items():
         assert documented[key][0] == default, key
-    for key, default, description in describe():
+    for key, default, description in [*describe(), *describe(head_section(config.method), "head.")]:
         assert description.strip(), key
         assert documented[key] == (json.loads(json.dumps(default)), description)

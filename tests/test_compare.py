@@ -356,7 +356,7 @@ def test_errors_on_one_image_count_once():
     assert found.mean() == pytest.approx(3)
 
 
-def test_stars(tmp_path):
+def test_stars():
     from ordinalclip.results.leaderboard import mark
 
     assert mark({"p": None, "p_holm": None}) == ""

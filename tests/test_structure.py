@@ -46,7 +46,7 @@ KNOWN = {name for name, _ in modules()}
 
 
 def room(name):
-    """The module or package of ours that a name lies in: as fine as `LAYERS` is."""
+    """The module or package of ours that a name lies in: as fine as `FLOOR` is."""
     while name and name not in FLOOR:
         name = name.rpartition(".")[0]
     return name

@@ -87,12 +87,15 @@ def add_overrides(parser: argparse.ArgumentParser, what: str = "overrides of the
 
 def print_metrics(metrics: dict) -> None:
     """The metrics of a run, a line per part."""
+    from ordinalclip.metrics import METRICS
+
     for name in ("validation", "test"):
         if name in metrics:
             shown = {k: v for k, v in metrics[name].items() if not isinstance(v, dict)}
             print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None))
-    if metrics.get("ordinality") is not None:
-        print(f"ordinality of the prototypes: {metrics['ordinality']:.1%}")
+    for name, metric in METRICS.items():
+        if "prototypes" in metric.of and metrics.get(name) is not None:
+            print(f"{metric.title} of the prototypes: {metrics[name]:.1%}")
 
 
 def is_main_process() -> bool:

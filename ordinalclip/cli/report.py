@@ -14,9 +14,11 @@ def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.results.card import write_card
     from ordinalclip.results.record import read_run
     from ordinalclip.results.run_report import write_report
+    from ordinalclip.run_folder import RunFolder
 
     for folder in Progress(arguments.runs, "reporting", unit="runs", quiet=arguments.quiet):
-        record = read_run(folder)
-        print(write_report(record))
-        print(write_card(record))
+        with RunFolder(folder).locked():
+            record = read_run(folder)
+            print(write_report(record))
+            print(write_card(record))
     return 0

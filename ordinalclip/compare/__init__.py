@@ -25,6 +25,7 @@ run gets a report of its own; evaluation.report=true writes one for every run.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from pathlib import Path
 from ordinalclip.compare.execution import execute
 from ordinalclip.compare.outcome import Outcome, write_outcome
 from ordinalclip.compare.plan import Plan, load_plan
-from ordinalclip.run_folder import RunFolder
+from ordinalclip.run_folder import FolderOccupied, RunFolder
 
 __all__ = ["Outcome", "Plan", "compare", "load_plan", "run_plan"]
 
@@ -51,9 +52,18 @@ def run_plan(plan: Plan, quiet: bool = False) -> Outcome:
     """Train what is missing, choose settings by validation, read the test part, write the tables.
 
     Raises:
-        ValueError: no validation or test part, a run that cannot be trained, or all of them diverged.
-        FolderOccupied: a run of another experiment in the place of one of these, without overwrite=true.
+        ValueError: no validation or test part, a run that cannot be trained, all of them diverged, or several
+            processes.
+        FolderOccupied: a run of another experiment in the place of one of these, without overwrite=true, or the
+            comparison's folder is that of a run.
         FolderInUse: another job runs this comparison.
     """
-    with RunFolder(plan.folder).locked():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a comparison is one process that starts others: set jobs=N instead of launching several")
+    folder = RunFolder(plan.folder)
+    with folder.locked():
+        if folder.config.is_file() or folder.metrics.is_file():
+            raise FolderOccupied(
+                f"{folder.path} is the folder of {folder.state().text}; give the comparison another one"
+            )
         return write_outcome(plan, execute(plan, quiet))

@@ -20,10 +20,11 @@ from ordinalclip.compare.plan import Place, Plan
 from ordinalclip.config import DataConfig, RanksConfig, RunConfig
 from ordinalclip.data import Parts, load_parts
 from ordinalclip.progress import Progress
-from ordinalclip.provenance import num_cores
+from ordinalclip.provenance import fingerprints, num_cores
 from ordinalclip.run_folder import FolderOccupied, RunFolder, write_text
 from ordinalclip.runs import evaluate_run, train_run
 from ordinalclip.training import Diverged
+from ordinalclip.training.checkpoint import NoIntactCheckpoint
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -45,6 +46,14 @@ class Result:
         """Infinite for a run that diverged or whose answers are no numbers."""
         mae = None if self.metrics is None else self.metrics["validation"]["mae"]
         return math.inf if mae is None else mae
+
+    @property
+    def failure(self) -> str:
+        """Why there is nothing to compare; "" where there is."""
+        if self.metrics is None:
+            return f"diverged: {self.divergence}"
+        read = [self.metrics[part]["mae"] for part in ("validation", "test") if part in self.metrics]
+        return "gives answers that are no numbers" if None in read else ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def execute(plan: Plan, quiet: bool = False) -> Execution:
         final = [place for place in plan.runs if place.number == chosen[place.variant, place.method]]
         _each(train, plan, [p for p in final if p.seed not in plan.tuning_seeds], results, executor, progress)
         progress.close()
-        sound = [place for place in final if results[place].divergence is None]
+        sound = [place for place in final if not results[place].failure]
         progress = Progress(None, "reading the test part", len(sound), "runs", quiet)
         tested = {place: results[place] for place in sound if _is_tested(plan.runs[place], results[place])}
         _each(_test, plan, sound, tested, executor, progress)
@@ -110,7 +119,7 @@ def _found(plan: Plan) -> dict[Place, Result]:
         state = folder.state()
         if state.kind == "empty":
             continue
-        other = folder.difference(run)
+        other = folder.difference(run, _fingerprints_of(run))
         if not other and state.kind == "finished":
             results[place] = Result(folder.read_metrics())
         elif not other and state.kind == "diverged":
@@ -181,12 +190,16 @@ def _each(
 def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
     """Train one run, or go on with it. That it diverged is a result, too."""
     folder = RunFolder(run.output_dir)
-    if overwrite and folder.state().kind != "empty" and folder.difference(run):
-        train = run.train.model_copy(update={"resume": "none"})
-        run = run.model_copy(update={"overwrite": True, "train": train})
+    anew = run.model_copy(update={"overwrite": True, "train": run.train.model_copy(update={"resume": "none"})})
+    replaced = overwrite and folder.state().kind != "empty" and folder.difference(run, _fingerprints_of(run))
     with _named(run):
         try:
-            result = Result(train_run(run, parts_of(run), quiet=True))
+            try:
+                result = Result(train_run(anew if replaced else run, parts_of(run), quiet=True))
+            except NoIntactCheckpoint:
+                if not overwrite:
+                    raise
+                result = Result(train_run(anew, parts_of(run), quiet=True))
         except Diverged as error:
             divergence = str(error).partition("; rows of the batch")[0]
             write_text(folder.diverged, divergence)
@@ -226,6 +239,15 @@ def _folder_name(run: RunConfig) -> str:
 def parts_of(run: RunConfig) -> Parts:
     """The data of a run."""
     return _load_parts_once(run.data.model_dump_json(), run.ranks.model_dump_json(), run.seed)
+
+
+def _fingerprints_of(run: RunConfig) -> dict[str, Any]:
+    return _fingerprints_once(run.data.model_dump_json(), run.ranks.model_dump_json(), run.seed)
+
+
+@lru_cache(maxsize=256)
+def _fingerprints_once(data: str, ranks: str, seed: int) -> dict[str, Any]:
+    return fingerprints(_load_parts_once(data, ranks, seed))
 
 
 @lru_cache(maxsize=3)

@@ -13,10 +13,10 @@ from ordinalclip import __version__
 from ordinalclip.compare.execution import Execution, parts_of
 from ordinalclip.compare.plan import Place, Plan
 from ordinalclip.config import flat_keys
-from ordinalclip.metrics import METRICS
+from ordinalclip.metrics import METRICS, decodings
 from ordinalclip.provenance import device
 from ordinalclip.results.comparison_report import write_comparison_report
-from ordinalclip.results.leaderboard import Entry, Leaderboard, write_csv
+from ordinalclip.results.leaderboard import Entry, Leaderboard, in_words, write_csv
 from ordinalclip.results.pages import never_fatal
 from ordinalclip.results.record import shown
 from ordinalclip.results.run_report import document_run
@@ -33,7 +33,7 @@ class Outcome:
     Attributes:
         num_runs: runs that it consists of.
         summaries: everything known of every method, by variant and method: see `Leaderboard.summaries`.
-        left_out: methods that diverged, and how.
+        left_out: methods that diverged or answer no numbers, and how.
         table: all tables as Markdown.
     """
 
@@ -47,7 +47,7 @@ def write_outcome(plan: Plan, execution: Execution) -> Outcome:
     """Write table.md, results.csv, report.html and model/ into the comparison's folder.
 
     Raises:
-        ValueError: every method diverged.
+        ValueError: every method of a variant failed.
     """
     boards, left_out = _boards(plan, execution)
     notes = _notes(plan, left_out)
@@ -62,13 +62,13 @@ def write_outcome(plan: Plan, execution: Execution) -> Outcome:
 
 
 def _boards(plan: Plan, execution: Execution) -> tuple[list[Leaderboard], list[str]]:
-    """A table per variant without the methods of which a run diverged, and which those are."""
+    """A table per variant without the methods of which a run failed, and which those are."""
     left_out = []
     entries: dict[str, list[Entry]] = {variant: [] for variant in plan.config.variants}
     for (variant, name), number in execution.chosen.items():
         places = [Place(variant, name, number, seed) for seed in plan.seeds]
-        if reasons := [reason for place in places if (reason := execution.results[place].divergence)]:
-            left_out.append(f"{name}{f' ({variant})' if variant else ''} diverged: {reasons[0]}")
+        if failures := [failure for place in places if (failure := execution.results[place].failure)]:
+            left_out.append(f"{name}{f' ({variant})' if variant else ''} {failures[0]}")
             continue
         data = plan.runs[places[0]].data
         entry = Entry(
@@ -81,7 +81,7 @@ def _boards(plan: Plan, execution: Execution) -> tuple[list[Leaderboard], list[s
         )
         entries[variant].append(entry)
     if empty := [variant for variant, found in entries.items() if not found]:
-        raise ValueError(f"{plan.folder}: every method diverged{f' in {empty[0]}' if empty[0] else ''}: {left_out}")
+        raise ValueError(f"{plan.folder}: nothing to compare{f' in {empty[0]}' if empty[0] else ''}: {left_out}")
     return [Leaderboard(variant, found) for variant, found in entries.items()], left_out
 
 
@@ -122,12 +122,12 @@ def _notes(plan: Plan, left_out: Sequence[str]) -> list[str]:
     errors = f"; {', '.join(in_unit[:-1])} and {in_unit[-1]} in {unit}" if unit else ""
     several = len(plan.seeds) > 1
     spread = f"mean and standard deviation over seeds {_seeds(plan)}" if several else f"seed {_seeds(plan)}"
-    by_argmax = [metric.title for metric in METRICS.values() if metric.decoding == "argmax"]
+    falling = ", ".join(metric.title for metric in METRICS.values() if metric.falls)
     columns = (
-        f"Test part, {spread}{errors}. Values by median; {', '.join(by_argmax)} by argmax. D5 and RV (residual "
-        "variance): of the feature space, smaller is better. 95 %: bootstrap interval of the MAE over the test images. "
-        f"* larger errors than the first row's by the one-tailed paired t-test (p < {LEVEL}, paired by image), ** also "
-        "after Holm's correction. ms / step: median; trained: parameters; MB: of the saved model."
+        f"Test part, {spread}{errors}; {decodings()}. D5 and RV (residual variance): of the feature space. Smaller is "
+        f"better: {falling}. 95 %: bootstrap interval of the MAE over the test images. * larger errors than the first "
+        f"row's by the one-tailed paired t-test (p < {LEVEL}, paired by image), ** also after Holm's correction. "
+        "ms / step: median; trained: parameters; MB: of the saved model."
     )
     choice = " ".join(part for part in (_choice(plan), _unequal(plan), *left_out) if part)
     at_once = f"{plan.jobs} runs at a time" if plan.jobs > 1 else "one run at a time"
@@ -142,8 +142,7 @@ def _choice(plan: Plan) -> str:
         return "One setting per method, fixed beforehand."
     choice = f"Settings chosen by the validation MAE on seed {', '.join(map(str, plan.tuning_seeds))}"
     if all(settings == tried[0] for settings in tried):
-        listed = (", ".join(f"{key}={value}" for key, value in each.items()) for each in tried[0])
-        return f"{choice}; tried for every method: {' | '.join(listed)}."
+        return f"{choice}; tried for every method: {' | '.join(map(in_words, tried[0]))}."
     return f"{choice}, of {len(tried[0])} for each method."
 
 

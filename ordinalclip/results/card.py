@@ -9,9 +9,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ordinalclip.config import RunConfig
+from ordinalclip.metrics import decodings
 from ordinalclip.provenance import backbone_license, data_license, data_name
 from ordinalclip.results.pages import templates
-from ordinalclip.results.record import RunRecord, shown
+from ordinalclip.results.record import RunRecord
 from ordinalclip.run_folder import local, write_text
 
 NEAREST_TASK = "image-classification"  # the hub's list of tasks has no ordinal regression
@@ -32,15 +33,6 @@ def write_card(record: RunRecord, remark: str = "") -> Path:
 def model_card(record: RunRecord, remark: str = "") -> str:
     """The text of a run's model card."""
     config, ranks = record.config, record.ranks
-    metrics = []
-    for key, metric in record.scored.items():
-        if record.scores[key] is not None:
-            low, high = map(shown, record.intervals[key])
-            unit = f" {ranks.unit}" if metric.in_unit and ranks.unit else ""
-            value = shown(record.scores[key]) + unit
-            metrics.append(
-                {"title": metric.title, "meaning": metric.meaning, "value": value, "interval": f"{low} to {high}"}
-            )
     return (
         templates()
         .get_template("card.md")
@@ -50,20 +42,15 @@ def model_card(record: RunRecord, remark: str = "") -> str:
             config=config,
             ranks=ranks,
             data=local(data_name(config.data)),
-            backbone=_spec(config.model.backbone),
+            backbone=local(config.model.backbone),
             data_license=data_license(config.data),
             backbone_license=backbone_license(config.model.backbone),
-            metrics=metrics,
+            metrics=[each for each in record.shown_metrics if each.value is not None],
+            decodings=decodings(),
             remark=remark,
             people=about_people(config, ranks.unit),
         )
     )
-
-
-def _spec(backbone: str) -> str:
-    """A backbone's spec, of a path on this machine in it the last two parts."""
-    family, colon, name = backbone.partition(":")
-    return family + colon + local(name) if name else backbone
 
 
 def front_matter(record: RunRecord) -> str:
@@ -91,7 +78,7 @@ def front_matter(record: RunRecord) -> str:
         "metrics": names,
     }
     if results:
-        content.update(model_name=f"{config.method}-{_spec(config.model.backbone)}", eval_results=results)
+        content.update(model_name=f"{config.method}-{local(config.model.backbone)}", eval_results=results)
     return ModelCardData(**content).to_yaml()
 
 

@@ -17,7 +17,7 @@ from ordinalclip.predictions import Predictions
 from ordinalclip.ranks import Ranks
 from ordinalclip.results.record import shown
 from ordinalclip.results.significance import LEVEL, Verdict, errors_by_image, judge
-from ordinalclip.run_folder import RunFolder, whole
+from ordinalclip.run_folder import RunFolder, local, whole
 
 MEGA = 1e6
 
@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def setting_text(self) -> str:
-        return ", ".join(f"{key}={value}" for key, value in self.setting.items()) or "-"
+        return in_words(self.setting) or "-"
 
 
 class Leaderboard:
@@ -161,6 +161,11 @@ class Leaderboard:
 def _metric(metrics: dict[str, Any], name: str) -> float | None:
     """A metric of the test part, or of the run."""
     return metrics["test"].get(name, metrics.get(name))
+
+
+def in_words(setting: dict[str, Any]) -> str:
+    """A setting as key=value, of paths on this machine the last two parts."""
+    return ", ".join(f"{key}={local(str(value))}" for key, value in setting.items())
 
 
 def write_csv(path: Path, summaries: Sequence[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,16 @@ from ordinalclip.ranks import Ranks
 from ordinalclip.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+
+class ShownMetric(NamedTuple):
+    """A metric as people see it: `value` with its `unit`, and the 95 % `interval` in words, "" where there is none."""
+
+    name: str
+    metric: Metric
+    value: float | None
+    unit: str
+    interval: str
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,8 @@ class RunRecord:
     @property
     def prototypes(self) -> torch.Tensor | None:
         """(R, D) rank prototypes, or None for heads without."""
-        return self.model.head.rank_prototypes()
+        prototypes = self.model.head.rank_prototypes()
+        return None if prototypes is None else prototypes.detach()
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -84,6 +95,20 @@ class RunRecord:
             columns = given.columns(metric.decoding or "median", self.ranks)
             resamples = 1000 if len(given.labels) <= 10_000 else 200  # seconds, not minutes, for a large part
             found[name] = bootstrap_interval(metric, *(columns[name] for name in metric.of), resamples=resamples)
+        return found
+
+    @property
+    def shown_metrics(self) -> list[ShownMetric]:
+        """Every metric of the part that is shown and of the model, in the order of `METRICS`."""
+        options = self.config.evaluation
+        found = []
+        for name, metric in metrics_with(options.cs, options.space_ks).items():
+            value = self.scores.get(name, self.metrics.get(name))
+            if name in self.scored or value is not None:
+                interval = self.intervals.get(name)
+                low, high = map(shown, interval) if interval else ("-", "-")
+                unit = self.ranks.unit if metric.in_unit and value is not None else ""
+                found.append(ShownMetric(name, metric, value, unit, "" if low == "-" else f"{low} to {high}"))
         return found
 
     def constant_error(self) -> float | None:

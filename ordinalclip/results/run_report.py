@@ -19,15 +19,14 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-from ordinalclip.config import flat_keys
 from ordinalclip.data import Parts
-from ordinalclip.metrics import METRICS, bootstrap_interval, shot_groups
+from ordinalclip.metrics import METRICS, bootstrap_interval, decodings, shot_groups
 from ordinalclip.model import OrdinalModel
 from ordinalclip.provenance import data_name
 from ordinalclip.results import figures
 from ordinalclip.results.card import write_card
 from ordinalclip.results.pages import Figures, inlined, never_fatal, templates
-from ordinalclip.results.record import RunRecord, points_of, read_run, shown
+from ordinalclip.results.record import RunRecord, points_of, read_run
 from ordinalclip.run_folder import RunFolder, local, write_text
 
 MAP_IMAGES = 300
@@ -66,7 +65,7 @@ def write_report(record: RunRecord, remark: str = "") -> Path:
             config=config,
             ranks=record.ranks,
             data=local(data_name(config.data)),
-            tiles=_tiles(record),
+            decodings=decodings(),
             constant=record.constant_error(),
             remark=remark,
             figures=inlined(run_figures(record)),
@@ -120,49 +119,15 @@ def run_figures(record: RunRecord) -> Figures:
 
 def _configuration(record: RunRecord) -> str:
     """The configuration as YAML; of paths on this machine the last two parts."""
-    content = record.config.model_dump(mode="json")
-    for key, value in flat_keys(content).items():
-        if isinstance(value, str) and Path(value).is_absolute():
-            *parents, last = key.split(".")
-            place = content
-            for parent in parents:
-                place = place[parent]
-            place[last] = local(value)
-    return yaml.safe_dump(content, sort_keys=False)
+    return yaml.safe_dump(_shortened(record.config.model_dump(mode="json")), sort_keys=False)
 
 
-def _tiles(record: RunRecord) -> list[dict[str, str]]:
-    """Every metric of the part that is shown, and those of the model's prototypes."""
-    tiles = []
-    for key, metric in record.scored.items():
-        low, high = map(shown, record.intervals[key])
-        value = record.scores[key]
-        tiles.append(
-            {
-                "key": key,
-                "name": metric.title,
-                "meaning": metric.meaning,
-                "value": shown(value),
-                "unit": record.ranks.unit if metric.in_unit and value is not None else "",
-                "note": f"{low} to {high}" if low != "-" else "not defined",
-            }
-        )
-    for key, metric in METRICS.items():
-        if key not in record.scored and "probabilities" not in metric.of:
-            value = record.metrics.get(key, record.scores.get(key))
-            if value is not None:
-                unit = record.ranks.unit if metric.in_unit else ""
-                tiles.append(
-                    {
-                        "key": key,
-                        "name": metric.title,
-                        "meaning": metric.meaning,
-                        "value": shown(value),
-                        "unit": unit,
-                        "note": metric.of[0],
-                    }
-                )
-    return tiles
+def _shortened(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shortened(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_shortened(each) for each in value]
+    return local(value) if isinstance(value, str) else value
 
 
 def _groups(record: RunRecord) -> list[dict[str, Any]]:

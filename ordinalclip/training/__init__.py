@@ -4,9 +4,8 @@ import importlib
 from typing import Any
 
 from ordinalclip.training.interruption import Diverged
-from ordinalclip.training.trainer import Trainer
 
-__all__ = ["Diverged", "Trainer", "evaluate_run", "train"]
+__all__ = ["Diverged", "evaluate_run", "train"]
 
 
 def __getattr__(name: str) -> Any:

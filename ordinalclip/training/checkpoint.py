@@ -22,6 +22,10 @@ PREFIX = "step-"
 MANIFEST = "sha256.json"
 
 
+class NoIntactCheckpoint(ValueError):
+    """All checkpoints of a run are damaged."""
+
+
 class Checkpoint(NamedTuple):
     """What `load_checkpoint` gives: where it came from, weights by name, the optimiser's state dict, and the rest."""
 
@@ -194,5 +198,5 @@ def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
             problems.append(str(error))
             logger.warning("%s; trying the one before it", error)
     if problems:
-        raise ValueError(f"{folder}: no intact checkpoint; overwrite=true starts anew. " + "; ".join(problems))
+        raise NoIntactCheckpoint(f"{folder}: no intact checkpoint; overwrite=true starts anew. " + "; ".join(problems))
     return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -88,11 +89,20 @@ def from_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
         except Exception as error:
             if accelerator.num_processes == 1:
                 raise
-            outcome[0] = error
+            outcome[0] = _portable(error)
     broadcast_object_list(outcome)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its text where it cannot be sent to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever the constructors of others want
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import DECODINGS, Predictions
 from ordinalclip.progress import Progress
 from ordinalclip.training.distributed import gather_outputs
-from ordinalclip.training.sampling import shares
+from ordinalclip.training.sampling import ignore_sigterm, shares
 
 
 class EvaluationDataset(Dataset):
@@ -73,7 +73,7 @@ class Evaluator:
         start, size = sum(sizes[:place]), sizes[place]
         rows = list(range(start, start + size)) or [0]  # a process without rows computes one and gives none
         images = Subset(EvaluationDataset(part, model.config.pixel_spec), rows)
-        loader = DataLoader(images, batch_size=self.batch_size, num_workers=self.workers)
+        loader = DataLoader(images, batch_size=self.batch_size, num_workers=self.workers, worker_init_fn=ignore_sigterm)
         dtype = next(model.encoder.parameters()).dtype
         collected: list[Outputs] = []
         progress: Progress = Progress(None, title, total=len(rows), unit="images", quiet=self.quiet or not title)

@@ -99,12 +99,12 @@ def stream_loader(sampler: StreamSampler, dataset: StreamDataset, workers: int, 
         batch_sampler=sampler,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=ignore_sigterm,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def _ignore_sigterm(_worker: int) -> None:
+def ignore_sigterm(_worker: int) -> None:
     """A signal to the whole process group must not break the batch in hand; workers end with their parent."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -40,8 +40,8 @@ class Learner:
         options, train = config.train, parts.train
         self.config, self.accelerator, self.model, self.train = config, accelerator, model, train
         self.total = num_steps(config, parts)
-        self.images_per_step = options.batch_size * model.head.views
-        self.shares = shares(self.images_per_step, accelerator.num_processes)
+        self.positions_per_step = options.batch_size * model.head.views
+        self.shares = shares(self.positions_per_step, accelerator.num_processes)
         micro_batched = options.micro_batch_size is not None and options.micro_batch_size < max(self.shares)
         noises, self.head_noises = prepare_model(model, config, accelerator.num_processes, micro_batched)
         balanced = train.ranks if options.sampling == "balanced" else None
@@ -66,7 +66,7 @@ class Learner:
         """The batches from a step on, this process's share of each: pixels and positions in the stream."""
         place = self.accelerator.process_index, self.accelerator.num_processes
         return stream_loader(
-            StreamSampler(self.images_per_step, first_step, self.total, *place),
+            StreamSampler(self.positions_per_step, first_step, self.total, *place),
             StreamDataset(
                 self.train,
                 self.model.config.pixel_spec,
@@ -79,8 +79,8 @@ class Learner:
 
     def rows_of(self, step: int) -> list[int]:
         """Rows of the training part in the global batch of a (0-based) step, in order of position."""
-        begin = step * self.images_per_step
-        return [self.stream.at(position) for position in range(begin, begin + self.images_per_step)]
+        begin = step * self.positions_per_step
+        return [self.stream.at(position) for position in range(begin, begin + self.positions_per_step)]
 
     def step(self, number: int, pixels: Tensor, positions: Tensor) -> dict[str, Any]:
         """One optimiser step on the global batch.
@@ -141,7 +141,7 @@ class Learner:
         checked = [*terms.values(), *([norm] if self.accelerator.scaler is None else [])]
         if bool(torch.isfinite(torch.stack([value.detach().to(norm) for value in checked])).all()):
             return
-        rows = ", ".join(self.train.names[row] for row in self.rows_of(number))
+        rows = ", ".join(self.train.names[row] for row in dict.fromkeys(self.rows_of(number)))
         what = "; ".join(not_finite(terms, self.model))
         raise Diverged(f"step {number + 1}: {what}; learning rate {lr:g}; rows of the batch: {rows}")
 

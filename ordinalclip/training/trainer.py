@@ -21,8 +21,8 @@ from ordinalclip.config import RunConfig
 from ordinalclip.data import Parts, load_parts
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress, announced
-from ordinalclip.provenance import changed_data, is_restart, job, provenance
-from ordinalclip.run_folder import RunFolder, changed_keys, described
+from ordinalclip.provenance import job, provenance
+from ordinalclip.run_folder import WAYS, RunFolder, changed_keys, described
 from ordinalclip.training import checkpoint
 from ordinalclip.training.distributed import average_running_statistics, from_main
 from ordinalclip.training.evaluation import Evaluator, metrics_of, model_metrics, train_counts
@@ -106,7 +106,7 @@ def _going_on(config: RunConfig, folder: RunFolder) -> RunConfig:
     Raises:
         FolderOccupied, ValueError: see `RunFolder.check_may_start`.
     """
-    if is_restart() and job() and folder.read_provenance().get("job") == job():
+    if job() and folder.read_provenance().get("job") == job():
         going_on = config.train.model_copy(update={"resume": "auto"})
         config = config.model_copy(update={"overwrite": False, "train": going_on})
     folder.check_may_start(config)
@@ -123,8 +123,8 @@ def claim(folder: RunFolder, config: RunConfig, parts: Parts, accelerator: Accel
     def write() -> None:
         now = provenance(config, parts, accelerator.num_processes)
         if resumed and (before := folder.read_provenance()):
-            if changed := changed_data(before["data"], now["data"]):
-                raise ValueError(f"{folder.path}: cannot resume with other data: {changed}")
+            if changed := folder.data_difference(now["data"]):
+                raise ValueError(f"{folder.path}: cannot resume with other data: {changed}; {WAYS}")
             now = {**before, "job": now["job"], "continued": [*before.get("continued", []), now]}
         if resumed:
             folder.reopen()
@@ -256,10 +256,7 @@ class Trainer:
         found = checkpoint.find_checkpoint(folder.checkpoints, config.train.resume)
         if found is None:
             if config.train.resume != "none" and folder.is_finished:
-                raise ValueError(
-                    f"{folder.path} holds {folder.state().text}, and no checkpoint to go on from: "
-                    "overwrite=true replaces it, another output_dir leaves it alone"
-                )
+                raise ValueError(f"{folder.path} holds {folder.state().text}, and no checkpoint to go on from: {WAYS}")
             claim(folder, config, self.parts, self.accelerator, resumed=False)
             return
         state = found.state
@@ -290,16 +287,19 @@ class Trainer:
         """
         model, average, progression = self.learner.model, self.learner.average, self.progression
         if self.config.train.select == "best" and progression.best_step not in (None, progression.step):
-            if self.accelerator.is_main_process:
-                with average.applied() if average else nullcontext():
-                    last = deepcopy(model)
-                merge_adapters(last.encoder.tower)
-                self.folder.write_model(last, self.folder.model_last)
+            from_main(self.accelerator, self._keep_last)
             best = checkpoint.path_of(self.folder.checkpoints, progression.best_step)
             checkpoint.load_weights(model, average, checkpoint.load_checkpoint(best).weights)
         if average is not None:
             average.swap()
         merge_adapters(model.encoder.tower)
+
+    def _keep_last(self) -> None:
+        average = self.learner.average
+        with average.applied() if average else nullcontext():
+            last = deepcopy(self.learner.model)
+        merge_adapters(last.encoder.tower)
+        self.folder.write_model(last, self.folder.model_last)
 
     def summary(self) -> dict[str, Any]:
         """What metrics.json says of the training."""
