@@ -1,9 +1,10 @@
 # make demo    set up, train OrdinalCLIP and its simplest rivals on generated gauges, print the table, predict ten images
 # make test    set up, run the tests that take less than ten minutes on two cores
 # make lint    ruff and mypy
-# make bench   the measurements behind the README's figures that need no data of yours
+# make bench   the measurements behind the README's numbers that need no data of yours
 # make invariance   method x processes x micro-batch: the largest difference in losses and weights
 # make chaos   runs killed at random and resumed: kills, resumes, differences
+# make mutants  faults planted one at a time: which test notices each
 # make clean   remove environment, caches and demo runs
 
 VENV := .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # without bytecode the libraries take twice as long to import
 
-.PHONY: demo test slow-test lint bench invariance chaos clean
+.PHONY: demo test slow-test lint bench invariance chaos mutants clean
 .DELETE_ON_ERROR:
 
 # One installation, repeated only when pyproject.toml changes; uv when it is there, pip when not.
@@ -46,6 +47,9 @@ invariance: $(VENV)/.installed
 
 chaos: $(VENV)/.installed
 	$(BIN)/python benchmarks/chaos.py
+
+mutants: $(VENV)/.installed
+	$(BIN)/python benchmarks/mutants.py --jobs 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs/compare/demo runs/demo-images .pytest_cache .ruff_cache .mypy_cache

@@ -120,8 +120,9 @@ class RunFolder:
             return State("finished", f"a finished run, written {_when(self.metrics)}")
         if self.diverged.is_file():
             return State("diverged", f"a run that diverged, {_when(self.diverged)}")
-        held = (self.metrics, self.log, self.checkpoints, self.model, self.model_last, self.predictions)
-        if not self.config.is_file() and not any(path.exists() for path in held):
+        held = (self.config, self.metrics, self.log, self.model, self.model_last, self.predictions)
+        saved = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        if not saved and not any(path.exists() for path in held):
             return State("empty")
         entries = self.read_log()
         step = f"at step {entries[-1]['step']}" if entries else "before its first step was logged"

@@ -194,6 +194,7 @@ def test_configuration_of_a_loss():
         load_config(None, ["method=loss", "head.input=softmax"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["deployed", "trainable"])
 def test_saved_and_served(tmp_path, form):
     model = OrdinalModel.build("tiny", RANKS, "loss", {"loss": "dlordinal.losses:SLACELoss", "options": {"alpha": 1.0}})

@@ -60,11 +60,6 @@ def test_compare_is_resumable_and_reads_the_test_part_once(comparison, tmp_path,
     again = capsys.readouterr().out
     assert again.splitlines()[:8] == table.splitlines()[:8]
     assert {file: file.stat().st_mtime_ns for file in files} == times
-    assert main(["compare", str(comparison), "--quiet", "train.max_steps=3"]) == 2
-    assert "train.max_steps was 2, is 3" in capsys.readouterr().err
-    assert {file: file.stat().st_mtime_ns for file in files} == times
-    assert main(["compare", str(comparison), "--quiet", "train.max_steps=3", "overwrite=true"]) == 0
-    assert {file: file.stat().st_mtime_ns for file in files} != times
 
 
 def test_an_interrupted_comparison_goes_on_inside_the_run(comparison, tmp_path, monkeypatch):
@@ -98,16 +93,95 @@ def test_an_interrupted_comparison_goes_on_inside_the_run(comparison, tmp_path, 
     assert RunFolder(tmp_path / "out/runs/l1-0-seed1").metrics.stat().st_ino == inode  # not written again
 
 
-def test_another_experiment_in_the_folder_is_refused_or_replaced(comparison, tmp_path):
+def test_another_experiment_in_the_folder_is_refused_or_replaced(comparison, tmp_path, capsys):
+    """One seed, and one setting for all, so that it is soon done."""
+    content = yaml.safe_load(comparison.read_text()) | {"seeds": [1]}
+    for method in content["methods"].values():
+        method.pop("settings", None)
+    comparison.write_text(yaml.safe_dump(content))
     run_plan(load_plan(comparison), quiet=True)
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    with pytest.raises(FolderOccupied, match=r"l1-0-seed1 holds a finished run.*train\.max_steps was 2, is 3"):
-        run_plan(load_plan(comparison, ["train.max_steps=3"]), quiet=True)
+    assert main(["compare", str(comparison), "--quiet", "train.max_steps=3"]) == 2
+    assert re.search(r"l1-0-seed1 holds a finished run.*train\.max_steps was 2, is 3", capsys.readouterr().err)
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
     run_plan(load_plan(comparison, ["train.max_steps=3", "overwrite=true"]), quiet=True)
     assert json.loads((tmp_path / "out/runs/ordinalclip-0-seed1/metrics.json").read_text())["steps"] == 3
 
 
+@pytest.fixture
+def grades(comparison, image_folder):
+    """The comparison on a table of pictures."""
+    content = yaml.safe_load(comparison.read_text()) | {"seeds": [1]}
+    data = {"source": "table", "root": str(image_folder), "table": "labels.csv", "image_column": "file"}
+    content["base"]["data"] = {**data, "label_column": "grade", "split": [0.34, 0.33, 0.33]}
+    content["base"]["ranks"], content["base"]["train"]["batch_size"] = {"values": [0, 1, 2]}, 2
+    content["methods"] = {"L1": {"base": {"method": "l1"}}, "constant": {"base": {"method": "constant"}}}
+    comparison.write_text(yaml.safe_dump(content))
+    return comparison
+
+
+def test_runs_on_other_data_are_not_taken_up(grades, image_folder, tmp_path):
+    """A label was corrected between two calls: no table is made of both."""
+    run_plan(load_plan(grades), quiet=True)
+    labels = image_folder / "labels.csv"
+    labels.write_text(labels.read_text().replace("cell0.png,0", "cell0.png,2"))
+    with pytest.raises(FolderOccupied, match=r"holds a finished run.*another experiment \(the .* part has changed"):
+        run_plan(load_plan(grades), quiet=True)
+    before = RunFolder(tmp_path / "out/runs/l1-0-seed1").read_provenance()["data"]
+    run_plan(load_plan(grades, ["overwrite=true"]), quiet=True)
+    assert RunFolder(tmp_path / "out/runs/l1-0-seed1").read_provenance()["data"] != before
+    run_plan(load_plan(grades), quiet=True)
+
+
+def test_a_comparison_does_not_write_into_a_run(grades, tmp_path):
+    run_plan(load_plan(grades), quiet=True)
+    run = tmp_path / "out/runs/l1-0-seed1"
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(FolderOccupied, match=r"is the folder of a finished run.*give the comparison another one"):
+        run_plan(load_plan(grades, [f"output_dir={run}"]), quiet=True)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+LOST = """
+import torch
+from ordinalclip.heads import Head
+
+
+class Lost(Head):
+    \"\"\"Answers what is no number.\"\"\"
+
+    learns = False
+
+    def forward(self, features):
+        return {"standardised": torch.full((len(features),), float("nan"))}
+
+    def predict(self, outputs):
+        return self.predict_value(outputs["standardised"])
+
+    def loss(self, outputs, targets):
+        return {"loss": outputs["standardised"].mean()}
+"""
+
+
+def test_answers_that_are_no_numbers_leave_a_method_out(grades, tmp_path, monkeypatch):
+    (tmp_path / "lost.py").write_text(LOST)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    content = yaml.safe_load(grades.read_text())
+    content["methods"]["lost"] = {"base": {"method": "lost:Lost"}}
+    grades.write_text(yaml.safe_dump(content))
+    for _ in range(2):  # the second time from what is in the folder
+        outcome = run_plan(load_plan(grades), quiet=True)
+        assert outcome.left_out == ["lost gives answers that are no numbers"]
+        assert {row["method"] for row in outcome.summaries} == {"L1", "constant"}
+
+
+def test_several_processes_are_refused(grades, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="set jobs=N"):
+        run_plan(load_plan(grades), quiet=True)
+
+
+@pytest.mark.slow
 def test_several_jobs_give_the_same_table(comparison, tmp_path, monkeypatch):
     from ordinalclip.compare import execution
 
@@ -145,7 +219,7 @@ class Middle(Head):
 """
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_method_of_ones_own_that_learns_nothing_needs_no_settings(comparison, tmp_path, monkeypatch, jobs):
     """It is neither asked for as many settings as the others nor trained; several jobs find its module, too."""
     (tmp_path / "untaught.py").write_text(UNTAUGHT)
@@ -382,7 +456,7 @@ def test_a_run_that_diverges_is_the_worst_setting_and_a_method_that_does_is_left
     assert next(row for row in again.summaries if row["method"] == "L1")["mae"] == rows["L1"]["mae"]
     del content["methods"]["L1"], content["methods"]["constant"]
     comparison.write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match="every method diverged"):
+    with pytest.raises(ValueError, match=r"nothing to compare: .*OrdinalCLIP diverged"):
         run_plan(load_plan(comparison), quiet=True)
 
 

@@ -197,6 +197,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_saved_model_names_the_import_that_is_missing(module, tmp_path, monkeypatch):
     """A package with an entry point, and processes in which it is not installed, with and without its module."""
     metadata = module / "outside-1.0.dist-info"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import pytest
 import yaml
 from conftest import QUICK, log_of
 
+from ordinalclip.backbones import TINY_FOLDER
 from ordinalclip.cli import main
 from ordinalclip.config import load_config
 from ordinalclip.data import load_parts
-from ordinalclip.provenance import changed_data, fingerprint, source
-from ordinalclip.run_folder import FolderInUse, FolderOccupied, RunFolder, lock, whole, write_json
+from ordinalclip.provenance import fingerprint, source
+from ordinalclip.run_folder import FolderInUse, FolderOccupied, RunFolder, changed_data, lock, whole, write_json
 from ordinalclip.training import evaluate_run, train
 from ordinalclip.training.step import Learner
 
@@ -97,6 +99,27 @@ def test_nothing_of_an_old_run_survives_its_successor(quick):
     train(quick(*FAST, "overwrite=true"), quiet=True)
     assert [path.name[-1] for path in sorted((folder / "checkpoints").iterdir())] == ["2", "4"]
     assert [row["step"] for row in log_of(folder)] == [1, 2, 3, 4]
+
+
+def test_checkpoints_on_another_disk_are_cleared_too(quick, tmp_path):
+    """The folder is a link: what it leads to is emptied, the link stays."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(scratch)
+    train(quick(*FAST, "train.max_steps=6"), quiet=True)
+    assert len(list(scratch.iterdir())) == 2
+    train(quick(*FAST, "overwrite=true"), quiet=True)
+    assert [path.name[-1] for path in sorted(scratch.iterdir())] == ["2", "4"]
+    assert (tmp_path / "run" / "checkpoints").is_symlink()
+
+
+def test_a_saved_configuration_does_not_say_how_it_was_started(quick):
+    folder = train(quick(*FAST, "train.resume=auto"), quiet=True)
+    assert load_config(folder / "config.yaml").train.resume == "none"
+    with pytest.raises(FolderOccupied):
+        train(load_config(folder / "config.yaml"), quiet=True)
+    train(load_config(folder / "config.yaml", ["overwrite=true"]), quiet=True)
 
 
 def test_predictions_of_the_other_part_stay(quick):
@@ -274,10 +297,8 @@ def test_a_file_system_without_locks_is_said_aloud(tmp_path, monkeypatch, caplog
 def test_a_restart_by_torchrun_goes_on(quick, tmp_path, monkeypatch):
     """The same job, restarted: neither the lock nor what it left keeps it from going on, even with overwrite=true."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     options = (*FAST, "train.log_every=1", "overwrite=true")
     cut = interrupt(monkeypatch, quick(*options), at=3)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     taken, step = [], Learner.step
 
     def counted(self, number, *batch):
@@ -374,6 +395,11 @@ def test_resuming_on_changed_data_is_refused(image_folder, tmp_path):
     labels.write_text(labels.read_text().replace("cell0.png,0", "cell0.png,2"))
     with pytest.raises(ValueError, match=r"cannot resume with other data: the .* part has changed: names or labels"):
         train(load_config(None, [*options, "train.resume=auto"]), quiet=True)
+    before = content_of(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"not the data of the run: the .* part has changed"):
+        evaluate_run(tmp_path / "run", quiet=True)
+    assert evaluate_run(tmp_path / "run", overrides=[f"data.root={image_folder}"], quiet=True)["test"]["num"] == 3
+    assert content_of(tmp_path / "run") == before
 
 
 def test_source_is_the_commit_of_the_checkout_or_nothing(tmp_path, monkeypatch):
@@ -405,4 +431,11 @@ def test_local_paths_are_shortened_in_report_and_card(image_folder, tmp_path):
         assert "secret" not in text
         assert f"{image_folder.name}/labels.csv" in text
     assert "study/run" in (folder / "report.html").read_text()
+    clip = tmp_path / "secret" / "clips" / "tiny"
+    shutil.copytree(TINY_FOLDER, clip)
+    options = [*data, f"output_dir={deep}", "method=l1", "train.max_steps=1", "train.batch_size=2", "overwrite=true"]
+    train(load_config(None, [*options, f"model.backbone=open_clip:{clip}"]), quiet=True)
+    for file in (folder / "report.html", folder / "model" / "README.md"):
+        assert "secret" not in file.read_text(), file
+        assert "open_clip:clips/tiny" in file.read_text()
     assert yaml.safe_load((folder / "config.yaml").read_text())["output_dir"] == str(deep)

@@ -77,6 +77,8 @@ def execute(plan: Plan, quiet: bool = False) -> Execution:
     Raises:
         ValueError: no validation or test part, or a run that cannot be trained; FolderOccupied: see `run_plan`.
     """
+    _load_parts_once.cache_clear()  # the data may have changed since an earlier call
+    _fingerprints_once.cache_clear()
     _check_parts(plan)
     results = _found(plan)
     tuned = [place for place in plan.runs if place.seed in plan.tuning_seeds]
