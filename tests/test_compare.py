@@ -274,6 +274,7 @@ def test_comparisons_that_are_not_fair_or_not_valid(comparison):
         load_plan(comparison)
 
 
+@pytest.mark.slow
 def test_variants_have_tables_of_their_own(comparison, tmp_path):
     content = yaml.safe_load(comparison.read_text())
     content["variants"] = {"all": {}, "half of it": {"data.train_share": 0.5, "train.max_steps": 1}}
@@ -295,6 +296,7 @@ def test_variants_have_tables_of_their_own(comparison, tmp_path):
     assert page.count('id="mae_by_variant"') == page.count('id="mae_by_method-1"') == 1
 
 
+@pytest.mark.slow
 def test_finished_runs_leave_no_checkpoints_unless_asked(comparison, tmp_path):
     run_plan(load_plan(comparison), quiet=True)
     assert not list((tmp_path / "out" / "runs").glob("*/checkpoints"))
@@ -520,6 +522,7 @@ def test_validation_and_test_parts_are_asked_for_before_anything_is_trained(comp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_error_names_its_run(comparison, image_folder, tmp_path):
     content = yaml.safe_load(comparison.read_text())
     content["methods"] = {"all": {"base": {"method": "l1", "model": {"backbone": "timm:nothing"}}}}

@@ -31,9 +31,18 @@ def same(a, b, exact):
     return all((a[key] is None) == (b[key] is None) and (a[key] is None or close(a[key], b[key])) for key in a)
 
 
-@pytest.mark.parametrize("method", METHODS)
+KINDS = {"ordinalclip", "l1", "rm_loss"}  # with a text tower and projection, without, with a bank
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone"),
+    [
+        pytest.param(method, backbone, marks=[] if backbone == "tiny" or method in KINDS else pytest.mark.slow)
+        for method in METHODS
+        for backbone in ("tiny", "timm:test_vit", "timm:resnet10t")
+    ],
+)
 @pytest.mark.parametrize("form", ["deployed", "trainable"])
-@pytest.mark.parametrize("backbone", ["tiny", "timm:test_vit", "timm:resnet10t"])
 def test_round_trip(tmp_path, method, form, backbone):
     if method == "zero_shot" and backbone != "tiny":
         pytest.skip("zero-shot needs image and text tower of the same CLIP")

@@ -141,7 +141,16 @@ def test_figures_follow_the_theme_of_the_page(run):
         assert text.count(f"{variable}: #") == 2  # light and dark
 
 
-@pytest.mark.parametrize("method", sorted(set(available_heads()) - {"prototypes"}))
+KINDS = {"ordinalclip", "l1", "rm_loss", "ordreg", "constant"}  # prototypes, a value, neighbours, thresholds, nothing
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow)
+        for name in sorted(set(available_heads()) - {"prototypes"})
+    ],
+)
 def test_every_method_has_a_report_and_a_card(reported, method):
     run = train(reported(f"method={method}", "train.max_steps=2"), quiet=True)
     page, metrics = page_of(run), metrics_of(run)
