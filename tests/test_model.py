@@ -139,7 +139,9 @@ def test_pipeline(tmp_path, method):
         pipe(images[0], topk=3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in {*KINDS, "coral"} else pytest.mark.slow) for name in METHODS]
+)
 def test_half_precision_answers_like_full_precision(tmp_path, method):
     """Label statistics in the thousands must survive bfloat16, where numbers near 2000 are 8 apart.
 

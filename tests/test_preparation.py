@@ -222,11 +222,11 @@ def load(folder, step):
 @pytest.mark.parametrize(
     "option",
     [
-        "train.activation_checkpointing=true",
-        "train.channels_last=true",
-        "train.fused=false",
+        pytest.param("train.activation_checkpointing=true", marks=pytest.mark.slow),
+        pytest.param("train.channels_last=true", marks=pytest.mark.slow),
+        pytest.param("train.fused=false", marks=pytest.mark.slow),
         "data.workers=2",
-        "data.cache_mb=0",
+        pytest.param("data.cache_mb=0", marks=pytest.mark.slow),
         pytest.param("train.compile=true", marks=pytest.mark.slow),
     ],
 )

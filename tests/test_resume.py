@@ -3,14 +3,16 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOISY, log_of, without_times
+from conftest import NOISY, QUICK, log_of, without_times
 
+from ordinalclip.config import load_config
 from ordinalclip.training import train
 from ordinalclip.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from ordinalclip.training.interruption import PREEMPTED, Preempted
@@ -76,11 +78,18 @@ def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(quick):
     assert [path.name[-1] for path in sorted((folder / "checkpoints").iterdir())] == ["2", "4", "6"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of `FOUR`, to be copied."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return train(load_config(None, [f"output_dir={folder}", *QUICK, *FOUR]), quiet=True)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "sha256.json"])
 @pytest.mark.parametrize("damage", ["truncated", "one byte changed", "missing"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(quick, tmp_path, caplog, file, damage):
-    whole = train(quick(*FOUR, f"output_dir={tmp_path}/whole"), quiet=True)
-    cut = train(quick(*FOUR, f"output_dir={tmp_path}/cut"), quiet=True)
+def test_a_damaged_checkpoint_is_named_and_passed_over(quick, whole, tmp_path, caplog, file, damage):
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
     victim = checkpoints(cut / "checkpoints")[-1] / file
     content = bytearray(victim.read_bytes())
     if damage == "missing":

@@ -256,7 +256,7 @@ def test_two_jobs_in_one_folder(quick, tmp_path):
         assert evaluate_run(folder, overrides=["data.num_test=6"], quiet=True)["test"]["num"] == 6  # writes nothing
 
 
-@pytest.mark.parametrize("how", ["plain", "fork"])
+@pytest.mark.parametrize("how", [pytest.param("plain", marks=pytest.mark.slow), "fork"])
 def test_the_lock_does_not_outlive_its_owner(tmp_path, how):
     """Killed by SIGKILL, with and without a child that lives on: the lock is free at once."""
     owner = hold(tmp_path, how)

@@ -294,10 +294,8 @@ def l1_figures(tmp_path_factory):
     return json.loads((train(load_config(None, options), quiet=True) / "metrics.json").read_text())["test"]
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["ordinalclip", *(pytest.param(name, marks=pytest.mark.slow) for name in TRAINABLE if name != "ordinalclip")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", TRAINABLE)
 def test_learns(quick, method, l1_figures):
     """16 shots of each of 21 values of a kind the tiny CLIP has never seen take every method with its read-out to at
     most 1.5 times the error of the L1 head, which is far below the constant predictor's 25."""
