@@ -80,9 +80,9 @@ class Triplet(ClassMetricHead):
     """Triplet loss (Schroff et al., CVPR 2015) on the hardest positive and negative of every anchor.
 
     Hermans et al. (2017) name this "batch hard"; all triplets of a batch would be B^3. It knows equal and different
-    ranks, not near and far ones, and is touchy: on gauges with 16 shots of each of 21 values, its MAE by neighbours after
-    100 steps was 8.3, 4.8 and 5.5 for seeds 1 to 3 where the L1 head's was 3.3, 4.9 and 4.5 (torch 2.14); with another
-    build of torch the first was 5.9.
+    ranks, not near and far ones, and is touchy: on gauges with 16 shots of each of 21 values, its MAE by neighbours
+    after 100 steps was 8.3, 4.8 and 5.5 for seeds 1 to 3 where the L1 head's was 3.3, 4.9 and 4.5 (torch 2.14); with
+    another build of torch the first was 5.9.
 
     Args:
         margin: by which the positive is to be nearer than the negative, in distance on the unit sphere.
