@@ -28,7 +28,12 @@ TRAINABLE = sorted(name for name in available_heads() if head_class(name).learns
 EXACT = ("train.precision=float64", "train.eval_every=100", *NOISY)
 
 
-@pytest.mark.parametrize("method", TRAINABLE)
+KINDS = {"ordinalclip", "l1", "rm_loss", "rank_n_contrast", "ordreg", "loss"}  # tests/test_invariance.py has them all
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in TRAINABLE]
+)
 def test_micro_batches_do_not_change_the_curve(quick, tmp_path, method):
     """In float64, with crop, flip and dropout: the losses of all steps and the final weights agree."""
     curves, weights = [], []
