@@ -51,7 +51,7 @@ class Predictions:
         return {
             "values": self.decoded[decoding],
             "labels": self.labels,
-            "ranks": ranks.nearest(torch.from_numpy(self.decoded[decoding])).numpy(),
+            "ranks": self.ranks if decoding == "argmax" else _nearest(self.decoded[decoding], ranks),
             "label_ranks": self.label_ranks,
             "probabilities": self.probabilities,
         }
@@ -115,3 +115,7 @@ class Predictions:
             ranks=arrays["rank"],
             probabilities=probabilities.flatten().to_numpy().reshape(len(table), -1) if known else None,
         )
+
+
+def _nearest(values: np.ndarray, ranks: Ranks) -> np.ndarray:
+    return ranks.nearest(torch.from_numpy(values)).numpy()

@@ -19,6 +19,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -57,6 +58,7 @@ EXECUTION = {  # how a run is executed, not what it computes
     "train.trackers",
     "train.process_group_timeout",
 }
+SPEC = re.compile(r"((?:open_clip|hf|timm):(?:(?!\.\.)[^/~][^/]*/)?)?(.*)", re.DOTALL)  # family and name, then a path
 ASIDE = ".partial-"  # begins the names of what is not written to its end
 CHOOSING = "evaluation.decoding"  # by which the best step is chosen; the rest of evaluation can be done again
 WAYS = "overwrite=true replaces it, another output_dir leaves it alone"
@@ -314,12 +316,13 @@ def changed_data(before: dict[str, Any], now: dict[str, Any]) -> str:
 def whole(target: Path) -> Iterator[Path]:
     """A path beside `target` to write a file or folder to; it takes the target's place once it is on disk.
 
-    After an error, or when the process dies, the target is as it was; of a folder, the instant between two renamings
-    apart, in which the old one stands aside. What a dead process left aside is deleted by the next write.
+    After an error, or when the process dies, the target is as it was. A folder is replaced by two renamings; whoever
+    dies between them leaves the old one aside, and the next write puts it back. What else a dead process left aside is
+    deleted by it.
     """
     aside, old = target.with_name(f"{ASIDE}{target.name}"), target.with_name(f"{ASIDE}old-{target.name}")
     delete(aside)
-    delete(old)
+    _put_back(old, target)
     try:
         yield aside
         for path in sorted(aside.iterdir()) if aside.is_dir() else [aside]:
@@ -329,9 +332,17 @@ def whole(target: Path) -> Iterator[Path]:
         aside.replace(target)
         _flush(target.parent)
     except BaseException:
+        _put_back(old, target)
         delete(aside)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """A folder that stands aside takes its place again, unless its successor has it already."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    delete(old)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -352,17 +363,14 @@ def local(text: str | Path) -> str:
     ('runs/mine', 'runs/mine', 'data/labels.csv', 'hub/name')
     >>> local("open_clip:/home/ann/clip"), local("open_clip:RN50//home/ann/w/rn50.pt"), local("timm:vgg16/pretrained")
     ('open_clip:ann/clip', 'open_clip:RN50/w/rn50.pt', 'timm:vgg16/pretrained')
+    >>> local("~5 kg"), local("/m"), local("km//h"), local("hint: look at the hands")  # words stay
+    ('~5 kg', '/m', 'km//h', 'hint: look at the hands')
     """
-    given = str(text)
-    family, colon, rest = given.partition(":")
-    if colon and family.isidentifier() and not rest.startswith("//"):
-        return f"{family}:{local(rest)}"
-    name, slashes, file = given.partition("//")
-    if slashes and name and not name.endswith(":"):
-        return f"{name}/{local('/' + file)}"
-    parts = Path(given).expanduser().parts
-    here = Path(given).expanduser().is_absolute() or ".." in parts
-    return Path(*parts[-2:]).as_posix().lstrip("/") if here else given
+    found = SPEC.fullmatch(str(text))
+    assert found is not None  # the pattern takes anything
+    spec, path = found[1] or "", Path(found[2])
+    here = path.is_absolute() or ".." in path.parts or found[2].startswith("~/")
+    return spec + Path(*path.parts[-2:]).as_posix() if here and len(path.parts) > 2 else str(text)
 
 
 # ---- the lock

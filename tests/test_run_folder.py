@@ -209,6 +209,34 @@ def test_whole_files_and_folders(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "numbers.json"]
 
 
+def test_a_folder_is_put_back_where_its_replacement_did_not_come(tmp_path, monkeypatch):
+    """Broken off between the two renamings, by an error or by a kill that leaves both aside."""
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old.txt").write_text("x")
+
+    def replace_folder():
+        with whole(target) as aside:
+            aside.mkdir()
+            (aside / "new.txt").write_text("y")
+
+    def fail(*_):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="disk is gone"):
+            replace_folder()
+    assert [path.name for path in target.iterdir()] == ["old.txt"]
+    target.rename(tmp_path / ".partial-old-model")  # what a kill leaves
+    with pytest.raises(RuntimeError), whole(target):
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["old.txt"]
+    replace_folder()
+    assert [path.name for path in target.iterdir()] == ["new.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_metrics_file_that_a_crash_cut_is_named(quick):
     folder = train(quick(*FAST), quiet=True)
     (folder / "metrics.json").write_text('{"test": {"ma')

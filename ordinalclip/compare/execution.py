@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from ordinalclip.config import DataConfig, RanksConfig, RunConfig
 from ordinalclip.data import Parts, load_parts
 from ordinalclip.progress import Progress
 from ordinalclip.provenance import fingerprints, num_cores
-from ordinalclip.run_folder import FolderOccupied, RunFolder, write_text
+from ordinalclip.run_folder import FolderOccupied, RunFolder, delete, write_text
 from ordinalclip.runs import evaluate_run, train_run
 from ordinalclip.training import Diverged
 from ordinalclip.training.checkpoint import NoIntactCheckpoint
@@ -208,7 +207,7 @@ def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
             result = Result(None, divergence)
     if not keep_checkpoints:  # a finished run is never resumed: they would fill the disk
         for path in (folder.checkpoints, folder.model_last):
-            shutil.rmtree(path, ignore_errors=True)
+            delete(path)
     return result
 
 

@@ -72,17 +72,19 @@ class RunRecord:
         return self.metrics.get(self.part, {})
 
     @cached_property
+    def _metrics(self) -> dict[str, Metric]:
+        return metrics_with(self.config.evaluation.cs, self.config.evaluation.space_ks)
+
+    @cached_property
     def scored(self) -> dict[str, Metric]:
         """The metrics of predictions that can be computed for this run, defined or not."""
         given = self.predictions
         if given is None:
             return {}
         known = given.columns("median", self.ranks)
-        options = self.config.evaluation
-        metrics = metrics_with(options.cs, options.space_ks)
         return {
             name: metric
-            for name, metric in metrics.items()
+            for name, metric in self._metrics.items()
             if name in self.scores and all(known.get(column) is not None for column in metric.of)
         }
 
@@ -100,9 +102,8 @@ class RunRecord:
     @property
     def shown_metrics(self) -> list[ShownMetric]:
         """Every metric of the part that is shown and of the model, in the order of `METRICS`."""
-        options = self.config.evaluation
         found = []
-        for name, metric in metrics_with(options.cs, options.space_ks).items():
+        for name, metric in self._metrics.items():
             value = self.scores.get(name, self.metrics.get(name))
             if name in self.scored or value is not None:
                 interval = self.intervals.get(name)
