@@ -285,10 +285,6 @@ class RunConfig(Section):
         content["train"]["resume"] = "none"
         return yaml.safe_dump(content, sort_keys=False)
 
-    def save(self, path: str | Path) -> None:
-        """Write `to_yaml` to a file."""
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
-
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply dotted overrides, check every key and value.

@@ -21,8 +21,9 @@ from ordinalclip.backbones import TINY_FOLDER
 from ordinalclip.cli import main
 from ordinalclip.config import load_config
 from ordinalclip.data import load_parts
+from ordinalclip.files import FolderInUse, lock, whole, write_json
 from ordinalclip.provenance import fingerprint, source
-from ordinalclip.run_folder import FolderInUse, FolderOccupied, RunFolder, changed_data, lock, whole, write_json
+from ordinalclip.run_folder import FolderOccupied, RunFolder, changed_data
 from ordinalclip.training import evaluate_run, train
 from ordinalclip.training.step import Learner
 
@@ -167,6 +168,18 @@ def test_what_is_refused_before_anything_is_trained_leaves_no_folder(quick, tmp_
     with pytest.raises(ValueError, match="nothing"):
         train(quick("model.backbone=timm:nothing"), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["model/weights.txt", "config.yaml", "predictions.parquet"])
+def test_files_of_ones_own_are_not_taken_for_a_run(quick, tmp_path, name):
+    """A project's folder as output_dir: not even overwrite=true deletes what has a run's names."""
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("learning_rate: 3\n")
+    for more in ((), ("overwrite=true",), ("train.resume=auto",)):
+        with pytest.raises(FolderOccupied, match="they may be yours"):
+            train(quick(*FAST, *more), quiet=True)
+    assert content_of(tmp_path / "run") == {Path(name): b"learning_rate: 3\n"}
 
 
 def test_states(tmp_path):

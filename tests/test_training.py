@@ -79,7 +79,7 @@ def test_processes_do_not_change_the_curve(quick, tmp_path, num_processes):
     config = quick(*EXACT, f"output_dir={tmp_path}/one")
     single = train(config, quiet=True)
     several = tmp_path / "several"
-    config.model_copy(update={"output_dir": str(several)}).save(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config.model_copy(update={"output_dir": str(several)}).to_yaml())
     overrides = [
         f"{key}={json.dumps(value)}" for key, value in _flat(yaml.safe_load((tmp_path / "config.yaml").read_text()))
     ]

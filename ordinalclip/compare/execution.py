@@ -18,9 +18,10 @@ import numpy as np
 from ordinalclip.compare.plan import Place, Plan
 from ordinalclip.config import DataConfig, RanksConfig, RunConfig
 from ordinalclip.data import Parts, load_parts
+from ordinalclip.files import delete, write_text
 from ordinalclip.progress import Progress
 from ordinalclip.provenance import fingerprints, num_cores
-from ordinalclip.run_folder import FolderOccupied, RunFolder, delete, write_text
+from ordinalclip.run_folder import FolderOccupied, RunFolder
 from ordinalclip.runs import evaluate_run, train_run
 from ordinalclip.training import Diverged
 from ordinalclip.training.checkpoint import NoIntactCheckpoint

@@ -13,6 +13,7 @@ from ordinalclip import __version__
 from ordinalclip.compare.execution import Execution, parts_of
 from ordinalclip.compare.plan import Place, Plan
 from ordinalclip.config import flat_keys
+from ordinalclip.files import whole, write_text
 from ordinalclip.metrics import METRICS, decodings
 from ordinalclip.provenance import device
 from ordinalclip.results.comparison_report import write_comparison_report
@@ -21,7 +22,7 @@ from ordinalclip.results.pages import never_fatal
 from ordinalclip.results.record import shown
 from ordinalclip.results.run_report import document_run
 from ordinalclip.results.significance import LEVEL
-from ordinalclip.run_folder import RunFolder, whole, write_text
+from ordinalclip.run_folder import RunFolder
 
 OWN_KEYS = {"output_dir", "method", "head", "seed"}  # in which the runs of a variant differ by nature
 

@@ -9,11 +9,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ordinalclip.config import RunConfig
+from ordinalclip.files import write_text
 from ordinalclip.metrics import decodings
 from ordinalclip.provenance import backbone_license, data_license, data_name
 from ordinalclip.results.pages import templates
 from ordinalclip.results.record import RunRecord
-from ordinalclip.run_folder import local, write_text
+from ordinalclip.run_folder import local
 
 NEAREST_TASK = "image-classification"  # the hub's list of tasks has no ordinal regression
 PEOPLE = re.compile(r"\b(age|aged|face|facial|person|people|portrait|beauty|attractive\w*)\b", re.IGNORECASE)

@@ -10,10 +10,11 @@ from urllib.parse import quote
 
 import numpy as np
 
+from ordinalclip.files import write_text
 from ordinalclip.results import figures
 from ordinalclip.results.leaderboard import Leaderboard
 from ordinalclip.results.pages import Figures, inlined, templates
-from ordinalclip.run_folder import RunFolder, write_text
+from ordinalclip.run_folder import RunFolder
 
 
 def write_comparison_report(

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from ordinalclip.files import whole
 from ordinalclip.metrics import metrics_with
 from ordinalclip.predictions import Predictions
 from ordinalclip.ranks import Ranks
 from ordinalclip.results.record import shown
 from ordinalclip.results.significance import LEVEL, Verdict, errors_by_image, judge
-from ordinalclip.run_folder import RunFolder, local, whole
+from ordinalclip.run_folder import RunFolder, local
 
 MEGA = 1e6
 

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from ordinalclip.data import Parts
+from ordinalclip.files import write_text
 from ordinalclip.metrics import METRICS, bootstrap_interval, decodings, shot_groups
 from ordinalclip.model import OrdinalModel
 from ordinalclip.provenance import data_name
@@ -27,7 +28,7 @@ from ordinalclip.results import figures
 from ordinalclip.results.card import write_card
 from ordinalclip.results.pages import Figures, inlined, never_fatal, templates
 from ordinalclip.results.record import RunRecord, points_of, read_run
-from ordinalclip.run_folder import RunFolder, local, write_text
+from ordinalclip.run_folder import RunFolder, local
 
 MAP_IMAGES = 300
 FEW_RANKS = 10  # up to so many a confusion matrix says more than a scatter plot

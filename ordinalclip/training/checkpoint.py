@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ordinalclip.files import whole
 from ordinalclip.model import OrdinalModel
-from ordinalclip.run_folder import whole
 from ordinalclip.training.optimization import WeightAverage
 
 logger = logging.getLogger(__name__)

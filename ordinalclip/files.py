@@ -1,0 +1,183 @@
+"""Files and folders that are written whole or not at all, and locks that end with their owner."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+ASIDE = ".partial-"  # begins the names of what is not written to its end
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class FolderInUse(OSError):
+    """Another job writes to this folder; the message names its host, process and start."""
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write a file or folder to; it takes the target's place once it is on disk.
+
+    After an error, or when the process dies, the target is as it was. A folder is replaced by two renamings; whoever
+    dies between them leaves the old one aside, and the next write puts it back. What else a dead process left aside is
+    deleted by it.
+    """
+    aside, old = target.with_name(f"{ASIDE}{target.name}"), target.with_name(f"{ASIDE}old-{target.name}")
+    delete(aside)
+    _put_back(old, target)
+    try:
+        yield aside
+        for path in sorted(aside.iterdir()) if aside.is_dir() else [aside]:
+            _flush(path)
+        if aside.is_dir() and target.exists():  # a folder cannot be replaced in one step
+            target.rename(old)
+        aside.replace(target)
+        _flush(target.parent)
+    except BaseException:
+        _put_back(old, target)
+        delete(aside)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """A folder that stands aside takes its place again, unless its successor has it already."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    delete(old)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole(path) as aside:
+        aside.write_text(content, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file's content, or a folder's list of names, is on disk."""
+    if os.name == "nt":  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or folder, if it is there; of a link to a folder elsewhere, what is in that folder."""
+    if path.is_symlink() and path.is_dir():
+        for child in path.iterdir():
+            delete(child)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+_held: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """A forked worker must not keep its parent's lock alive."""
+    while _held:
+        with contextlib.suppress(OSError):
+            os.close(_held.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold the advisory lock (flock) on a file within a `with` block; the file says who does.
+
+    The operating system releases it when its owner ends, however it ends: nothing has to be cleared away after a
+    kill, and a restarted job takes the lock at once. Between machines on a shared file system it holds as far as that
+    system passes locks on (NFSv4, Lustre mounted with flock, GPFS); where there are no locks at all, a warning says
+    so and nothing is guarded.
+
+    Raises:
+        FolderInUse: somebody holds it; the message names host, process and start.
+    """
+    descriptor = _acquire(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)  # while it is held: who waits for this file sees that it is another's
+            _held.discard(descriptor)
+            os.close(descriptor)
+
+
+def _acquire(path: Path) -> int | None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        logger.warning("%s: no locks on this system; nothing guards the folder", path.parent)
+        return None
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another job has just left the folder empty and deleted it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 4096).decode("utf-8", "replace")
+            os.close(descriptor)
+            raise FolderInUse(f"{path.parent} is in use {_owner(owner)}; one job at a time writes to it") from None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning("%s: this file system has no locks (%s); nothing guards the folder", path.parent, error)
+            return None
+        if _is_current(descriptor, path):
+            break
+        os.close(descriptor)  # its owner has just deleted it
+    _held.add(descriptor)
+    record = {"host": socket.gethostname(), "process": os.getpid(), "start": _now()}
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps(record).encode())
+    return descriptor
+
+
+def _is_current(descriptor: int, path: Path) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _owner(text: str) -> str:
+    try:
+        owner = json.loads(text)
+        return f"by process {owner['process']} on {owner['host']} since {owner['start']}"
+    except (ValueError, KeyError, TypeError):  # not written yet
+        return "by a job that has just started"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
