@@ -111,24 +111,33 @@ def test_a_new_metric_is_one_entry(quick, tmp_path, monkeypatch, capsys):
         lambda values, labels: float(np.abs(values - labels).max()), "worst", "largest error", in_unit=True
     )
     monkeypatch.setitem(METRICS, "worst", largest)
+    extent = Metric(lambda points, labels: float(np.ptp(points)), "extent", "of the space", ("space", "labels"), None)
+    monkeypatch.setitem(METRICS, "extent", extent)
+    middle = Metric(lambda prototypes: float(prototypes.norm()), "middle", "of prototypes", ("prototypes",), None)
+    monkeypatch.setitem(METRICS, "middle", middle)
     base = {"data": {"num_train": 16, "num_validation": 8, "num_test": 8}, "train": {"max_steps": 1, "batch_size": 8}}
     base |= {"ranks": {"low": 0, "high": 100, "num": 11}}
-    methods = {"L1": {"base": {"method": "l1"}}, "constant": {"base": {"method": "constant"}}}
+    methods = {"L1": {"base": {"method": "l1"}}, "zero": {"base": {"method": "zero_shot"}}}
     path = tmp_path / "c.yaml"
     path.write_text(
         yaml.safe_dump({"output_dir": str(tmp_path / "out"), "seeds": [1], "base": base, "methods": methods})
     )
     assert main(["compare", str(path), "--quiet"]) == 0
-    assert "| worst |" in capsys.readouterr().out
+    header = capsys.readouterr().out
+    assert all(f"| {title} |" in header for title in ("worst", "extent", "middle"))
     (run,) = (tmp_path / "out" / "runs").glob("l1-*")
     scores = json.loads((run / "metrics.json").read_text())["test"]
     assert scores["worst"] == scores["expectation"]["worst"] > scores["mae"]
+    assert scores["extent"] > 0
+    (zero,) = (tmp_path / "out" / "runs").glob("zero-*")
+    assert json.loads((zero / "metrics.json").read_text())["middle"] > 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert "worst ←" not in page  # larger is better, unless it says otherwise
     assert "worst →" in page
     best = RunFolder(next(path.parent for path in (tmp_path / "out" / "runs").glob("*/report.html")))
-    assert 'data-metric="worst"' in best.report.read_text()
-    assert "| worst | " in (best.model / "README.md").read_text()
+    for name in ("worst", "extent"):
+        assert f'data-metric="{name}"' in best.report.read_text()
+        assert f"| {name} | " in (best.model / "README.md").read_text()
 
 
 def test_constant_predictions_have_no_correlation():
