@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from ordinalclip.quoting import printable
+
 COMMANDS = {
     "train": "Train one model as a configuration file says.",
     "evaluate": "Score a run's model on its test part and print the metrics.",
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"ordinalclip: {stopped}", file=sys.stderr)
         return PREEMPTED
     except (ValueError, OSError) as error:
-        print(f"ordinalclip: {error}", file=sys.stderr)
+        print(f"ordinalclip: {printable(error)}", file=sys.stderr)
         return 2
 
 

@@ -1,0 +1,59 @@
+"""Hostile and unlucky inputs to the command line: what is given, and what the user sees.
+
+A case is a function that lays out files in an empty folder, which is also the working directory, and returns the
+command's words; the decorator says what it is and what must come of it. `tests/test_hostile.py` runs them all in one
+process, `benchmarks/hostile.py` prints them as the table in docs/bad-input.md. A module here is a class of trouble.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """One input.
+
+    Attributes:
+        area: the module it stands in.
+        what: the input, in words; unique.
+        arrange: (empty folder) -> words of the command.
+        says: regular expression that the output must match: for a refusal the error, else what is printed.
+        status: of the command.
+        after: (folder) -> None: asserts what is left on the disk; None: nothing to look at.
+        slow: takes more than some two seconds.
+    """
+
+    area: str
+    what: str
+    arrange: Callable[[Path], list[str]]
+    says: str
+    status: int
+    after: Callable[[Path], None] | None
+    slow: bool
+
+
+CASES: list[Case] = []
+
+
+def case(
+    what: str, says: str, status: int = 2, after: Callable[[Path], None] | None = None, slow: bool = False
+) -> Callable[[Callable[[Path], list[str]]], Callable[[Path], list[str]]]:
+    """Register a case: see `Case`."""
+
+    def register(arrange: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
+        area = arrange.__module__.rpartition(".")[2].replace("_", " ")
+        CASES.append(Case(area, what, arrange, says, status, after, slow))
+        return arrange
+
+    return register
+
+
+def load_cases() -> list[Case]:
+    """All cases, in the order of modules and lines."""
+    for module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
+        importlib.import_module(f"{__name__}.{module}")
+    return CASES
