@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -19,6 +20,10 @@ from ordinalclip.suggestions import near_matches
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+MOST_DERIVED = 200  # distinct labels that become ranks by themselves
+MOST_BROKEN = 40  # where some are no whole numbers: measurements, rather than steps of a scale
 
 
 class AugmentConfig(Section):
@@ -46,6 +51,7 @@ class RanksConfig(Section):
     unit: str = Field("", description="unit of the values, e.g. years")
     edges: list[float] | None = Field(None, description="bin edges; default: a label takes the nearest rank value")
     tolerance: float | None = Field(None, ge=0, description="how far outside the ranks a label may lie")
+    unused: bool = Field(False, description="allow ranks of which the training labels cover less than a fifth")
 
     @model_validator(mode="after")
     def _one_way(self) -> RanksConfig:
@@ -57,37 +63,78 @@ class RanksConfig(Section):
                 raise ValueError("low, high and num belong together")
         return self
 
-    def build(self, labels: Iterable[float]) -> Ranks:
-        """The ranks: as given, or the distinct values of the training labels (at most 200)."""
-        values = self.values
+    def given_values(self) -> list[float] | None:
+        """The rank values, where the configuration says them."""
         if self.low is not None and self.high is not None and self.num is not None:
-            values = list(Ranks.linear(self.low, self.high, self.num).values)
+            return list(Ranks.linear(self.low, self.high, self.num).values)
+        return self.values
+
+    def with_values(self, values: list[float]) -> RanksConfig:
+        """The same with the rank values said one by one."""
+        return self.model_copy(update={"values": values, "low": None, "high": None, "num": None})
+
+    def build(self, labels: Iterable[float]) -> Ranks:
+        """The ranks: as given, or the distinct values of the training labels (at most 200).
+
+        Raises:
+            ValueError: labels too many or too continuous to be ranks each, names in another order than the values they
+                spell, or what `Ranks` refuses: with the cure.
+        """
+        values = self.given_values()
         if values is None:
             values = sorted(set(labels))
-            if len(values) > 200:
+            whole = all(value.is_integer() for value in values)
+            if len(values) > MOST_DERIVED or (not whole and len(values) > MOST_BROKEN):
+                low, high = math.floor(values[0]), math.ceil(values[-1])
                 raise ValueError(
-                    f"the training labels have {len(values)} distinct values; "
-                    "set ranks.values, or ranks.low, high and num"
+                    f"the training labels have {len(values)} distinct values from {values[0]:g} to {values[-1]:g}, too "
+                    f"many to be a rank each; set ranks.low, high and num, such as ranks.low={low} ranks.high={high} "
+                    f"ranks.num={min(high - low + 1, 101) if high - low > 10 else 21}, or ranks.values"
+                )
+            if len(values) == 1:
+                raise ValueError(
+                    f"all training labels are {values[0]:g}; ranks.values says which other values there are"
                 )
         names = tuple(self.names) if self.names else None
+        if names and sorted(names) == sorted(f"{v:g}" for v in values) and list(names) != [f"{v:g}" for v in values]:
+            raise ValueError(f"ranks.names are the rank values in another order: {', '.join(names)}; values ascend")
         edges = tuple(self.edges) if self.edges else None
         return Ranks(tuple(values), names, self.unit, edges, self.tolerance)
 
 
 class DataConfig(Section):
-    source: Literal["gauges", "table", "hub"] = Field(
-        "gauges", description="generated gauges, files with a table, or a `datasets` name"
+    source: Literal["gauges", "table", "folder", "hub", "memory"] = Field(
+        "gauges",
+        description="generated gauges, files with a table, a folder for every label, a `datasets` name, or what was "
+        "handed over in Python",
     )
     root: str = Field("", description="folder that image paths and table names start from")
+    outside_root: bool = Field(False, description="allow image paths that leave root: ../, links, absolute ones")
     table: str = Field(
-        "", description="CSV, Parquet or list file (`path label [label ...]`) with all rows, to be split"
+        "",
+        description="CSV, Excel, Parquet, JSON lines or list file (`path label [label ...]`) with all rows, to be split",
     )
     train_table: str = Field("", description="table of the training part, instead of `table`")
     validation_table: str = Field("", description="table of the validation part")
     test_table: str = Field("", description="table of the test part")
+    separator: str = Field("", max_length=1, description="between cells of a text table; default: found")
+    decimal: Literal["", ".", ","] = Field("", description="decimal mark of labels in text; default: found, and said")
+    encoding: str = Field("", description="of text tables, e.g. cp1252; default: UTF-8, or what their first bytes say")
+    sheet: str = Field("", description="sheet of an Excel file; default: the only one that holds something")
+    suffix: str = Field("", description="ending of the picture files where the table names them without, e.g. .png")
+    missing: Literal["refuse", "drop"] = Field("refuse", description="rows without a label: an error, or left out")
+    duplicates: Literal["refuse", "together", "allow"] = Field(
+        "refuse",
+        description="the same picture in two parts or with two labels: an error, kept in one part, or left as it is",
+    )
     hub: str = Field("", description="name or folder for datasets.load_dataset")
+    hub_config: str = Field("", description="configuration of the data set on the hub")
+    hub_split: str = Field("", description="the one split that is taken and divided, instead of those that it has")
+    hub_revision: str = Field("", description="revision of the data set on the hub: a tag, branch or commit")
     image_column: str = Field("image", description="column with the image or its path")
-    label_column: str = Field("label", description="column with the label, a number in the label's unit")
+    label_column: str = Field(
+        "label", description="column with the label: a number in the label's unit, or one of ranks.names"
+    )
     split_column: str = Field("", description="column that says train / validation / test, instead of a random split")
     split: tuple[float, float, float] = Field(
         (0.6, 0.15, 0.25), description="shares of train, validation and test in a random split"
@@ -96,8 +143,10 @@ class DataConfig(Section):
     draw_seed: int | None = Field(
         None, ge=0, description="seed of draws by shots, train_share and label shift; default: that of the split"
     )
+    folds: int | None = Field(None, ge=2, description="cross-validation: one of this many folds is the test part")
+    fold: int = Field(0, ge=0, description="which fold is the test part, from 0")
     stratify: list[str] = Field([], description="columns whose every combination is split in the same shares")
-    group: str = Field("", description="column (subject, duplicate) whose equal rows stay in one part")
+    group: str = Field("", description="column (subject, patient) whose equal rows stay in one part")
     shots: int | None = Field(None, ge=1, description="few-shot: this many random training images per rank")
     train_share: float = Field(
         1.0, gt=0, le=1, description="share of the training images of every rank that is kept, at least one"
@@ -124,16 +173,22 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> DataConfig:
-        if self.source != "table" and (self.table or self.train_table):
+        if self.source not in ("table", "memory") and (self.table or self.train_table):
             raise ValueError(f"a table is given, but source is {self.source}; set data.source=table")
         if self.source == "table" and not (self.table or self.train_table):
             raise ValueError("source table needs data.table, or data.train_table with validation_table and test_table")
-        if self.table and self.train_table:
-            raise ValueError("give either data.table or data.train_table, not both")
+        if self.table and (self.train_table or self.validation_table or self.test_table):
+            raise ValueError("give either data.table, to be split, or data.train_table with its kin, not both")
+        if self.source == "folder" and not self.root:
+            raise ValueError("source folder needs data.root, a folder with one folder for every label")
         if self.source == "hub" and not self.hub:
             raise ValueError("source hub needs data.hub")
-        if self.stratify and self.group:
-            raise ValueError("a split is stratified or grouped, not both")
+        if self.source == "gauges" and (self.root or self.hub):
+            raise ValueError("data.root or data.hub is given, but source is gauges; set data.source")
+        if self.folds is not None and (self.fold >= self.folds or self.split_column):
+            raise ValueError(
+                f"data.fold={self.fold} of data.folds={self.folds}: folds count from 0, without split_column"
+            )
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6 or self.split[0] == 0:
             raise ValueError(f"split must be three shares that add up to 1, the first above 0, got {self.split}")
         return self

@@ -68,10 +68,11 @@ def fingerprints(parts: Parts) -> dict[str, Any]:
 
 
 def fingerprint(part: Part) -> dict[str, Any]:
-    """What tells a part of the data from another: number of rows, columns, a hash, first and last name.
+    """What tells a part of the data from another: number of rows, columns, two hashes, first and last name.
 
-    The hash is the SHA-256 of the rows' names in order, a line each, and of their labels as float64. Names are paths as
-    the table gives them, so that the folder above them may move; contents of pictures are not read.
+    The first hash is the SHA-256 of the rows' names in order, a line each, and of their labels as float64. Names are
+    paths as the table gives them, so that the folder above them may move. The second is of the pictures: of the sizes
+    of files, which are not read, or of the bytes of pictures that are no files.
     """
     digest = hashlib.sha256()
     for begin in range(0, len(part), CHUNK):
@@ -82,9 +83,23 @@ def fingerprint(part: Part) -> dict[str, Any]:
         "rows": len(part),
         "columns": part.rows.column_names,
         "sha256": digest.hexdigest(),
+        "pictures": _pictures(part),
         "first": part.names[0],
         "last": part.names[len(part) - 1],
     }
+
+
+def _pictures(part: Part) -> str:
+    digest = hashlib.sha256()
+    for index in range(len(part)):
+        picture = part.picture(index)
+        if isinstance(picture, dict):
+            picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
+        if isinstance(picture, bytes):
+            digest.update(hashlib.sha256(picture).digest())
+        elif isinstance(picture, str) and os.path.isfile(picture):
+            digest.update(f"{os.stat(picture).st_size}\n".encode())
+    return digest.hexdigest()
 
 
 def source() -> dict[str, Any] | None:
@@ -135,7 +150,9 @@ def data_name(data: DataConfig) -> str:
     """What the pictures are, in words."""
     if data.source == "gauges":
         return f"generated gauges ({', '.join(data.kinds)})"
-    return data.hub or data.table or data.train_table
+    if data.source == "memory":
+        return "data handed over in memory"
+    return data.hub or data.table or data.train_table or data.root
 
 
 def data_license(data: DataConfig) -> str:

@@ -49,6 +49,7 @@ EXECUTION = {  # how a run is executed, not what it computes
 }
 SPEC = re.compile(r"((?:open_clip|hf|timm):(?:(?!\.\.)[^/~][^/]*/)?)?(.*)", re.DOTALL)  # family and name, then a path
 CHOOSING = "evaluation.decoding"  # by which the best step is chosen; the rest of evaluation can be done again
+HASHES = ("sha256", "pictures")  # of a fingerprint
 WAYS = "overwrite=true replaces it, another output_dir leaves it alone"
 
 
@@ -301,12 +302,13 @@ def changed_data(before: dict[str, Any], now: dict[str, Any]) -> str:
     """In which part two sets of fingerprints (`provenance.fingerprints`) differ, in words; "" where they do not."""
     for name in dict.fromkeys([*before, *now]):
         was, is_now = before.get(name), now.get(name)
-        if was == is_now:
+        if was is not None and is_now is not None and all(was[key] == is_now[key] for key in was.keys() & is_now):
             continue
         if was is None or is_now is None:
             return f"the {name} part was {'not ' * (was is None)}there, now it is{' not' * (is_now is None)}"
-        keys = [key for key in was if key != "sha256" and was[key] != is_now.get(key)]
-        what = "; ".join(f"{key} was {was[key]!r}, is {is_now[key]!r}" for key in keys) or "names or labels differ"
+        keys = [key for key in was if key not in HASHES and was[key] != is_now.get(key)]
+        hashed = "names or labels differ" if was["sha256"] != is_now["sha256"] else "pictures differ"
+        what = "; ".join(f"{key} was {was[key]!r}, is {is_now[key]!r}" for key in keys) or hashed
         return f"the {name} part has changed: {what}"
     return ""
 

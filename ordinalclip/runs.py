@@ -24,7 +24,8 @@ def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) ->
 
     Args:
         config: from `load_config`.
-        parts: data in memory instead of what `config.data` names.
+        parts: data in memory instead of what `config.data` names; made by `make_parts`, it is on record as
+            data.source=memory, and has to be handed over again to resume the run or to evaluate it.
         quiet: show no progress.
 
     Returns:
@@ -44,6 +45,8 @@ def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) ->
 
 def train_run(config: RunConfig, parts: Parts | None = None, quiet: bool = False) -> dict[str, Any]:
     """`train`, returning the run's metrics."""
+    if parts is not None and parts.in_memory:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": "memory"})})
     options, folder = config.train, RunFolder(config.output_dir)
     accelerator = make_accelerator(
         options.mixed_precision, options.trackers, config.output_dir, options.process_group_timeout

@@ -7,13 +7,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ordinalclip.config import DataConfig, RanksConfig
-from ordinalclip.data import ImageCache, check_images, load_parts, make_parts
+from ordinalclip.config import DataConfig, RanksConfig, RunConfig
+from ordinalclip.data import ImageCache, load_parts, make_parts
+from ordinalclip.data.checks import check
 from ordinalclip.images import PixelSpec
 
 
 def parts_of(root, ranks=None, seed=1, **options):
-    options = {"source": "table", "root": str(root), "image_column": "file", "label_column": "grade", **options}
+    options = {
+        "source": "table",
+        "root": str(root),
+        "image_column": "file",
+        "label_column": "grade",
+        "duplicates": "allow",
+        **options,
+    }
     return load_parts(DataConfig(**options), RanksConfig(**(ranks or {})), seed)
 
 
@@ -28,7 +36,7 @@ def test_csv_with_a_split_column(image_folder):
     assert parts.test.ranks.tolist() == [1, 2]
     assert np.asarray(parts.test.image(1)).mean() == pytest.approx(160 + 30, abs=4)
     table.write_text(table.read_text().replace("validation", "dev"))
-    with pytest.raises(ValueError, match=r"'part' holds \['dev'\]; allowed are train"):
+    with pytest.raises(ValueError, match=r"row 4 \(line 5\): column 'part' .*says 'dev'; allowed are train"):
         parts_of(image_folder, table="labels.csv", split_column="part")
 
 
@@ -147,14 +155,26 @@ def test_datasets_in_memory():
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda text: text.replace("cell3.png,0", "cell3.png,soft"), ValueError, r"labels\.csv, row 4: label 'soft'"),
-        (lambda text: text.replace("cell3.png,0", "cell3.png,"), ValueError, r"labels\.csv, row 4: label None"),
+        (
+            lambda text: text.replace("cell3.png,0", "cell3.png,soft"),
+            ValueError,
+            r"labels\.csv, row 4 \(line 5\): label 'soft' .*is not a number, as 1 of 6",
+        ),
+        (
+            lambda text: text.replace("cell3.png,0", "cell3.png,"),
+            ValueError,
+            r"row 4 \(line 5\): the label in column 'grade' is missing, in 1 of 6 rows; data\.missing=drop",
+        ),
         (lambda text: text.replace("cell3.png", "cell9.png"), FileNotFoundError, r"1 of 6 images .*cell9\.png"),
-        (lambda text: text.replace("grade", "level"), ValueError, r"column 'grade' is missing; .*level"),
+        (
+            lambda text: text.replace("grade", "level"),
+            ValueError,
+            r"column 'grade' \(data.label_column\) is missing; .*'level'",
+        ),
         (
             lambda text: text.replace("cell5.png,2", "cell5.png,9"),
             ValueError,
-            r"labels\.csv, cell5\.png: label 9 is",
+            r"labels\.csv, row 6 \(line 7\), cell5\.png: label 9 is",
         ),
     ],
 )
@@ -168,26 +188,36 @@ def test_bad_tables(image_folder, damage, error, message):
 def test_bad_places(image_folder):
     with pytest.raises(FileNotFoundError, match=r"none\.csv: no such table"):
         parts_of(image_folder, table="none.csv")
-    (image_folder / "list.txt").write_text("cell0.png 1\ncell1.png old\n")
-    with pytest.raises(ValueError, match=r"list\.txt, line 2: write `path label"):
+    (image_folder / "list.txt").write_text("cell0.png 1\n\ncell1.png old\n")
+    with pytest.raises(ValueError, match=r"list\.txt, row 2 \(line 3\): label 'old' .* is not a number"):
         parts_of(image_folder, train_table="list.txt")
-    with pytest.raises(ValueError, match="column 'site' is missing"):
+    (image_folder / "list.txt").write_text("cell0.png 1\n\ncell1.png 1 old\n")
+    with pytest.raises(ValueError, match=r"list\.txt, line 3: write `path label"):
+        parts_of(image_folder, train_table="list.txt")
+    with pytest.raises(ValueError, match=r"column 'site' \(data\.stratify\) is missing"):
         parts_of(image_folder, table="labels.csv", stratify=["site"])
     rows = ["file,grade"] + [f"cell0.png,{number / 10}" for number in range(400)]
     (image_folder / "many.csv").write_text("\n".join(rows))
-    with pytest.raises(ValueError, match="distinct values; set ranks"):
+    with pytest.raises(ValueError, match="240 distinct values .* ranks.low=0 ranks.high=40 ranks.num=41"):
         parts_of(image_folder, table="many.csv")
 
 
-def test_check_images_names_every_broken_file(image_folder):
-    parts = parts_of(image_folder, table="labels.csv", split=(1, 0, 0))
-    assert check_images(parts.train, quiet=True) == []
+def test_check_names_every_broken_file_and_every_copy(image_folder):
+    def checked():
+        config = RunConfig(data=DataConfig(source="table", root=str(image_folder), **columns))
+        parts = load_parts(config.data.model_copy(update={"duplicates": "allow"}), config.ranks, 1)
+        return check(parts, config, quiet=True)
+
+    columns = {"image_column": "file", "label_column": "grade", "table": "labels.csv", "split": (1, 0, 0)}
+    assert checked().problems == 0
     (image_folder / "cell1.png").write_text("no image")
     (image_folder / "cell4.png").write_bytes((image_folder / "cell0.png").read_bytes()[:300])
-    broken = check_images(parts.train, quiet=True)
-    assert len(broken) == 2
-    assert "cell1.png" in broken[0]
-    assert "cell4.png" in broken[1]
+    (image_folder / "cell5.png").write_bytes((image_folder / "cell0.png").read_bytes())
+    report = checked()
+    assert report.problems == 3
+    assert "cell1.png" in report.lines[0]
+    assert "cell4.png" in report.lines[1]
+    assert any("cell0.png (label 0) = " in line and "cell5.png (label 2)" in line for line in report.lines)
 
 
 def test_train_share_keeps_some_of_every_rank_and_small_shares_lie_in_large_ones():
@@ -231,15 +261,21 @@ def test_numbers_of_any_column_type():
         [1, 2, 3],
         [1.5, 2.0, 3.0],
         ["1", "2.5", "3"],
-        [True, False, True],
         [Decimal("1"), Decimal("2"), Decimal("3")],
     ):
         rows = datasets.Dataset.from_dict({"image": [None] * 3, "label": column})
         train = make_parts({"train": rows}, DataConfig(), RanksConfig(), seed=0).train
         assert train.values.tolist() == [float(value) for value in column]
-    for column, shown in ((["1", "old", "3"], "'old'"), ([1.0, None, 3.0], "None")):
+    for column, shown in (
+        (["1", "old", "3"], "row 2: label 'old' .* is not a number, as 1 of 3"),
+        ([1.0, None, 3.0], "row 2: the label in column 'label' is missing"),
+        ([1.0, float("inf"), 3.0], "row 2: label inf"),
+        (["1", "1e39", "3"], "row 2: label 1e\\+39 is beyond float32"),
+        (["1", "1_000", "3"], "row 2: label '1_000'"),
+        ([True, False, True], "labels .* are words: false \\(1\\), true \\(2\\)"),
+    ):
         rows = datasets.Dataset.from_dict({"image": [None] * 3, "label": column})
-        with pytest.raises(ValueError, match=f"row 2: label {shown}"):
+        with pytest.raises(ValueError, match=shown):
             make_parts({"train": rows}, DataConfig(), RanksConfig(), seed=0)
 
 

@@ -1,0 +1,97 @@
+"""What `ordinalclip check-data` says: every picture decoded, copies and near copies found, ranks counted."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ordinalclip.config import RunConfig
+from ordinalclip.data.duplicates import THUMBNAIL, copies, near_duplicates, repeated, thumbnail
+from ordinalclip.data.parts import PARTS, Part, Parts
+from ordinalclip.images import BrokenImageError
+from ordinalclip.progress import Progress
+
+SHOWN = 5  # of each kind of trouble
+MOST_COMPARED = 20_000  # pictures among which near copies are looked for
+
+
+class Check(NamedTuple):
+    """Lines to print, and how many problems stand in the way of a training."""
+
+    lines: list[str]
+    problems: int
+
+
+def check(parts: Parts, config: RunConfig, quiet: bool = False) -> Check:
+    """Decode and compare all pictures of a run's data."""
+    given: dict[str, Part] = {name: part for name in PARTS if (part := getattr(parts, name)) is not None}
+    lines: list[str] = []
+    problems = 0
+    thumbnails = []
+    for name in PARTS:
+        if name not in given:
+            lines.append(f"{name}: none")
+            continue
+        broken, small = _decoded(given[name], quiet, f"checking {name}")
+        thumbnails.append(small)
+        problems += len(broken)
+        low, high = given[name].values.min(), given[name].values.max()
+        labels = f"labels {low:g} to {high:g} {parts.ranks.unit}".rstrip()
+        lines += [*broken, f"{name}: {len(given[name])} images, {labels}, {len(broken)} broken"]
+    if config.data.source != "gauges":
+        ids = copies(list(given.values()), read_all=True)
+        problems += _say_copies(lines, list(given.values()), ids, config)
+        if len(ids) <= MOST_COMPARED:
+            _say_near_copies(lines, list(given.values()), ids, np.concatenate(thumbnails))
+    _say_ranks(lines, parts)
+    return Check(lines, problems)
+
+
+def _decoded(part: Part, quiet: bool, title: str) -> tuple[list[str], np.ndarray]:
+    """What is broken, a line each, and the thumbnails of all pictures; zeros for broken ones."""
+    broken, small = [], np.zeros((len(part), THUMBNAIL**2), dtype=np.float32)
+    for index in Progress(range(len(part)), title, unit="images", quiet=quiet):
+        try:
+            small[index] = thumbnail(part.image(index))
+        except BrokenImageError as error:
+            broken.append(str(error))
+    return broken, small
+
+
+def _say_copies(lines: list[str], parts: list[Part], ids: np.ndarray, config: RunConfig) -> int:
+    found = repeated(parts, ids)
+    for each in found[:SHOWN]:
+        what = "with two labels" if each.labels_differ else "in two parts"
+        lines.append(f"the same picture {what}: {each}")
+    if not found:
+        return 0
+    hint = {
+        "refuse": ": an error in training; data.duplicates=together or allow",
+        "together": "",
+        "allow": " (allowed)",
+    }
+    lines.append(f"{len(found)} pictures are in two parts or have two labels{hint[config.data.duplicates]}")
+    return len(found) if config.data.duplicates == "refuse" else 0
+
+
+def _say_near_copies(lines: list[str], parts: list[Part], ids: np.ndarray, thumbnails: np.ndarray) -> None:
+    places = [(part, index) for part in parts for index in range(len(part))]
+    pairs = near_duplicates(thumbnails, ids)
+    across = [(a, b) for a, b in pairs if places[a][0] is not places[b][0]]
+    for a, b in across[:SHOWN]:
+        first, second = (
+            f"{part.place(index)} (label {part.values[index]:g})" for part, index in (places[a], places[b])
+        )
+        lines.append(f"nearly the same picture in two parts: {first} = {second}")
+    if pairs:
+        lines.append(f"{len(pairs)} pairs of pictures are nearly the same, {len(across)} of them in two parts")
+
+
+def _say_ranks(lines: list[str], parts: Parts) -> None:
+    ranks, counts = parts.ranks, np.bincount(parts.train.ranks, minlength=len(parts.ranks))
+    lines.append(f"ranks: {len(ranks)}, {ranks.name(0)} to {ranks.name(len(ranks) - 1)}")
+    if len(ranks) <= 20:
+        lines.append("training images: " + ", ".join(f"{ranks.name(r)} ({n})" for r, n in enumerate(counts.tolist())))
+    elif empty := int((counts == 0).sum()):
+        lines.append(f"{empty} ranks have no training image")

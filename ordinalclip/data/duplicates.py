@@ -1,0 +1,151 @@
+"""The same picture more than once: in two parts it tells the test part, with two labels it teaches nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ordinalclip.data.parts import Part
+
+MOST_HASHED = 20_000  # pictures whose bytes are compared without being asked
+THUMBNAIL = 32  # side of what near-duplicates are compared by
+NEAR = 1.5  # root mean squared difference of two thumbnails, in grey levels of 255: recompressed or resized copies
+
+
+def copies(parts: Sequence[Part], read_all: bool = False) -> np.ndarray:
+    """(N,) ids of the pictures in all rows of some parts, one after the other: the same id, the same picture.
+
+    By path always; by bytes where there are at most 20,000 rows, or when told so. Files are read where their sizes are
+    equal.
+    """
+    ids: dict[object, int] = {}
+    keys: list[object] = []
+    for part in parts:
+        by_path = part.names.paths is not None
+        for index in range(len(part)):
+            keys.append(os.path.normpath(str(part.picture(index))) if by_path else (id(part), index))
+    if read_all or len(keys) <= MOST_HASHED:
+        keys = _by_bytes(parts, keys)
+    return np.asarray([ids.setdefault(key, len(ids)) for key in keys], dtype=np.int64)
+
+
+def _by_bytes(parts: Sequence[Part], keys: list[object]) -> list[object]:
+    """The keys, one and the same for equal bytes."""
+    places = [(part, index) for part in parts for index in range(len(part))]
+    sized: dict[object, list[int]] = defaultdict(list)
+    for number, ((part, index), key) in enumerate(zip(places, keys, strict=True)):
+        size = _size(part, index, key)
+        if size is not None:
+            sized[size].append(number)
+    joined = list(keys)
+    for numbers in sized.values():
+        if len({keys[number] for number in numbers}) > 1:
+            for number in numbers:
+                part, index = places[number]
+                joined[number] = _digest(part, index, keys[number])
+    return joined
+
+
+def _size(part: Part, index: int, key: object) -> int | None:
+    if isinstance(key, str):
+        return os.stat(key).st_size if os.path.isfile(key) else None
+    content = _content(part, index)
+    return None if content is None else len(content)
+
+
+def _content(part: Part, index: int) -> bytes | None:
+    """The bytes of a picture that is no file of its own."""
+    picture = part.picture(index)
+    if isinstance(picture, Mapping):
+        if picture.get("bytes") is not None:
+            return picture["bytes"]
+        picture = picture.get("path")
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, str) and os.path.isfile(picture):
+        with open(picture, "rb") as file:
+            return file.read()
+    return None
+
+
+def _digest(part: Part, index: int, key: object) -> bytes:
+    if isinstance(key, str):
+        with open(key, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest()
+    return hashlib.blake2b(_content(part, index) or b"").digest()
+
+
+class Repeated(NamedTuple):
+    """A picture that is there more than once: (part, row) of each place, whether labels and parts differ."""
+
+    places: list[tuple[Part, int]]
+    labels_differ: bool
+    parts_differ: bool
+
+    def __str__(self) -> str:
+        shown = [f"{part.place(index)} (label {part.values[index]:g})" for part, index in self.places[:3]]
+        return " = ".join(shown) + (" = ..." if len(self.places) > 3 else "")
+
+
+def repeated(parts: Sequence[Part], ids: np.ndarray) -> list[Repeated]:
+    """The pictures that are in two parts, or there with two labels.
+
+    Args:
+        ids: what `copies` gives for these parts.
+    """
+    places = [(part, index) for part in parts for index in range(len(part))]
+    order = np.argsort(ids, kind="stable")
+    runs = np.split(order, np.flatnonzero(np.diff(ids[order])) + 1) if len(order) else []
+    found = []
+    for run in (run for run in runs if len(run) > 1):
+        members = [places[number] for number in run]
+        labels = {float(part.values[index]) for part, index in members}
+        owners = {id(part) for part, _ in members}
+        if len(labels) > 1 or len(owners) > 1:
+            found.append(Repeated(members, len(labels) > 1, len(owners) > 1))
+    return found
+
+
+def refuse_repeated(parts: Sequence[Part], ids: np.ndarray, cure: str) -> None:
+    """Raises:
+    ValueError: pictures in two parts or with two labels, the first of them by name."""
+    if found := repeated(parts, ids):
+        what = "with two labels" if found[0].labels_differ else "in two parts"
+        raise ValueError(
+            f"the same picture {what}: {found[0]}; {len(found)} pictures are. Take copies out{cure}, or let them be "
+            "with data.duplicates=allow"
+        )
+
+
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """What near-duplicates are compared by: (1024,) float32 grey levels of a small copy, without their mean."""
+    grey = np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), dtype=np.float32)
+    return (grey - grey.mean()).ravel()
+
+
+def near_duplicates(thumbnails: np.ndarray, ids: np.ndarray, chunk: int = 512) -> list[tuple[int, int]]:
+    """Pairs of rows, of different ids, whose thumbnails differ by at most `NEAR` grey levels; flat pictures left out.
+
+    Args:
+        thumbnails: (N, 1024).
+        ids: (N,) what `copies` gives.
+    """
+    told = np.flatnonzero(thumbnails.std(axis=1) > 4 * NEAR)
+    points = thumbnails[told]
+    squares = (points**2).sum(axis=1)
+    limit = NEAR**2 * THUMBNAIL**2
+    pairs = []
+    for begin in range(0, len(points), chunk):
+        end = begin + chunk
+        squared = squares[begin:end, None] + squares[None, begin:] - 2 * points[begin:end] @ points[begin:].T
+        for row, column in zip(*np.nonzero(squared <= limit), strict=True):
+            first, second = told[begin + row], told[begin + column]
+            if row < column and ids[first] != ids[second]:
+                pairs.append((int(first), int(second)))
+    return pairs

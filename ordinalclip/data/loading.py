@@ -1,0 +1,210 @@
+"""Read, check, split: the way of the data from a configuration to `Parts`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from ordinalclip.config import DataConfig, RanksConfig
+from ordinalclip.data.duplicates import copies, refuse_repeated
+from ordinalclip.data.labels import arrow_column, read_labels
+from ordinalclip.data.parts import PARTS, ImageCache, Part, Parts, RowNames
+from ordinalclip.data.sources import read_tables, root_of
+from ordinalclip.data.splits import few_shot, label_shift, split_rows, thinned
+from ordinalclip.data.tables import Table
+from ordinalclip.images import IMAGE_ENDINGS
+from ordinalclip.ranks import Ranks
+
+NARROWEST = 0.2  # share of the ranks' range that training labels cover
+ENOUGH = 20  # training labels by which that can be told
+
+
+def load_parts(config: DataConfig, ranks: RanksConfig, seed: int) -> Parts:
+    """Read, split and check the data of a run.
+
+    Args:
+        config: where the data is and how it is split.
+        ranks: the label space; by default the distinct labels of the training part.
+        seed: the run's seed, used for the split unless `config.split_seed` is set.
+
+    Raises:
+        FileNotFoundError: a table or images that do not exist.
+        ValueError: missing columns, labels that are missing, no numbers, words in no order or outside the ranks, the
+            same picture in two parts, empty parts; the message names the file and row.
+    """
+    seed = seed if config.split_seed is None else config.split_seed
+    return _assemble(read_tables(config, seed), config, ranks, seed)
+
+
+def make_parts(
+    raw: Mapping[str, datasets.Dataset | pd.DataFrame], config: DataConfig, ranks: RanksConfig, seed: int
+) -> Parts:
+    """`Parts` from data in memory: {"train": ..., "validation": ..., "test": ...}, or {"all": ...} to be split.
+
+    Args:
+        raw: `datasets` or pandas frames; images of any kind that `load_image` takes, labels numbers, or words in the
+            order of `ranks.names`.
+
+    Raises:
+        ValueError: other parts, or what `load_parts` refuses.
+    """
+    if wrong := sorted(set(raw) - {*PARTS, "all"}):
+        raise ValueError(f"part {wrong[0]!r} is unknown; allowed are {', '.join(PARTS)}, or all")
+    if "all" in raw and len(raw) > 1:
+        raise ValueError("give either all, to be split, or train, validation and test")
+    seed = seed if config.split_seed is None else config.split_seed
+    tables = {name: Table(_rows_of(rows, config), f"{name} part") for name, rows in raw.items()}
+    return replace(_assemble(tables, config, ranks, seed), in_memory=True)
+
+
+def _rows_of(rows: datasets.Dataset | pd.DataFrame, config: DataConfig) -> datasets.Dataset:
+    """A data set of a frame, with its PIL pictures or arrays encoded."""
+    if not isinstance(rows, pd.DataFrame):
+        return rows
+    columns: dict[str, Any] = {str(name): rows[name].tolist() for name in rows.columns}
+    pictures = columns.get(config.image_column, [])
+    features = None
+    if pictures and isinstance(pictures[0], Image.Image | np.ndarray):
+        encoded = datasets.Dataset.from_dict(
+            {config.image_column: pictures}, datasets.Features({config.image_column: datasets.Image()})
+        )
+        rest = {name: cells for name, cells in columns.items() if name != config.image_column}
+        others = datasets.Dataset.from_dict(rest)
+        return datasets.concatenate_datasets([encoded, others], axis=1)
+    return datasets.Dataset.from_dict(columns, features)
+
+
+def _assemble(tables: dict[str, Table], config: DataConfig, ranks: RanksConfig, seed: int) -> Parts:
+    root = root_of(config)
+    tables, values, ranks = read_labels(tables, config, ranks)
+    loose = {name: _part(table, values[name], config, root) for name, table in tables.items()}
+    loose = _divided(loose, tables, config, seed)
+    if "train" not in loose or len(loose["train"]) == 0:
+        raise ValueError(f"no training rows; parts found: { {name: len(part) for name, part in loose.items()} }")
+    label_space = _label_space(loose["train"], ranks)
+    named = {
+        name: replace(part, ranks=_ranks_of(part, label_space, ranks)) for name, part in loose.items() if len(part)
+    }
+    draw = seed if config.draw_seed is None else config.draw_seed
+    if config.shots is not None:
+        named["train"] = few_shot(named["train"], config.shots, draw)
+    if config.train_share < 1:
+        named["train"] = thinned(named["train"], config.train_share, draw)
+    if config.shift_ranks is not None:
+        named["train"] = label_shift(named["train"], config.shift_ranks, config.shift_keep, draw)
+    return Parts(named["train"], named.get("validation"), named.get("test"), label_space)
+
+
+def _divided(loose: dict[str, Part], tables: dict[str, Table], config: DataConfig, seed: int) -> dict[str, Part]:
+    """The parts, the same picture being in one of them only, and with one label."""
+    watched = config.source != "gauges" and config.duplicates != "allow"
+    ids = copies(list(loose.values())) if watched else np.zeros(0)
+    together = config.duplicates == "together"
+    if "all" in loose:
+        whole = loose["all"]
+        rows = split_rows(tables["all"], config, seed, ids if watched and together else None)
+        loose = {part: whole.select(indices) for part, indices in rows.items()}
+        ids = ids[np.concatenate(list(rows.values()))] if watched else ids
+        cure = "" if config.split_column else ", keep them in one part with data.duplicates=together"
+    else:
+        together, cure = False, ""
+    if watched and not (together and not config.split_column):
+        refuse_repeated(list(loose.values()), ids, cure)
+    return loose
+
+
+def _label_space(train: Part, ranks: RanksConfig) -> Ranks:
+    """The ranks, which the training labels make use of.
+
+    Raises:
+        ValueError: given ranks of which the labels cover a small part, with ranks that would fit.
+    """
+    space = ranks.build(train.values.tolist())
+    low, high = float(train.values.min()), float(train.values.max())
+    share = (high - low) / (space.values[-1] - space.values[0])
+    if share < NARROWEST and len(train) >= ENOUGH and not ranks.unused:
+        distinct = np.unique(train.values)
+        cure = "leave ranks.values, low, high and num out"
+        if 2 <= len(distinct) <= 30:
+            cure = f"ranks.values=[{', '.join(f'{value:g}' for value in distinct)}]"
+        raise ValueError(
+            f"{train.source}: the training labels go from {low:g} to {high:g}, the {len(space)} ranks from "
+            f"{space.values[0]:g} to {space.values[-1]:g}: they are of something else. {cure} fits these labels; "
+            "ranks.unused=true keeps the ranks"
+        )
+    return space
+
+
+def _ranks_of(part: Part, space: Ranks, ranks: RanksConfig) -> np.ndarray:
+    try:
+        return space.rank_of(part.values, part.row_names()).numpy()
+    except ValueError as error:
+        if ranks.given_values() is not None:
+            raise
+        low, high = part.values.min(), part.values.max()
+        raise ValueError(
+            f"{error}; the ranks are the distinct training labels, ranks.low, high and num (to {low:g} to {high:g} "
+            "and beyond), ranks.values or ranks.tolerance say others"
+        ) from None
+
+
+def _part(table: Table, values: np.ndarray, config: DataConfig, root: str) -> Part:
+    """Paths checked to be files under the root; ranks are filled in once the label space is known."""
+    rows, column = table.rows, table.column(config.image_column, "data.image_column")
+    feature = rows.features[column]
+    if isinstance(feature, datasets.Image):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    names = RowNames(np.arange(len(rows)), lines=table.lines)
+    if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+        names = RowNames(names.numbers, arrow_column(rows, column), config.suffix, table.lines)
+    cache = ImageCache(config.cache_mb << 20, len(rows))
+    ranks = np.zeros(len(rows), dtype=np.int64)
+    part = Part(rows, column, values, names, ranks, root, table.source, cache)
+    if names.paths is not None and int(os.environ.get("RANK", "0")) == 0:  # a million look-ups take seconds
+        _check_paths(part, config)
+    return part
+
+
+def _check_paths(part: Part, config: DataConfig) -> None:
+    """Every path names a file, under `data.root` where one is given.
+
+    Raises:
+        ValueError: an empty path, or one that leaves the root; FileNotFoundError: no such files.
+    """
+    root = os.path.realpath(config.root) if config.root and not config.outside_root else ""
+    real = lru_cache(maxsize=4096)(os.path.realpath)
+    missing, first = 0, []
+    for index, name in enumerate(part.names):
+        if not name or name == "None" or "\n" in name or "\0" in name:
+            raise ValueError(f"{part.place(index)}: {name!r} in column {part.image_column!r} is no path of a picture")
+        path = os.path.join(part.root, name)
+        if root:
+            folder, last = os.path.split(path)
+            target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real(folder), last)
+            if os.path.commonpath([root, os.path.normpath(target)]) != root:
+                raise ValueError(
+                    f"{part.place(index)}: leaves data.root={config.root}; data.outside_root=true allows that"
+                )
+        if not os.path.isfile(path):
+            missing += 1
+            first = [*first, index][:3]
+    if missing:
+        shown = "; ".join(part.names.place(index) for index in first)
+        raise FileNotFoundError(
+            f"{part.source}: {missing} of {len(part)} images do not exist under {part.root!r}: {shown}{_near(part, first)}"
+        )
+
+
+def _near(part: Part, missing: list[int]) -> str:
+    """A hint where the files are there with an ending that the table leaves out."""
+    path = os.path.join(part.root, part.names[missing[0]])
+    found = [ending for ending in IMAGE_ENDINGS if os.path.isfile(path + ending)]
+    return f"; data.suffix={found[0]} would find them" if found else ""

@@ -1,0 +1,169 @@
+"""A part of the data: rows with images, labels and ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from ordinalclip.images import PixelSpec, load_image, resize
+from ordinalclip.ranks import Ranks
+
+PARTS = ("train", "validation", "test")
+
+
+class ImageCache:
+    """Decoded images of a set in memory, if all of them are likely to fit; otherwise none, and memory stays flat.
+
+    Args:
+        budget: bytes, for each process that decodes.
+        num_images: size of the set.
+    """
+
+    def __init__(self, budget: int, num_images: int):
+        self.budget, self.free, self.num_images = budget, budget, num_images
+        self.images: dict[Hashable, Image.Image] = {}
+
+    def get(self, key: Hashable, decode: Callable[[], Image.Image]) -> Image.Image:
+        """The cached image of a key, or the decoded one."""
+        if key in self.images:
+            return self.images[key]
+        image = decode()
+        cost = image.width * image.height * 3
+        if cost <= self.free and cost * self.num_images <= self.budget:
+            self.free -= cost
+            self.images[key] = image
+        return image
+
+
+class RowNames(Sequence[str]):
+    """What the rows of a part are called: their paths, read from the table when asked for, or "row N".
+
+    Args:
+        numbers: (N,) row of the original table, from 0.
+        paths: the table's column of paths, or None.
+        suffix: added to paths that do not end with it.
+        lines: line of every row of the original table in its file, or None.
+    """
+
+    def __init__(
+        self,
+        numbers: np.ndarray,
+        paths: pa.ChunkedArray | None = None,
+        suffix: str = "",
+        lines: np.ndarray | None = None,
+    ):
+        self.numbers, self.paths, self.suffix, self.lines = numbers, paths, suffix, lines
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            numbers = self.numbers[index]
+            if self.paths is None:
+                return [f"row {n + 1}" for n in numbers.tolist()]
+            return [self._path(str(path)) for path in self.paths.take(pa.array(numbers)).to_pylist()]
+        number = int(self.numbers[index])
+        return f"row {number + 1}" if self.paths is None else self._path(str(self.paths[number].as_py()))
+
+    def _path(self, path: str) -> str:
+        return path if path.endswith(self.suffix) else path + self.suffix
+
+    def place(self, index: int) -> str:
+        """Row, line and path of a row, for errors."""
+        number = int(self.numbers[index])
+        line = "" if self.lines is None else f" (line {self.lines[number]})"
+        return f"row {number + 1}{line}" + ("" if self.paths is None else f", {self[index]}")
+
+    def select(self, indices: np.ndarray) -> RowNames:
+        """The names of the given rows."""
+        return RowNames(self.numbers[indices], self.paths, self.suffix, self.lines)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the data.
+
+    Attributes:
+        rows: a `datasets.Dataset` whose image column is not decoded.
+        image_column: its name.
+        values: (N,) float64 labels in the label's unit.
+        names: what a row is called in errors and prediction files: its path, or "row N".
+        ranks: (N,) int64 rank of each label.
+        root: folder that relative paths start from.
+        source: the table or data set, for errors.
+        cache: decoded and resized images.
+    """
+
+    rows: datasets.Dataset
+    image_column: str
+    values: np.ndarray
+    names: RowNames
+    ranks: np.ndarray
+    root: str = ""
+    source: str = ""
+    cache: ImageCache = field(default_factory=lambda: ImageCache(0, 0), compare=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row_names(self) -> Iterator[str]:
+        """What to call each row in an error that leaves the part."""
+        return (self.place(index) for index in range(len(self)))
+
+    def place(self, index: int) -> str:
+        """Table, row, line and path of a row, for errors."""
+        return f"{self.source}, {self.names.place(index)}"
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded RGB image of a row.
+
+        Raises:
+            BrokenImageError: naming the row.
+        """
+        return load_image(self.picture(index), self.place(index))
+
+    def picture(self, index: int) -> Any:
+        """What a row has for a picture: the path of its file, or what `load_image` takes."""
+        if self.names.paths is not None:
+            return os.path.join(self.root, self.names[index])
+        return self.rows[int(index)][self.image_column]
+
+    def resized(self, index: int, spec: PixelSpec, size: int | None = None) -> Image.Image:
+        """The decoded image, resized to `size` (default: the encoder's) and kept in the cache while there is room."""
+        key = (index, size or spec.scaled_size, spec.resize, spec.interpolation)
+        return self.cache.get(key, lambda: resize(self.image(index), spec, size))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> Part:
+        """The given rows, in the given order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        return replace(
+            self,
+            rows=self.rows.select(indices),
+            values=self.values[indices],
+            names=self.names.select(indices),
+            ranks=self.ranks[indices],
+            cache=ImageCache(self.cache.budget, len(indices)),
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Training, validation and test part and their label space; validation and test may be absent.
+
+    Attributes:
+        in_memory: whether they were handed over in Python, so that no configuration finds them again.
+    """
+
+    train: Part
+    validation: Part | None
+    test: Part | None
+    ranks: Ranks
+    in_memory: bool = False

@@ -1,0 +1,163 @@
+"""Which rows are for training, validation and test, and which of the training rows a protocol keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from ordinalclip.config import DataConfig
+from ordinalclip.data.parts import PARTS, Part
+from ordinalclip.data.tables import Table
+
+FINENESS = 20  # folds that shares are made of where groups stay whole and strata even
+
+
+def split_rows(
+    table: Table, config: DataConfig, seed: int, together: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Row indices of train, validation and test.
+
+    By `split_column` if given; else at random in the shares `split`, even over the columns `stratify`, with the rows of
+    a `group` in one part. With `folds` the test part is one of them, and the rest is divided in the shares of the other
+    two. Shares are exact to half a row; with groups to half a group; with groups and strata to about 1 / 20
+    (scikit-learn's StratifiedGroupKFold).
+
+    Args:
+        together: (N,) ids of rows that belong together beside the groups, such as copies of a picture.
+
+    Raises:
+        ValueError: a column that is missing or has empty cells, another word than the parts', too few groups.
+    """
+    if config.split_column:
+        given = np.char.strip(_texts(table, config.split_column, "data.split_column"))
+        unknown = np.flatnonzero(~np.isin(given, PARTS))
+        if len(unknown):
+            raise ValueError(
+                f"{table.place(unknown[0])}: column {config.split_column!r} (data.split_column) says "
+                f"{str(given[unknown[0]])!r}; allowed are {', '.join(PARTS)}"
+            )
+        return {name: np.flatnonzero(given == name) for name in PARTS}
+    strata = _codes(table, config.stratify, "data.stratify")
+    groups = _codes(table, [config.group], "data.group") if config.group else None
+    if together is not None and len(np.unique(together)) < len(together):
+        groups = _joined(together, groups)
+    if config.folds is not None:
+        folds = _folds(strata, groups, config.folds, seed, bool(config.stratify))
+        test = np.flatnonzero(folds == config.fold)
+        rest = np.flatnonzero(folds != config.fold)
+        whole = config.split[0] + config.split[1]
+        shares = (config.split[0] / whole, config.split[1] / whole, 0.0)
+        inner = _shared(strata[rest], None if groups is None else groups[rest], shares, seed, bool(config.stratify))
+        return {"train": rest[inner[0]], "validation": rest[inner[1]], "test": test}
+    return dict(zip(PARTS, _shared(strata, groups, config.split, seed, bool(config.stratify)), strict=True))
+
+
+def _shared(
+    strata: np.ndarray, groups: np.ndarray | None, shares: tuple[float, float, float], seed: int, stratified: bool
+) -> list[np.ndarray]:
+    """Rows of three parts in the given shares."""
+    rng = np.random.default_rng([seed, 0])
+    if groups is None:
+        pieces = [_cut(rng.permutation(np.flatnonzero(strata == s)), shares) for s in np.unique(strata)]
+        return [np.sort(np.concatenate([piece[part] for piece in pieces])) for part in range(3)]
+    if not stratified:
+        _, groups = np.unique(groups, return_inverse=True)
+        return [np.flatnonzero(np.isin(groups, chunk)) for chunk in _cut(rng.permutation(groups.max() + 1), shares)]
+    number = min(FINENESS, len(np.unique(groups)))
+    folds = _folds(strata, groups, number, seed, True)
+    return [np.flatnonzero(np.isin(folds, chunk)) for chunk in _cut(rng.permutation(number), shares)]
+
+
+def _folds(strata: np.ndarray, groups: np.ndarray | None, number: int, seed: int, stratified: bool) -> np.ndarray:
+    """(N,) fold of every row."""
+    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold  # takes a second
+
+    units = len(strata) if groups is None else len(np.unique(groups))
+    if units < max(number, 2):
+        raise ValueError(f"{units} {'rows' if groups is None else 'groups'} are too few for {number} folds")
+    kinds = {
+        (False, False): KFold,
+        (True, False): StratifiedKFold,
+        (False, True): GroupKFold,
+        (True, True): StratifiedGroupKFold,
+    }
+    if stratified and groups is None and (fewest := np.bincount(strata).min()) < number:
+        raise ValueError(f"a combination of data.stratify has {fewest} rows, too few for data.folds={number}")
+    kind = kinds[stratified, groups is not None]
+    splitter = kind(number, shuffle=True, random_state=np.random.RandomState(seed % 2**32))
+    folds = np.empty(len(strata), dtype=np.int64)
+    for fold, (_, rows) in enumerate(splitter.split(strata, strata, groups)):
+        folds[rows] = fold
+    return folds
+
+
+def _joined(first: np.ndarray, second: np.ndarray | None) -> np.ndarray:
+    """(N,) ids such that rows which share an id in either are one group."""
+    if second is None:
+        return first
+    _, first = np.unique(first, return_inverse=True)
+    second = second + first.max() + 1
+    size = int(second.max()) + 1
+    return connected_components(coo_array((np.ones(len(first)), (first, second)), (size, size)))[1][first]
+
+
+def _codes(table: Table, columns: Sequence[str], option: str) -> np.ndarray:
+    """(N,) a number for every combination of some columns' cells."""
+    codes = np.zeros(len(table.rows), dtype=np.int64)
+    for column in columns:
+        texts = _texts(table, column, option)
+        empty = np.flatnonzero(np.isin(np.char.strip(texts), ("", "None", "nan")))
+        if len(empty):
+            raise ValueError(f"{table.place(empty[0])}: column {column!r} ({option}) is empty")
+        _, code = np.unique(texts, return_inverse=True)
+        _, codes = np.unique(codes * (code.max() + 1) + code, return_inverse=True)
+    return codes
+
+
+def _texts(table: Table, column: str, option: str) -> np.ndarray:
+    return np.asarray([str(value) for value in table.rows[table.column(column, option)]])
+
+
+def _cut(rows: np.ndarray, shares: tuple[float, ...]) -> list[np.ndarray]:
+    bounds = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(int)
+    return np.split(rows, bounds)
+
+
+def few_shot(part: Part, shots: int, seed: int) -> Part:
+    """At most `shots` random rows of every rank, drawn by their own generator."""
+    rng = np.random.default_rng([seed, 1])
+    chosen = [rng.permutation(np.flatnonzero(part.ranks == rank))[:shots] for rank in np.unique(part.ranks)]
+    return part.select(np.sort(np.concatenate(chosen)))
+
+
+def thinned(part: Part, share: float, seed: int) -> Part:
+    """A share of the rows of every rank, at least one, drawn by their own generator.
+
+    The same seed draws smaller shares from larger ones.
+    """
+    kept = _drawn(part, np.unique(part.ranks), share, np.random.default_rng([seed, 3]))
+    return part.select(np.sort(np.concatenate(kept)))
+
+
+def label_shift(part: Part, num_ranks: int, keep: float, seed: int) -> Part:
+    """Of the `num_ranks` most populated ranks only a share `keep` of the rows, at least one, drawn at random.
+
+    The distribution-shift protocol of OrdinalCLIP (section 4.4), with a generator of its own.
+    """
+    rng = np.random.default_rng([seed, 2])
+    present, counts = np.unique(part.ranks, return_counts=True)
+    reduced = present[np.argsort(-counts, kind="stable")[:num_ranks]]
+    untouched = np.flatnonzero(~np.isin(part.ranks, reduced))
+    return part.select(np.sort(np.concatenate([untouched, *_drawn(part, reduced, keep, rng)])))
+
+
+def _drawn(part: Part, ranks: np.ndarray, share: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Of each of some ranks a random share of its rows, at least one."""
+    drawn = []
+    for rank in ranks:
+        members = rng.permutation(np.flatnonzero(part.ranks == rank))
+        drawn.append(members[: max(1, round(share * len(members)))])
+    return drawn
