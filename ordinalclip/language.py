@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ordinalclip.heads import Head, HeadContext, Outputs, Targets
+from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width
 from ordinalclip.losses import Alignment, alignment_loss, at_least_float32
 from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
 from ordinalclip.text import TextTower
@@ -35,7 +36,7 @@ class SimilarityHead(Head):
         output_dim: int | None,
         /,
         alignment: Alignment = "official",
-        alignment_weight: float = 1.0,
+        alignment_weight: Factor = 1.0,
     ):
         super().__init__(context)
         self.projection = nn.Identity() if output_dim is None else nn.Linear(context.input_dim, output_dim)
@@ -71,7 +72,7 @@ class PrototypeHead(SimilarityHead):
     learns = False
     prototypes: Tensor
 
-    def __init__(self, context: HeadContext, output_dim: int | None = None, **shared: Any):
+    def __init__(self, context: HeadContext, output_dim: Width | None = None, **shared: Any):
         super().__init__(context, output_dim, **shared)
         self.register_buffer("prototypes", torch.zeros(len(context.ranks), output_dim or context.input_dim))
         self.register_buffer("logit_scale", torch.tensor(float(context.logit_scale)))
@@ -90,7 +91,11 @@ class ZeroShot(PrototypeHead):
         ValueError: no text tower in the features' space, or a template without {name}.
     """
 
-    def __init__(self, context: HeadContext, templates: Sequence[str] = ("a photo of {name} {unit}.",)):
+    def __init__(
+        self,
+        context: HeadContext,
+        templates: Annotated[Sequence[str], Field(min_length=1)] = ("a photo of {name} {unit}.",),
+    ):
         super().__init__(context)
         text = _text_tower(context, self)
         if not context.shared_space:
@@ -140,9 +145,9 @@ class PromptHead(SimilarityHead):
         interpolation: Interpolation,
         /,
         prompt: str | None = None,
-        num_context: int = 10,
+        num_context: Annotated[int, Field(ge=0)] = 10,
         rank_position: RankPosition = "tail",
-        tokens_per_rank: int = 1,
+        tokens_per_rank: Annotated[int, Field(ge=1)] = 1,
         rank_specific_context: bool = False,
         init_from_names: bool = False,
         learn_logit_scale: bool = False,
@@ -201,7 +206,7 @@ class OrdinalCLIP(PromptHead):
     def __init__(
         self,
         context: HeadContext,
-        num_base_ranks: int | None = 3,
+        num_base_ranks: Annotated[int, Field(ge=1)] | None = 3,
         interpolation: Interpolation = "linear",
         **shared: Any,
     ):

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from ordinalclip.compare import load_plan
-from ordinalclip.config import describe, load_config, parse_config, read_yaml
+from ordinalclip.config import RunConfig, load_config, parse_config, read_layers, stack
 from ordinalclip.heads import available_heads
+from ordinalclip.sections import describe
+from ordinalclip.written import values
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -61,7 +63,7 @@ def test_bad_files(tmp_path):
 
 
 def test_every_key_is_described():
-    assert all(description for _, _, description in describe())
+    assert all(description for _, _, description in describe(RunConfig))
 
 
 def test_several_problems_at_once():
@@ -84,14 +86,13 @@ def test_extends_merges_mappings_and_replaces_lists(tmp_path):
         top="extends: shared/middle.yaml\ntrain: {lr: 0.25}\ndata: {kinds: [tank]}\nseed: 3\n",
         bottom="head: {prompt: a, num_context: 2}\ntrain: {lr: 1, batch_size: 8}\ndata: {kinds: [dial]}\nseed: 1\n",
     )
-    assert read_yaml(top) == {
+    assert values(stack(read_layers(top))) == {
         "head": {"prompt": "a", "num_context": 4},
         "train": {"lr": 0.25, "ema": 0.9, "batch_size": 8},
         "data": {"kinds": ["tank"]},
         "seed": 3,
     }
     assert load_config(top, ["train.lr=2"]).train.lr == 2
-    assert read_yaml(tmp_path / "bottom.yaml")["train"]["lr"] == 1
 
 
 def test_a_comparison_extends_another(tmp_path):
@@ -153,7 +154,9 @@ def test_methods_share_one_experiment():
 def test_shipped_launchers_are_what_accelerate_reads(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    assert load_config_from_file(str(CONFIGS / name)).to_dict().keys() >= set(read_yaml(CONFIGS / name)) - {"debug"}
+    assert load_config_from_file(str(CONFIGS / name)).to_dict().keys() >= set(stack(read_layers(CONFIGS / name))) - {
+        "debug"
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("compare/")])

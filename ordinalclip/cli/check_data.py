@@ -9,13 +9,13 @@ from ordinalclip.config import load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_configuration(parser, "YAML file")
+    add_configuration(parser, "YAML file, or 'default' for the defaults of `train`")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.data import PARTS, check_images, load_parts
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(None if arguments.config == "default" else arguments.config, arguments.overrides)
     parts = load_parts(config.data, config.ranks, config.seed)
     broken = 0
     for name in PARTS:
