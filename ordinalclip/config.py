@@ -354,7 +354,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     layers = read_layers(path)
     content = stack([*layers, Layer("the command line", read_overrides(overrides))])
-    if "methods" in content:
+    if path is not None and "methods" in content:
         raise ValueError(f"{path} is a comparison: ordinalclip compare {path}")
     return parse_config(content, names_of(layers))
 
@@ -491,7 +491,8 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         pairs[key] = _override_value(text)
     content = nested(pairs)
     for section, ways in WAYS.items():
-        said = [key for way in ways for key in sorted(way) if _says((content.get(section) or {}).get(key))]
+        given = content.get(section)
+        said = [key for way in ways for key in sorted(way) if isinstance(given, dict) and _says(given.get(key))]
         if len([way for way in ways if way.intersection(said)]) > 1:
             raise ValueError(f"{section} is given in ways that exclude each other: {', '.join(said)}")
     return content

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -14,6 +15,8 @@ from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width
 from ordinalclip.losses import Alignment, alignment_loss, at_least_float32
 from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
 from ordinalclip.text import TextTower
+
+PLACE = re.compile(r"\{(name|unit)\}")
 
 
 class SimilarityHead(Head):
@@ -88,7 +91,7 @@ class ZeroShot(PrototypeHead):
         templates: sentences with {name} and, if wanted, {unit}.
 
     Raises:
-        ValueError: no text tower in the features' space, or a template without {name}.
+        ValueError: no text tower in the features' space, or a template without {name} or with other braces.
     """
 
     def __init__(
@@ -102,11 +105,13 @@ class ZeroShot(PrototypeHead):
             raise ValueError("zero_shot needs an image encoder and a text tower of the same CLIP")
         for template in templates:
             if "{name}" not in template:
-                raise ValueError(f"template {template!r} lacks the place {{name}} for the rank's name")
+                raise ValueError(f"head.templates: {template!r} lacks the place {{name}} for the rank's name")
+            if re.search("[{}]", PLACE.sub("", template)):
+                raise ValueError(f"head.templates: {template!r} has braces besides {{name}} and {{unit}}")
         names, unit = context.ranks.names or (), context.ranks.unit
         with torch.no_grad():
             total = sum(
-                normalize(text([" ".join(template.format(name=name, unit=unit).split()) for name in names]), dim=-1)
+                normalize(text([_filled(template, {"name": name, "unit": unit}) for name in names]), dim=-1)
                 for template in templates
             )
             self.prototypes.copy_(normalize(torch.as_tensor(total), dim=-1))
@@ -225,3 +230,8 @@ def _text_tower(context: HeadContext, head: Head) -> TextTower:
         name = type(head).__name__
         raise ValueError(f"{name} needs a text tower: set model.text, e.g. to open_clip:RN50/openai")
     return context.text
+
+
+def _filled(template: str, words: Mapping[str, str]) -> str:
+    """A template with its places filled, and single spaces."""
+    return " ".join(PLACE.sub(lambda place: words[place[1]], template).split())

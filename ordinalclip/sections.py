@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from ordinalclip.suggestions import near_matches
 from ordinalclip.written import Written
 
 MAX_PROBLEMS = 5  # that one message names
+MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")  # of a union, in pydantic's place of a problem
 SectionType = TypeVar("SectionType", bound="Section")
 
 
@@ -103,13 +105,14 @@ def parse_section(content: Mapping[str, Any], section: type[SectionType], source
 
 
 def _explain(problem: Any, section: type[Section], prefix: str) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in problem["loc"] if not MEMBER.fullmatch(str(part)))
     if problem["type"] == "extra_forbidden":
         names = [prefix + name for name, _, _ in describe(section)]
-        known = names if "." in key or prefix else [*names, *section.model_fields]
+        known = names if "." in key or prefix else dict.fromkeys([*names, *section.model_fields])
         return f"{prefix}{brief(key)} is not a key; {near_matches(prefix + key, known)}"
     key = prefix + key if key else ""
-    message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
+    message = re.sub(r"^Value error, | after validation, not \d+$", "", problem["msg"])
+    given = problem["input"]
     if problem["type"] == "string_type" and given is None:
         message = "null is no text; leave the key out for its default, or write it in quotes"
     elif problem["type"] in ("model_type", "model_attributes_type"):

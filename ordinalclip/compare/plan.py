@@ -79,8 +79,8 @@ class CompareConfig(Section):
     def _fair(self) -> CompareConfig:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different, got {self.seeds}")
-        for name in [*self.methods, *self.variants]:
-            if len(name) > MAX_NAME or (not name.strip() and self.variants.keys() != {name}):
+        for name in [*self.methods, *(self.variants if self.variants.keys() != {""} else ())]:
+            if not 0 < len(name.strip()) <= MAX_NAME:
                 raise ValueError(f"names of methods and variants have 1 to {MAX_NAME} characters, got {name[:200]!r}")
         for name, method in self.methods.items():
             keys = [*method.base, *(key for setting in method.settings or [] for key in setting)]
@@ -112,7 +112,10 @@ class Plan:
         self.config = config
         self.folder = Path(config.output_dir)
         self.seeds = config.seeds
-        self._written = {name: self._settings_of(method) for name, method in config.methods.items()}
+        try:
+            self._written = {name: self._settings_of(method) for name, method in config.methods.items()}
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         self.settings: dict[str, list[Setting]] = values(self._written)
         given = read_overrides(overrides)
         self._check(source, given)
@@ -126,7 +129,7 @@ class Plan:
         folders = Counter(run.output_dir for run in self.runs.values())
         if shared := [folder for folder, times in folders.items() if times > 1]:
             raise ValueError(
-                f"{source}: names of methods or variants are too alike, runs would share {', '.join(shared)}"
+                f"{source}: names of methods or variants are too alike, runs would share {', '.join(shared[:3])}"
             )
 
     @property
