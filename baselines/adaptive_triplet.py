@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from baselines.embedding import EmbeddingHead
@@ -65,12 +66,10 @@ class AdaptiveTriplet(EmbeddingHead):
     def __init__(
         self,
         context: HeadContext,
-        triples_per_sample: int = 16,
+        triples_per_sample: Annotated[int, Field(ge=1, le=4096)] = 16,
         **shared: Any,
     ):
         super().__init__(context, **shared)
-        if triples_per_sample < 1:
-            raise ValueError(f"head.triples_per_sample must be at least 1, got {triples_per_sample}")
         self.triples_per_sample = triples_per_sample
 
     def embedding_loss(self, embedding: Tensor, targets: Targets) -> dict[str, Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.losses import (
     ArcFaceLoss,
@@ -20,8 +21,10 @@ from torch import Tensor
 from baselines.embedding import EmbeddingHead
 from baselines.linear import FullPrecisionLinear
 from baselines.pairs import mean_of
-from ordinalclip.heads import HeadContext, Targets
+from ordinalclip.heads import HeadContext, Positive, Targets
 from ordinalclip.losses import cross_entropy
+
+Sphere = Annotated[float, Field(ge=0, le=2)]  # a distance between two points of length 1
 
 
 def weighted_reduction(terms: dict[str, dict[str, Any]], embedding: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -69,7 +72,7 @@ class Contrastive(ClassMetricHead):
     def __init__(
         self,
         context: HeadContext,
-        margin: float = 1.0,
+        margin: Sphere = 1.0,
         **shared: Any,
     ):
         super().__init__(context, **shared)
@@ -93,7 +96,7 @@ class Triplet(ClassMetricHead):
     def __init__(
         self,
         context: HeadContext,
-        margin: float = 0.2,
+        margin: Sphere = 0.2,
         **shared: Any,
     ):
         super().__init__(context, **shared)
@@ -135,8 +138,8 @@ class CosFace(ClassMetricHead):
     def __init__(
         self,
         context: HeadContext,
-        margin: float = 0.35,
-        scale: float = 64.0,
+        margin: Annotated[float, Field(ge=0, le=2)] = 0.35,
+        scale: Positive = 64.0,
         **shared: Any,
     ):
         super().__init__(context, **shared)
@@ -157,8 +160,8 @@ class ArcFace(ClassMetricHead):
     def __init__(
         self,
         context: HeadContext,
-        margin: float = 28.6,
-        scale: float = 64.0,
+        margin: Annotated[float, Field(ge=0, le=180)] = 28.6,
+        scale: Positive = 64.0,
         **shared: Any,
     ):
         super().__init__(context, **shared)
@@ -178,7 +181,7 @@ class L2Softmax(EmbeddingHead):
     def __init__(
         self,
         context: HeadContext,
-        scale: float = 16.0,
+        scale: Positive = 16.0,
         **shared: Any,
     ):
         super().__init__(context, **shared)

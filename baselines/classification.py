@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from baselines.linear import FullPrecisionLinear
-from ordinalclip.heads import Head, HeadContext, Outputs, Targets
+from ordinalclip.heads import Head, HeadContext, Outputs, Positive, Targets
 from ordinalclip.losses import at_least_float32, cross_entropy
 
 
@@ -34,7 +34,7 @@ class CNNHead(Head):
         scale: factor of the cosine.
     """
 
-    def __init__(self, context: HeadContext, scale: float = 100.0):
+    def __init__(self, context: HeadContext, scale: Positive = 100.0):
         super().__init__(context)
         self.scale = scale
         self.weight = nn.Parameter(nn.Linear(context.input_dim, len(context.ranks), bias=False).weight.detach().clone())

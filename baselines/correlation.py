@@ -9,15 +9,16 @@ choice made here, named in the docstrings.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from baselines.linear import FullPrecisionLinear
 from baselines.pairs import mean_of, without_diagonal
-from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets
+from ordinalclip.heads import Head, HeadContext, Outputs, Positive, Prediction, Targets
 from ordinalclip.losses import at_least_float32, weighted_mean
 
 FLAT = 1e-6  # standard deviation below which predictions are constant but for rounding
@@ -157,10 +158,8 @@ class PLC(CorrelationHead):
         outliers: share of the batch that counts as outliers, which take no part in the correlation.
     """
 
-    def __init__(self, context: HeadContext, outliers: float = 0.1, **shared: Any):
+    def __init__(self, context: HeadContext, outliers: Annotated[float, Field(ge=0, le=1)] = 0.1, **shared: Any):
         super().__init__(context, **shared)
-        if not 0 <= outliers <= 1:
-            raise ValueError(f"head.outliers must be in [0, 1], got {outliers:g}")
         self.outliers = outliers
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
@@ -177,10 +176,14 @@ class SRC(CorrelationHead):
         gap: distance of labels between rough and fine, in standard deviations of the training labels.
     """
 
-    def __init__(self, context: HeadContext, margin: float = 0.1, gap: float = 0.25, **shared: Any):
+    def __init__(
+        self,
+        context: HeadContext,
+        margin: Annotated[float, Field(ge=0, le=2)] = 0.1,
+        gap: Positive = 0.25,
+        **shared: Any,
+    ):
         super().__init__(context, **shared)
-        if margin < 0 or not gap > 0:
-            raise ValueError(f"head.margin must be at least 0 and head.gap above 0, got {margin:g} and {gap:g}")
         self.margin, self.gap = margin, gap
 
     def forward(self, features: Tensor) -> Outputs:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from baselines.classification import CrossEntropy
-from ordinalclip.heads import HeadContext, Outputs, Targets
+from ordinalclip.heads import Factor, HeadContext, Outputs, Positive, Targets
 from ordinalclip.losses import absolute_error, cross_entropy, weighted_mean
 
 
@@ -22,10 +22,8 @@ class SORD(CrossEntropy):
         sharpness: of the targets, per unit of the label. Where ranks lie many units apart, 1 makes the targets one-hot.
     """
 
-    def __init__(self, context: HeadContext, sharpness: float = 1.0):
+    def __init__(self, context: HeadContext, sharpness: Positive = 1.0):
         super().__init__(context)
-        if not sharpness > 0:
-            raise ValueError(f"head.sharpness must be above 0, got {sharpness:g}")
         self.sharpness = sharpness
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
@@ -42,10 +40,8 @@ class DLDLv2(CrossEntropy):
         expectation_weight: factor of the expectation's error, which is in the label's unit.
     """
 
-    def __init__(self, context: HeadContext, std: float = 2.0, expectation_weight: float = 1.0):
+    def __init__(self, context: HeadContext, std: Positive = 2.0, expectation_weight: Factor = 1.0):
         super().__init__(context)
-        if not std > 0:
-            raise ValueError(f"head.std must be above 0, got {std:g}")
         self.std, self.expectation_weight = std, expectation_weight
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
@@ -69,7 +65,7 @@ class MeanVariance(CrossEntropy):
         variance_weight: factor of the variance, which is in the label's unit squared.
     """
 
-    def __init__(self, context: HeadContext, mean_weight: float = 0.2, variance_weight: float = 0.05):
+    def __init__(self, context: HeadContext, mean_weight: Factor = 0.2, variance_weight: Factor = 0.05):
         super().__init__(context)
         self.mean_weight, self.variance_weight = mean_weight, variance_weight
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm, normalize
 
 from baselines.linear import FullPrecisionLinear
 from baselines.neighbors import RadiusNeighbors
-from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets
+from ordinalclip.heads import Head, HeadContext, Outputs, Positive, Prediction, Targets, Width
 from ordinalclip.losses import absolute_error, at_least_float32
 
 Readout = Literal["neighbors", "l1"]
@@ -41,14 +41,12 @@ class EmbeddingHead(Head):
     def __init__(
         self,
         context: HeadContext,
-        embedding_dim: int = 64,
-        hidden_dim: int | None = 256,
+        embedding_dim: Width = 64,
+        hidden_dim: Width | None = 256,
         readout: Readout = "neighbors",
-        radius: float = 0.1,
+        radius: Positive = 0.1,
     ):
         super().__init__(context)
-        if readout not in get_args(Readout):
-            raise ValueError(f"head.readout {readout!r} is unknown; choices: {', '.join(get_args(Readout))}")
         self.readout = readout
         self.embedding_dim = embedding_dim
         self.layers = _layers(context.input_dim, hidden_dim, embedding_dim)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from baselines.embedding import EmbeddingHead, Readout
 from baselines.pairs import mean_of, pairwise_distances, without_diagonal
-from ordinalclip.heads import HeadContext, Targets
+from ordinalclip.heads import HeadContext, Positive, Targets
 from ordinalclip.losses import at_least_float32
 
 
@@ -55,16 +56,12 @@ class RankNContrast(EmbeddingHead):
     def __init__(
         self,
         context: HeadContext,
-        temperature: float = 2.0,
-        views: int = 2,
+        temperature: Positive = 2.0,
+        views: Annotated[int, Field(ge=1, le=64)] = 2,
         readout: Readout = "l1",
         **shared: Any,
     ):
         super().__init__(context, readout=readout, **shared)
-        if not temperature > 0:
-            raise ValueError(f"head.temperature must be above 0, got {temperature:g}")
-        if views < 1:
-            raise ValueError(f"head.views must be at least 1, got {views}")
         self.temperature, self.views = temperature, views
 
     def embedding_loss(self, embedding: Tensor, targets: Targets) -> dict[str, Tensor]:

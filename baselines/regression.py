@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from baselines.linear import FullPrecisionLinear
-from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets
+from ordinalclip.heads import Head, HeadContext, Outputs, Positive, Prediction, Targets
 from ordinalclip.losses import absolute_error, weighted_mean
 
 
@@ -52,10 +52,8 @@ class Huber(Regressor):
         delta: where the error turns from squared to absolute, in standard deviations of the training labels.
     """
 
-    def __init__(self, context: HeadContext, delta: float = 1.0):
+    def __init__(self, context: HeadContext, delta: Positive = 1.0):
         super().__init__(context)
-        if not delta > 0:
-            raise ValueError(f"head.delta must be above 0, got {delta:g}")
         self.delta = delta
 
     def error(self, standardised: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from baselines.embedding import EmbeddingHead
 from baselines.pairs import pairwise_distances
-from ordinalclip.heads import HeadContext, Targets
+from ordinalclip.heads import Factor, HeadContext, Targets
 from ordinalclip.losses import at_least_float32
 
 STABILITY = 1e-9  # the paper's guard of the denominator
@@ -93,9 +94,9 @@ class RMLossHead(EmbeddingHead):
     def __init__(
         self,
         context: HeadContext,
-        sigma: float = 0.5,
-        alpha: float = 0.1,
-        momentum: float = 0.9,
+        sigma: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 0.5,
+        alpha: Factor = 0.1,
+        momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
         mining: bool = True,
         **shared: Any,
     ):

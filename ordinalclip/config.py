@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 import math
-import typing
-from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ordinalclip.heads import head_options
-from ordinalclip.ranks import Decoding, Ranks
+from ordinalclip.heads import checked_options, head_options
+from ordinalclip.ranks import MAX_RANKS, Decoding, Ranks
+from ordinalclip.sections import Section, brief, parse_section
 from ordinalclip.suggestions import near_matches
+from ordinalclip.written import MAX_BYTES, Written, dump, read, scalar
 
+logger = logging.getLogger(__name__)
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
-
-
+# Bounds beyond which a key means nothing: a million pictures fit no memory at once, and no training has more steps
+# or takes larger ones. Seeds are what NumPy, torch and Python all take.
+MAX_BATCH = 1 << 20
+MAX_STEPS = 10**9
+MAX_RATE = 100.0
+MAX_SEED = 2**32 - 1
+MAX_ROWS = 10**9
+MAX_WORKERS = 1024
 MOST_DERIVED = 200  # distinct labels that become ranks by themselves
 MOST_BROKEN = 40  # where some are no whole numbers: measurements, rather than steps of a scale
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Rows = Annotated[int, Field(ge=1, le=MAX_ROWS)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+Rate = Annotated[float, Field(ge=0, le=MAX_RATE)]
+Patterns = list[Annotated[str, Field(min_length=1)]]
+
+# Ways to say the same, each a set of keys: what a file or the command line says in one way replaces what the files
+# below it say in another.
+WAYS: dict[str, list[set[str]]] = {
+    "ranks": [{"values"}, {"low", "high", "num"}],
+    "data": [{"table"}, {"train_table", "validation_table", "test_table"}, {"hub"}],
+    "train": [{"max_steps"}, {"epochs"}],
+}
 
 
 class AugmentConfig(Section):
     crop_ratio: float = Field(
-        256 / 224, ge=1, description="resize to this many times the input size before the random crop"
+        256 / 224, ge=1, le=4, description="resize to this many times the input size before the random crop"
     )
     flip: bool = Field(False, description="mirror left-right with probability 1/2")
     flip_vertical: bool = Field(False, description="mirror top-bottom with probability 1/2")
     quarter_turns: bool = Field(False, description="rotate by a random multiple of 90 degrees")
-    rotate: float = Field(0.0, ge=0, description="largest rotation in degrees")
+    rotate: float = Field(0.0, ge=0, le=180, description="largest rotation in degrees")
     shift: float = Field(0.0, ge=0, lt=1, description="largest shift as a share of the size")
-    scale: tuple[float, float] = Field((1.0, 1.0), description="smallest and largest zoom")
+    scale: tuple[float, float] = Field((1.0, 1.0), description="smallest and largest zoom, 0.1 to 10")
     contrast: float = Field(0.0, ge=0, le=1, description="largest relative change of contrast")
     brightness: float = Field(0.0, ge=0, le=1, description="largest relative change of brightness")
+
+    @field_validator("scale")
+    @classmethod
+    def _interval(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0.1 <= scale[0] <= scale[1] <= 10:
+            raise ValueError("the smallest zoom comes first, the largest second, both from 0.1 to 10")
+        return scale
 
 
 class RanksConfig(Section):
     values: list[float] | None = Field(
-        None, description="rank values in the label's unit; default: the distinct training labels"
+        None, max_length=MAX_RANKS, description="rank values in the label's unit; default: the distinct training labels"
     )
     names: list[str] | None = Field(None, description="a name per rank; default: the value")
     low: float | None = Field(None, description="first of `num` evenly spaced rank values")
     high: float | None = Field(None, description="last of `num` evenly spaced rank values")
-    num: int | None = Field(None, ge=2, description="number of evenly spaced ranks from low to high")
+    num: int | None = Field(None, ge=2, le=MAX_RANKS, description="number of evenly spaced ranks from low to high")
     unit: str = Field("", description="unit of the values, e.g. years")
     edges: list[float] | None = Field(None, description="bin edges; default: a label takes the nearest rank value")
     tolerance: float | None = Field(None, ge=0, description="how far outside the ranks a label may lie")
@@ -96,7 +121,8 @@ class RanksConfig(Section):
                     f"all training labels are {values[0]:g}; ranks.values says which other values there are"
                 )
         names = tuple(self.names) if self.names else None
-        if names and sorted(names) == sorted(f"{v:g}" for v in values) and list(names) != [f"{v:g}" for v in values]:
+        spelled = Ranks(tuple(values)).names or ()
+        if names and names != spelled and sorted(names) == sorted(spelled):
             raise ValueError(f"ranks.names are the rank values in another order: {', '.join(names)}; values ascend")
         edges = tuple(self.edges) if self.edges else None
         return Ranks(tuple(values), names, self.unit, edges, self.tolerance)
@@ -112,7 +138,7 @@ class DataConfig(Section):
     outside_root: bool = Field(False, description="allow image paths that leave root: ../, links, absolute ones")
     table: str = Field(
         "",
-        description="CSV, Excel, Parquet, JSON lines or list file (`path label [label ...]`) with all rows, to be split",
+        description="CSV, Excel, Parquet, JSON lines or list file (`path label [label ...]`) of all rows, to be split",
     )
     train_table: str = Field("", description="table of the training part, instead of `table`")
     validation_table: str = Field("", description="table of the validation part")
@@ -139,34 +165,38 @@ class DataConfig(Section):
     split: tuple[float, float, float] = Field(
         (0.6, 0.15, 0.25), description="shares of train, validation and test in a random split"
     )
-    split_seed: int | None = Field(None, ge=0, description="seed of the split; default: the run's seed")
-    draw_seed: int | None = Field(
-        None, ge=0, description="seed of draws by shots, train_share and label shift; default: that of the split"
+    split_seed: Seed | None = Field(None, description="seed of the split; default: the run's seed")
+    draw_seed: Seed | None = Field(
+        None, description="seed of draws by shots, train_share and label shift; default: that of the split"
     )
-    folds: int | None = Field(None, ge=2, description="cross-validation: one of this many folds is the test part")
+    folds: int | None = Field(
+        None, ge=2, le=1000, description="cross-validation: one of this many folds is the test part"
+    )
     fold: int = Field(0, ge=0, description="which fold is the test part, from 0")
-    stratify: list[str] = Field([], description="columns whose every combination is split in the same shares")
+    stratify: Patterns = Field([], description="columns whose every combination is split in the same shares")
     group: str = Field("", description="column (subject, patient) whose equal rows stay in one part")
-    shots: int | None = Field(None, ge=1, description="few-shot: this many random training images per rank")
+    shots: Rows | None = Field(None, description="few-shot: this many random training images per rank")
     train_share: float = Field(
         1.0, gt=0, le=1, description="share of the training images of every rank that is kept, at least one"
     )
     license: str = Field("", description="licence of the pictures, for the model card")
     kinds: list[str] = Field(["thermometer"], description="gauges: kinds of instrument")
-    num_train: int = Field(64, ge=1, description="gauges: training images")
-    num_validation: int = Field(100, ge=1, description="gauges: validation images")
-    num_test: int = Field(500, ge=1, description="gauges: test images")
+    num_train: Rows = Field(64, description="gauges: training images")
+    num_validation: Rows = Field(100, description="gauges: validation images")
+    num_test: Rows = Field(500, description="gauges: test images")
     shift_ranks: int | None = Field(
         None,
         ge=1,
+        le=MAX_RANKS,
         description="label shift: of this many most populated ranks keep only shift_keep of the training rows",
     )
     shift_keep: float = Field(0.1, gt=0, le=1, description="label shift: the share that is kept")
-    workers: int = Field(0, ge=0, description="processes that decode images")
-    prefetch: int = Field(2, ge=1, description="batches that each worker prepares ahead")
+    workers: int = Field(0, ge=0, le=MAX_WORKERS, description="processes that decode images")
+    prefetch: int = Field(2, ge=1, le=MAX_WORKERS, description="batches that each worker prepares ahead")
     cache_mb: int = Field(
         512,
         ge=0,
+        le=1 << 24,
         description="memory for decoded, resized images, in each worker; used by parts that fit in, 0: by none",
     )
     augment: AugmentConfig = AugmentConfig()
@@ -197,11 +227,14 @@ class DataConfig(Section):
 class ModelConfig(Section):
     backbone: str = Field(
         "tiny",
+        min_length=1,
         description="image encoder: tiny, open_clip:NAME[/TAG-or-FILE], open_clip:FOLDER, hf:NAME-or-FOLDER, "
         "timm:NAME[/pretrained-or-FILE]",
     )
     text: str = Field("", description="text tower, as a backbone spec; default: that of the backbone")
-    image_size: int | None = Field(None, ge=16, description="input size in pixels; default: the backbone's own")
+    image_size: int | None = Field(
+        None, ge=16, le=4096, description="input size in pixels; default: the backbone's own"
+    )
     load_weights: bool = Field(
         True, description="load the backbone's weights; false: its architecture with random weights"
     )
@@ -216,65 +249,84 @@ class ModelConfig(Section):
         [], description="at evaluation and serving, features are averaged over the picture and its mirrors"
     )
     lora_rank: int | None = Field(
-        None, ge=1, description="train low-rank adapters of this rank in the image encoder, which stays as it is (peft)"
+        None,
+        ge=1,
+        le=4096,
+        description="train low-rank adapters of this rank in the image encoder, which stays as it is (peft)",
     )
-    lora_alpha: int = Field(16, ge=1, description="scale of the adapters: alpha / rank")
-    lora_targets: list[str] = Field(
+    lora_alpha: int = Field(16, ge=1, le=1 << 16, description="scale of the adapters: alpha / rank")
+    lora_targets: Patterns = Field(
         [], description="patterns of the encoder's layers that get adapters; default: all linear ones, or convolutions"
     )
 
+    @field_validator("mirror")
+    @classmethod
+    def _once(cls, mirror: list[str]) -> list[str]:
+        if len(set(mirror)) < len(mirror):
+            raise ValueError("each direction counts once")
+        return mirror
+
 
 class TrainConfig(Section):
-    max_steps: int = Field(1000, ge=0, description="optimiser steps")
-    epochs: float | None = Field(None, gt=0, description="instead of max_steps: passes over the training part")
-    batch_size: int = Field(32, ge=1, description="global batch, over all processes")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="images encoded at once in one process; default: all of its share"
+    max_steps: int = Field(1000, ge=0, le=MAX_STEPS, description="optimiser steps")
+    epochs: float | None = Field(
+        None, gt=0, le=10**6, description="instead of max_steps: passes over the training part"
+    )
+    batch_size: Batch = Field(32, description="global batch, over all processes")
+    micro_batch_size: Batch | None = Field(
+        None, description="images encoded at once in one process; default: all of its share"
     )
     optimizer: Literal["adamw", "radam"] = Field(
         "adamw", description="adamw or radam, both with decoupled weight decay"
     )
-    lr: float = Field(1e-4, gt=0, description="learning rate")
-    lr_encoder: float | None = Field(None, ge=0, description="of the image encoder; default: lr")
-    lr_prompts: float | None = Field(None, ge=0, description="of context and rank embeddings; default: lr")
-    lr_head: float | None = Field(None, ge=0, description="of all else in the head, projection included; default: lr")
+    lr: float = Field(1e-4, gt=0, le=MAX_RATE, description="learning rate")
+    lr_encoder: Rate | None = Field(None, description="of the image encoder; default: lr")
+    lr_prompts: Rate | None = Field(None, description="of context and rank embeddings; default: lr")
+    lr_head: Rate | None = Field(None, description="of all else in the head, projection included; default: lr")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="learning rate of each encoder layer, as a share of that of the layer after it"
     )
-    weight_decay: float = Field(5e-4, ge=0, description="decoupled weight decay, not applied to biases and norms")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up")
+    weight_decay: Rate = Field(5e-4, description="decoupled weight decay, not applied to biases and norms")
+    warmup_steps: int = Field(0, ge=0, le=MAX_STEPS, description="linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up: cosine to 0, or constant")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of a running average of the weights, e.g. 0.999, that becomes the model"
     )
-    clip_grad_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; default: no clipping")
-    freeze: list[str] = Field([], description="patterns of parameter names that stay as they are, e.g. encoder.*")
+    clip_grad_norm: float | None = Field(
+        None, gt=0, le=10**9, description="largest norm of the gradient; default: no clipping"
+    )
+    freeze: Patterns = Field([], description="patterns of parameter names that stay as they are, e.g. encoder.*")
     freeze_layers: int | None = Field(
-        None, ge=0, description="the image encoder's stem and this many of its layers stay as they are"
+        None, ge=0, le=10**4, description="the image encoder's stem and this many of its layers stay as they are"
     )
     weighting: Literal["none", "inverse", "sqrt_inverse"] = Field(
         "none", description="sample weights: by the frequency of the rank, inverted, or inverted and rooted"
     )
     lds_sigma: float | None = Field(
-        None, gt=0, description="label-distribution smoothing: width in ranks of the kernel over rank frequencies"
+        None,
+        gt=0,
+        le=10**4,
+        description="label-distribution smoothing: width in ranks of the kernel over rank frequencies",
     )
     sampling: Literal["uniform", "balanced"] = Field(
         "uniform", description="every sample once an epoch, or every rank equally often"
     )
-    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = (
-        Field("no", description="autocast dtype; logits and losses stay float32")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="autocast dtype; logits and losses stay float32"
     )
     precision: Literal["float32", "float64"] = Field("float32", description="dtype of the weights")
-    eval_every: int | None = Field(None, ge=1, description="steps between validations; default: a tenth of the run")
-    patience: int | None = Field(None, ge=1, description="stop after this many validations without a better MAE")
+    eval_every: Steps | None = Field(None, description="steps between validations; default: a tenth of the run")
+    patience: Steps | None = Field(None, description="stop after this many validations without a better MAE")
     select: Literal["best", "last"] = Field(
         "best", description="which step becomes model/: best validation MAE, or the last"
     )
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best one")
+    keep_checkpoints: Steps = Field(2, description="newest checkpoints to keep, besides the best one")
     resume: str = Field(
-        "none", description="none: start in an empty folder; auto: go on at the newest checkpoint; or one of them"
+        "none",
+        min_length=1,
+        description="none: start in an empty folder; auto: go on at the newest checkpoint; or one of them",
     )
-    log_every: int = Field(10, ge=1, description="steps between writes to log.jsonl (one entry per step all the same)")
+    log_every: Steps = Field(10, description="steps between writes to log.jsonl (one entry per step all the same)")
     exact: bool = Field(
         True, description="refuse what depends on processes or micro-batches (some BatchNorm modes); false: warn"
     )
@@ -286,19 +338,21 @@ class TrainConfig(Section):
     )
     tf32: bool = Field(False, description="TensorFloat-32 in matrix products and convolutions of a GPU")
     process_group_timeout: float = Field(
-        600.0, gt=0, description="seconds after which processes give up waiting for one that is lost"
+        600.0, gt=0, le=30 * 86400, description="seconds after which processes give up waiting for one that is lost"
     )
     trackers: list[str] = Field([], description="Accelerate trackers, e.g. tensorboard, wandb")
 
 
 class EvaluationConfig(Section):
-    batch_size: int = Field(256, ge=1, description="images at once in one process")
+    batch_size: Batch = Field(256, description="images at once in one process")
     decoding: Decoding = Field("median", description="how the saved model turns a distribution into one value")
-    cs: list[float] = Field([5.0], description="CS@k: share of errors of at most k, in the label's unit")
+    cs: list[Annotated[float, Field(ge=0)]] = Field(
+        [5.0], description="CS@k: share of errors of at most k, in the label's unit"
+    )
     space: bool = Field(
         False, description="D5 and residual variance of the feature space on the test part (seconds for 1,000 images)"
     )
-    space_ks: list[Annotated[int, Field(ge=2)]] = Field(
+    space_ks: list[Annotated[int, Field(ge=2, le=MAX_BATCH)]] = Field(
         [5, 10, 20, 50], min_length=1, description="residual variance: sizes of the neighbourhood, the best counts"
     )
     test: bool = Field(True, description="read the test part at the end of training")
@@ -306,11 +360,11 @@ class EvaluationConfig(Section):
 
 
 class RunConfig(Section):
-    output_dir: str = Field("runs/default", description="run folder")
+    output_dir: str = Field("runs/default", min_length=1, description="run folder")
     overwrite: bool = Field(
         False, description="replace the run that is in the folder; false: refuse to start anew there"
     )
-    seed: int = Field(1, ge=0, description="of initial weights, order of samples and augmentation")
+    seed: int = Field(1, ge=0, le=MAX_SEED, description="of initial weights, order of samples and augmentation")
     method: str = Field(
         "ordinalclip",
         description="head: ordinalclip, coop, zero_shot, one of baselines/, or a class of your own as module:Class",
@@ -330,7 +384,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _head_options(self) -> RunConfig:
-        self.head = parse_config(self.head, f"options of method {self.method!r}", head_section(self.method), "head.")
+        self.head = checked_options(self.method, self.head)
         return self
 
     def to_yaml(self) -> str:
@@ -338,105 +392,216 @@ class RunConfig(Section):
         run, or to go on with it."""
         content = {**self.model_dump(mode="json"), "overwrite": False}
         content["train"]["resume"] = "none"
-        return yaml.safe_dump(content, sort_keys=False)
+        return dump(content)
+
+
+class Layer(NamedTuple):
+    """What one file, or the command line, says: `name` of it in messages, nested `content`."""
+
+    name: str
+    content: dict[str, Any]
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply dotted overrides, check every key and value.
 
     Args:
-        path: a YAML file, which may extend another (`read_yaml`); None for the defaults.
-        overrides: "key=value" with dotted keys; values are YAML, e.g. "train.lr=1e-3", "data.kinds=[dial, tank]".
+        path: a YAML file, which may extend another (`read_layers`); None for the defaults.
+        overrides: "key=value" with dotted keys, e.g. "train.lr=1e-3", "data.kinds=[dial, tank]" (`read_overrides`).
 
     Raises:
+        FileNotFoundError: no such file (with the nearest that there is).
         ValueError: an unreadable file, an unknown key (with the nearest valid one), a value of the wrong type or
             outside its range. The message names the file, those it extends, and the key.
     """
-    return parse_config(apply_overrides(read_yaml(path), overrides), files_of(path))
+    layers = read_layers(path)
+    content = stack([*layers, Layer("the command line", read_overrides(overrides))])
+    if path is not None and "methods" in content:
+        raise ValueError(f"{path} is a comparison: ordinalclip compare {path}")
+    return parse_config(content, names_of(layers))
 
 
-def read_yaml(path: str | Path | None) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty one for None.
+def parse_config(content: dict[str, Any], source: str) -> RunConfig:
+    """The configuration of a run that a nested mapping holds; `source` begins the message of what it refuses."""
+    return parse_section(content, RunConfig, source)
 
-    `extends: OTHER.yaml`, a path from the folder of the file that says it, starts from the mapping in OTHER.yaml: keys
+
+def read_layers(path: str | Path | None) -> list[Layer]:
+    """A YAML file and those it extends, the lowest first; no layers for None.
+
+    `extends: OTHER.yaml`, a path from the folder of the file that says it, starts from what OTHER.yaml says: keys
     of the file itself win, mappings are merged key by key, lists are replaced. OTHER.yaml may extend a third.
 
     Raises:
         FileNotFoundError: no such file; ValueError: not YAML, not a mapping, or files that extend each other.
     """
-    merged: dict[str, Any] = {}
-    for _, content in reversed(_layers(path)):
-        merged = merge(merged, content)
-    return merged
-
-
-def files_of(path: str | Path | None) -> str:
-    """How messages name a configuration: its file and those it extends, since a wrong key may stand in any of them."""
-    return ", which extends ".join(str(file) for file, _ in _layers(path)) or "configuration"
-
-
-def _layers(path: str | Path | None) -> list[tuple[Path, dict[str, Any]]]:
-    """A file with its mapping, then the file it extends with its own, and so on."""
-    layers: list[tuple[Path, dict[str, Any]]] = []
+    layers: list[Layer] = []
     file = None if path is None else Path(path)
     while file is not None:
         content = _read_mapping(file)
-        layers.append((file, content))
+        layers.insert(0, Layer(str(file), content))
         file = _extended(file, content.pop("extends")) if "extends" in content else None
-        if file is not None and any(file.samefile(earlier) for earlier, _ in layers):
-            chain = " extends ".join(str(part) for part in [*(earlier for earlier, _ in layers), file])
+        if file is not None and any(file.samefile(layer.name) for layer in layers):
+            chain = " extends ".join([*(layer.name for layer in reversed(layers)), str(file)])
             raise ValueError(f"configurations extend each other in a circle: {chain}")
     return layers
 
 
+def names_of(layers: Sequence[Layer]) -> str:
+    """How messages name a configuration: its file and those it extends, since a wrong key may stand in any of them."""
+    return ", which extends ".join(layer.name for layer in reversed(layers)) or "configuration"
+
+
 def _extended(file: Path, value: Any) -> Path:
-    if not isinstance(value, str):
-        raise ValueError(f"{file}: extends is the path of one file from the folder of this one, got {value!r}")
+    if not isinstance(value, str) or (isinstance(value, Written) and value.value is None):
+        raise ValueError(f"{file}: extends is the path of one file from the folder of this one, got {value or None!r}")
     other = file.parent / value
     if not other.is_file():
-        raise FileNotFoundError(f"{file} extends {other}: no such configuration file")
+        raise FileNotFoundError(f"{file} extends {other}: no such configuration file{_beside(other)}")
     return other
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
+    if file.is_dir():
+        raise IsADirectoryError(f"{file}: a folder, where the YAML file of a configuration is wanted{_beside(file)}")
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such configuration file{_beside(file)}")
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such configuration file")
+        raise ValueError(f"{file}: not a regular file")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not valid YAML: {error}") from error
+        with file.open("rb") as opened:
+            content = read(opened.read(MAX_BYTES + 1))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid YAML: {error}") from None
+    if content is None or (isinstance(content, Written) and content.value is None):
+        return {}
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: a configuration is a mapping of keys to values, got {type(content).__name__}")
+        kind = "a list" if isinstance(content, list) else "one value"
+        raise ValueError(f"{file}: a configuration is a mapping of keys to values, got {kind}")
     return content
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings as one: `above` wins, mappings on both sides are merged, everything else is replaced."""
-    merged = {**below, **above}
-    for key in below.keys() & above.keys():
-        if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = merge(below[key], above[key])
+def _beside(file: Path) -> str:
+    """Where a file is not: what else there is, in words."""
+    folder = file if file.is_dir() else file.parent
+    if not folder.is_dir():
+        return f"; there is no folder {folder}"
+    found = sorted(other.name for other in folder.iterdir() if other.suffix in (".yaml", ".yml"))
+    return f"; {near_matches(file.name, found)} in {folder}" if found else ""
+
+
+def stack(layers: Sequence[Layer]) -> dict[str, Any]:
+    """Nested mappings as one: see `merge`. Where a layer changes the method, options of the head that layers below it
+    give, and that the new method lacks, are left out, with a warning for each."""
+    merged: dict[str, Any] = {}
+    for number, layer in enumerate(layers):
+        if "method" in layer.content and isinstance(merged.get("head"), dict):
+            merged["head"] = _options_left(layer.content["method"], merged, layers[:number])
+        merged = merge(merged, layer.content)
     return merged
 
 
-def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested `content` with dotted "key=value" overrides applied; values are YAML, or else text."""
-    content = deepcopy(content)
+def _options_left(method: Any, merged: dict[str, Any], below: Sequence[Layer]) -> dict[str, Any]:
+    given = merged["head"]
+    if not isinstance(method, str) or method == merged.get("method", RunConfig.model_fields["method"].default):
+        return given
+    try:
+        known = head_options(method)
+    except ValueError:  # which the configuration says in its turn
+        return given
+    for key in given.keys() - known.keys():
+        name = next(layer.name for layer in reversed(below) if key in (layer.content.get("head") or {}))
+        logger.warning("head.%s of %s is not an option of method %s: left out", key, name, method)
+    return {key: value for key, value in given.items() if key in known}
+
+
+def merge(below: dict[str, Any], above: dict[str, Any], ways: Sequence[set[str]] = ()) -> dict[str, Any]:
+    """Nested mappings as one: `above` wins, mappings on both sides are merged, everything else is replaced.
+
+    What `above` says in one of several `WAYS` replaces what `below` says in another. An empty section says nothing.
+    """
+    used = [way for way in ways if any(_says(above.get(key)) for key in way)]
+    other = {key for way in ways if used and way not in used for key in way}
+    merged = {key: value for key, value in below.items() if key not in other}
+    for key, value in above.items():
+        mine = merged.get(key)
+        if isinstance(mine, dict) and isinstance(value, dict):
+            value = merge(mine, value, WAYS.get(key, ()))
+        elif isinstance(mine, dict) and not _says(value):
+            value = mine
+        merged[key] = value
+    return merged
+
+
+def _says(value: Any) -> bool:
+    return not (value is None or value == "" or (isinstance(value, Written) and value.value is None))
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted "key=value" as nested mappings; of a key that is given twice the last.
+
+    A value that starts as a list, a mapping or a quotation is YAML; every other is one scalar, as it stands.
+
+    Raises:
+        ValueError: no key=value, a key below another that has a value, or two of the `WAYS` to say the same.
+    """
+    pairs: dict[str, Any] = {}
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ValueError(f"override {override!r}: write key=value, e.g. train.lr=1e-3")
-        *parents, last = key.strip().split(".")
+        key, equals, text = (part.strip() for part in override.partition("="))
+        if not (equals and key):
+            raise ValueError(f"override {brief(override)!r}: write key=value, e.g. train.lr=1e-3")
+        pairs[key] = _override_value(text)
+    content = nested(pairs)
+    for section, ways in WAYS.items():
+        given = content.get(section)
+        said = [key for way in ways for key in sorted(way) if isinstance(given, dict) and _says(given.get(key))]
+        if len([way for way in ways if way.intersection(said)]) > 1:
+            raise ValueError(f"{section} is given in ways that exclude each other: {', '.join(said)}")
+    return content
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested mappings; the opposite of `flat_keys`.
+
+    Raises:
+        ValueError: a key with an empty part, or below another that has a value.
+    """
+    content: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = (part.strip() for part in key.split("."))
+        if not all([*parents, last]):
+            raise ValueError(f"{brief(key)!r} is no key: write names with single dots between them, e.g. train.lr")
         place = content
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise ValueError(f"override {override!r}: {parent} is a value, not a section")
-        try:
-            place[last] = yaml.safe_load(text)
-        except yaml.YAMLError:  # such as ranks.unit=%
-            place[last] = text
+                raise ValueError(f"{brief(key)} lies below a key that is given a value, too")
+        if isinstance(place.get(last), dict):
+            value = merge(place[last], value) if isinstance(value, dict) else value
+        place[last] = value
     return content
+
+
+def _override_value(text: str) -> Any:
+    if text[:1] not in ("[", "{", '"', "'"):
+        return scalar(text)
+    try:
+        return read(text)
+    except ValueError:  # a text that only begins like one, which is text where text is wanted
+        return text
+
+
+def refuse_repeated(overrides: Sequence[str]) -> None:
+    """For a command line, on which one of two values would go unheard.
+
+    Raises:
+        ValueError: a key with two values.
+    """
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = (part.strip() for part in override.partition("="))
+        if given.setdefault(key, value) != value:
+            raise ValueError(f"{key} is given twice, as {given[key]} and as {value}")
 
 
 def flat_keys(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -445,52 +610,3 @@ def flat_keys(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat.update(flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
-
-
-def parse_config(content: dict[str, Any], source: str, section: type[Section] = RunConfig, prefix: str = "") -> Any:
-    """Check a mapping against a section; every problem in one ValueError, each with its dotted key.
-
-    Returns:
-        the section; for a method's options (`head_section`), those that were set as a dict.
-    """
-    try:
-        checked = section.model_validate(content)
-    except ValidationError as error:
-        lines = [_explain(problem, section, prefix) for problem in error.errors()]
-        raise ValueError(f"{source}: " + "; ".join(lines)) from None
-    return checked.model_dump(exclude_unset=True) if prefix else checked
-
-
-def head_section(method: str) -> type[Section]:
-    """The options of a method as a section that checks their types, with their descriptions."""
-    fields: dict[str, Any] = {
-        name: (
-            option.annotation,
-            Field(... if option.default is inspect.Parameter.empty else option.default, description=option.description),
-        )
-        for name, option in head_options(method).items()
-    }
-    return create_model(f"{method} options", __base__=Section, **fields)
-
-
-def _explain(problem: Any, section: type[Section], prefix: str) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        names = [prefix + name for name, _, _ in describe(section)]
-        known = names if "." in key or prefix else [*names, *section.model_fields]
-        return f"{prefix}{key} is not a key; {near_matches(prefix + key, known)}"
-    key = prefix + key if key else ""
-    given = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
-    return (f"{key}: " if key else "") + problem["msg"].removeprefix("Value error, ") + (given if key else "")
-
-
-def describe(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every dotted key with its default and description."""
-    for name, info in section.model_fields.items():
-        annotation = info.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from describe(annotation, f"{prefix}{name}.")
-        else:
-            choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
-            allowed = f" [{', '.join(map(str, choices))}]" if choices else ""
-            yield f"{prefix}{name}", info.default, (info.description or "") + allowed

@@ -8,17 +8,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import torch
+from pydantic import Field, create_model
 from torch import Tensor, nn
 
 from ordinalclip.losses import at_least_float32
 from ordinalclip.ranks import Decoding, Ranks
+from ordinalclip.sections import Section, parse_section
 from ordinalclip.suggestions import near_matches
 from ordinalclip.text import TextTower
+from ordinalclip.written import values
 
 Outputs = dict[str, Tensor]
+
+# Ranges of options, as annotations of constructors: see `head_section`.
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+Factor = Annotated[float, Field(ge=0, le=1e6)]  # of a term of a loss; 0 leaves it out
+Width = Annotated[int, Field(ge=1, le=1 << 14)]  # of a layer: one between two of the largest weighs a gigabyte
 
 
 class Targets(NamedTuple):
@@ -260,7 +268,7 @@ def head_options(method: str) -> dict[str, Option]:
         if "__init__" not in vars(base):
             continue
         _, _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        hints, described = get_type_hints(vars(base)["__init__"]), _described_arguments(base)
+        hints, described = get_type_hints(vars(base)["__init__"], include_extras=True), _described_arguments(base)
         for name, parameter in ((p.name, p) for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)):
             known, text = options.get(name), described.get(name, "")
             if known is None:
@@ -288,14 +296,32 @@ def _described_arguments(base: type) -> dict[str, str]:
     return {name: text.removesuffix(".") for name, text in described.items()}
 
 
+def head_section(method: str) -> type[Section]:
+    """The options of a method as a section: types and ranges from the annotations, and their descriptions."""
+    fields: dict[str, Any] = {
+        name: (
+            option.annotation,
+            Field(... if option.default is inspect.Parameter.empty else option.default, description=option.description),
+        )
+        for name, option in head_options(method).items()
+    }
+    return create_model(f"{method} options", __base__=Section, **fields)
+
+
+def checked_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a method, those that are given, with their types and ranges checked.
+
+    Raises:
+        ValueError: an unknown method, options that it does not have (with the nearest that it has), wrong values.
+    """
+    checked = parse_section(given, head_section(method), f"options of method {method!r}", "head.")
+    return values(checked.model_dump(exclude_unset=True))
+
+
 def build_head(method: str, context: HeadContext, options: Mapping[str, Any]) -> Head:
     """Build a method's head.
 
     Raises:
-        ValueError: an unknown method, or an option that the method does not have (with the nearest one).
+        ValueError: an unknown method, or what `checked_options` and the head itself refuse.
     """
-    known = head_options(method)
-    for key in options:
-        if key not in known:
-            raise ValueError(f"head.{key} is not an option of method {method!r}; {near_matches(key, known)}")
-    return head_class(method)(context, **options)
+    return head_class(method)(context, **checked_options(method, options))

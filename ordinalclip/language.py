@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ordinalclip.heads import Head, HeadContext, Outputs, Targets
+from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width
 from ordinalclip.losses import Alignment, alignment_loss, at_least_float32
 from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
 from ordinalclip.text import TextTower
+
+PLACE = re.compile(r"\{(name|unit)\}")
 
 
 class SimilarityHead(Head):
@@ -35,7 +39,7 @@ class SimilarityHead(Head):
         output_dim: int | None,
         /,
         alignment: Alignment = "official",
-        alignment_weight: float = 1.0,
+        alignment_weight: Factor = 1.0,
     ):
         super().__init__(context)
         self.projection = nn.Identity() if output_dim is None else nn.Linear(context.input_dim, output_dim)
@@ -71,7 +75,7 @@ class PrototypeHead(SimilarityHead):
     learns = False
     prototypes: Tensor
 
-    def __init__(self, context: HeadContext, output_dim: int | None = None, **shared: Any):
+    def __init__(self, context: HeadContext, output_dim: Width | None = None, **shared: Any):
         super().__init__(context, output_dim, **shared)
         self.register_buffer("prototypes", torch.zeros(len(context.ranks), output_dim or context.input_dim))
         self.register_buffer("logit_scale", torch.tensor(float(context.logit_scale)))
@@ -87,21 +91,27 @@ class ZeroShot(PrototypeHead):
         templates: sentences with {name} and, if wanted, {unit}.
 
     Raises:
-        ValueError: no text tower in the features' space, or a template without {name}.
+        ValueError: no text tower in the features' space, or a template without {name} or with other braces.
     """
 
-    def __init__(self, context: HeadContext, templates: Sequence[str] = ("a photo of {name} {unit}.",)):
+    def __init__(
+        self,
+        context: HeadContext,
+        templates: Annotated[Sequence[str], Field(min_length=1)] = ("a photo of {name} {unit}.",),
+    ):
         super().__init__(context)
         text = _text_tower(context, self)
         if not context.shared_space:
             raise ValueError("zero_shot needs an image encoder and a text tower of the same CLIP")
         for template in templates:
             if "{name}" not in template:
-                raise ValueError(f"template {template!r} lacks the place {{name}} for the rank's name")
+                raise ValueError(f"head.templates: {template!r} lacks the place {{name}} for the rank's name")
+            if re.search("[{}]", PLACE.sub("", template)):
+                raise ValueError(f"head.templates: {template!r} has braces besides {{name}} and {{unit}}")
         names, unit = context.ranks.names or (), context.ranks.unit
         with torch.no_grad():
             total = sum(
-                normalize(text([" ".join(template.format(name=name, unit=unit).split()) for name in names]), dim=-1)
+                normalize(text([_filled(template, {"name": name, "unit": unit}) for name in names]), dim=-1)
                 for template in templates
             )
             self.prototypes.copy_(normalize(torch.as_tensor(total), dim=-1))
@@ -140,9 +150,9 @@ class PromptHead(SimilarityHead):
         interpolation: Interpolation,
         /,
         prompt: str | None = None,
-        num_context: int = 10,
+        num_context: Annotated[int, Field(ge=0)] = 10,
         rank_position: RankPosition = "tail",
-        tokens_per_rank: int = 1,
+        tokens_per_rank: Annotated[int, Field(ge=1)] = 1,
         rank_specific_context: bool = False,
         init_from_names: bool = False,
         learn_logit_scale: bool = False,
@@ -201,7 +211,7 @@ class OrdinalCLIP(PromptHead):
     def __init__(
         self,
         context: HeadContext,
-        num_base_ranks: int | None = 3,
+        num_base_ranks: Annotated[int, Field(ge=1)] | None = 3,
         interpolation: Interpolation = "linear",
         **shared: Any,
     ):
@@ -220,3 +230,8 @@ def _text_tower(context: HeadContext, head: Head) -> TextTower:
         name = type(head).__name__
         raise ValueError(f"{name} needs a text tower: set model.text, e.g. to open_clip:RN50/openai")
     return context.text
+
+
+def _filled(template: str, words: Mapping[str, str]) -> str:
+    """A template with its places filled, and single spaces."""
+    return " ".join(PLACE.sub(lambda place: words[place[1]], template).split())

@@ -109,6 +109,11 @@ class PromptLearner(nn.Module):
             if number < least:
                 raise ValueError(f"{option} must be at least {least}, got {number}")
 
+        if (context is None) * num_context + tokens_per_rank > tower.context_length:  # before memory is taken
+            raise ValueError(
+                f"num_context {num_context} and tokens_per_rank {tokens_per_rank} make prompts that are too long; the "
+                f"text tower takes at most {tower.context_length} tokens"
+            )
         with torch.no_grad():
             end = tower.end_token
             start = end if tower.start_token is None else tower.start_token

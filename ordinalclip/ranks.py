@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,6 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+MAX_RANKS = 10_000  # a prompt each in every step, and as many squared similarities of prototypes: 400 MB
+MAX_VALUE = 1e18  # the squares of larger ones are beyond float32, in which models compute
+MAX_NAME = 1000  # characters; no text tower takes as many tokens
+UNWRITTEN = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's control characters, surrogates, separators of lines and paragraphs
 Decoding = Literal["median", "argmax", "expectation"]  # how a distribution over ranks becomes one value: heads.decode
 
 
@@ -32,8 +38,8 @@ class Ranks:
             unit. Default: the widest gap between neighbouring ranks.
 
     Raises:
-        ValueError: fewer than two values, values or edges not finite and strictly increasing, names that are
-            not unique or not R of them, edges that do not separate the values.
+        ValueError: fewer than two values or more than `MAX_RANKS`, values or edges that are not finite and strictly
+            increasing in float32, names that are not unique or not R of them, edges that do not separate the values.
 
     >>> ages = Ranks((16, 17, 18), unit="years")
     >>> ages.rank_of([16.2, 17.5, 18.9]).tolist()
@@ -52,17 +58,12 @@ class Ranks:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
+        _check_number(len(self.values))
         put("values", tuple(float(v) for v in self.values))
         _check_increasing("rank values", self.values)
-        if len(self.values) < 2:
-            raise ValueError(f"an ordered label space needs at least 2 rank values, got {list(self.values)}")
-        given = self.names if self.names is not None else [f"{v:g}" for v in self.values]
+        given = self.names if self.names is not None else _names_of(self.values)
         put("names", tuple(str(name).strip() for name in given))
-        if len(self.names or ()) != len(self.values):
-            raise ValueError(f"{len(self.values)} rank values need as many names, got {list(self.names or ())}")
-        repeated = [name for name, times in Counter(self.names).items() if times > 1 or not name]
-        if repeated:
-            raise ValueError(f"rank names must be unique and not empty, got {repeated}")
+        self._check_names(self.names or ())
         if self.edges is not None:
             put("edges", tuple(float(e) for e in self.edges))
             self._check_edges()
@@ -70,6 +71,18 @@ class Ranks:
             put("tolerance", max(b - a for a, b in itertools.pairwise(self.values)))
         elif not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"tolerance must be a finite number >= 0, got {self.tolerance}")
+
+    def _check_names(self, names: tuple[str, ...]) -> None:
+        if len(names) != len(self.values):
+            raise ValueError(f"{len(self.values)} rank values need as many names, got {len(names)}: {names[:10]}")
+        if repeated := [name for name, times in Counter(names).items() if times > 1 or not name]:
+            raise ValueError(f"rank names must be unique and not empty, got {repeated[:10]}")
+        for text in (*names, self.unit):
+            if len(text) > MAX_NAME or any(unicodedata.category(each) in UNWRITTEN for each in text):
+                raise ValueError(
+                    f"rank names and the unit have at most {MAX_NAME} characters, no line breaks or control characters "
+                    f"among them, got {text[:40]!r}"
+                )
 
     def _check_edges(self) -> None:
         edges, count = self.edges or (), len(self.values)
@@ -84,15 +97,20 @@ class Ranks:
     @classmethod
     def linear(cls, low: float, high: float, num_ranks: int, unit: str = "") -> Ranks:
         """`num_ranks` evenly spaced ranks from `low` to `high`, both included."""
-        if num_ranks < 2:
-            raise ValueError(f"num_ranks must be at least 2, got {num_ranks}")
+        _check_number(num_ranks)
+        if not -MAX_VALUE <= low < high <= MAX_VALUE:
+            raise ValueError(f"low must be below high, both between -1e18 and 1e18, got {low:g} and {high:g}")
         step = (high - low) / (num_ranks - 1)
-        return cls(tuple(round(low + step * k, 10) for k in range(num_ranks)), unit=unit)
+        digits = max(10, 4 - math.floor(math.log10(step)))
+        return cls(tuple(round(low + step * k, digits) for k in range(num_ranks)), unit=unit)
 
     @classmethod
     def of(cls, ranks: Ranks | int) -> Ranks:
         """Ranks as they are, or 0 .. R - 1 for a number R."""
-        return ranks if isinstance(ranks, Ranks) else cls(tuple(range(ranks)))
+        if isinstance(ranks, Ranks):
+            return ranks
+        _check_number(ranks)
+        return cls(tuple(range(ranks)))
 
     def __len__(self) -> int:
         return len(self.values)
@@ -152,10 +170,37 @@ class Ranks:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
 
+def _names_of(values: tuple[float, ...]) -> list[str]:
+    """Values in six digits, or in as many as tell them apart."""
+    for digits in range(6, 17):
+        names = [f"{value:.{digits}g}" for value in values]
+        if len(set(names)) == len(names):
+            return names
+    return [repr(value) for value in values]
+
+
+def _check_number(num_ranks: int) -> None:
+    if not 2 <= num_ranks <= MAX_RANKS:
+        raise ValueError(
+            f"a label space has at least 2 ranks and at most {MAX_RANKS}, got {num_ranks}; of more values give some, "
+            "such as evenly spaced ones: every label takes the nearest"
+        )
+
+
 def _check_increasing(what: str, numbers: tuple[float, ...]) -> None:
     for before, after in itertools.pairwise(numbers):
         if not before < after:
             raise ValueError(f"{what} must be strictly increasing, got {before:g} before {after:g}")
     for number in numbers:
-        if not math.isfinite(number):
-            raise ValueError(f"{what} must be finite, got {number}")
+        if not abs(number) <= MAX_VALUE:
+            raise ValueError(f"{what} must be finite and between -{MAX_VALUE:g} and {MAX_VALUE:g}, got {number:g}")
+    for (before, low), (after, high) in itertools.pairwise((each, _as_float32(each)) for each in numbers):
+        if low == high:
+            raise ValueError(
+                f"{what} {before!r} and {after!r} are the same number in float32, in which models compute; count from "
+                "another zero or in another unit"
+            )
+
+
+def _as_float32(number: float) -> float:
+    return struct.unpack("f", struct.pack("f", number))[0]

@@ -124,5 +124,5 @@ def test_methods_that_need_text_say_so():
         OrdinalModel.build("tiny", Ranks.of(3), text="timm:resnet10t")
     with pytest.raises(ValueError, match=r"lacks the place \{name\}"):
         OrdinalModel.build("tiny", Ranks.of(3), "zero_shot", {"templates": ["a photo"]})
-    with pytest.raises(ValueError, match=r"head\.scales is not an option of method 'cnn'; nearest: scale"):
+    with pytest.raises(ValueError, match=r"options of method 'cnn': head\.scales is not a key; nearest: head\.scale"):
         OrdinalModel.build("tiny", Ranks.of(3), "cnn", {"scales": 3})

@@ -163,7 +163,7 @@ def test_weights_are_refused_by_name_where_samples_have_no_loss(loss, options):
         ("test_baselines_adapter:without_gradient", {}, None, r"must give a scalar with a gradient"),
         ("test_baselines_adapter:not_finite", {}, None, r"gives inf or a gradient that is not finite"),
         (CROSS_ENTROPY, {"reduction": "none"}, None, r"must give a scalar .*shape \(11,\)"),
-        (CROSS_ENTROPY, {}, "softmax", r"head\.input 'softmax' is unknown; choices: logits, probabilities"),
+        (CROSS_ENTROPY, {}, "softmax", r"head\.input: .*'logits' or 'probabilities', got 'softmax'"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_once(loss, options, input, message):

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from ordinalclip.cli import main
-from ordinalclip.config import RunConfig, describe, flat_keys, head_section
-from ordinalclip.heads import head_options
+from ordinalclip.config import RunConfig, flat_keys
+from ordinalclip.heads import head_options, head_section
+from ordinalclip.sections import describe
 
 BASE = {
     "data": {"num_train": 16, "num_validation": 8, "num_test": 8},
@@ -89,6 +90,6 @@ def test_help_documents_every_key(capsys):
     assert documented.keys() == keys.keys() | options.keys()
     for key, default in {**keys, **options}.items():
         assert documented[key][0] == default, key
-    for key, default, description in [*describe(), *describe(head_section(config.method), "head.")]:
+    for key, default, description in [*describe(RunConfig), *describe(head_section(config.method), "head.")]:
         assert description.strip(), key
         assert documented[key] == (json.loads(json.dumps(default)), description)

@@ -198,7 +198,7 @@ def test_bad_places(image_folder):
         parts_of(image_folder, table="labels.csv", stratify=["site"])
     rows = ["file,grade"] + [f"cell0.png,{number / 10}" for number in range(400)]
     (image_folder / "many.csv").write_text("\n".join(rows))
-    with pytest.raises(ValueError, match="240 distinct values .* ranks.low=0 ranks.high=40 ranks.num=41"):
+    with pytest.raises(ValueError, match=r"240 distinct values .* ranks.low=0 ranks.high=40 ranks.num=41"):
         parts_of(image_folder, table="many.csv")
 
 

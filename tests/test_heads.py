@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ordinalclip import OrdinalModel, Ranks
-from ordinalclip.config import describe, head_section, load_config
-from ordinalclip.heads import HeadContext, available_heads, build_head, head_class, head_options
+from ordinalclip.config import load_config
+from ordinalclip.heads import HeadContext, available_heads, build_head, head_class, head_options, head_section
+from ordinalclip.sections import describe
 
 RANKS = Ranks.linear(0, 4, 5)
 METHODS = sorted(available_heads())
@@ -121,7 +122,9 @@ def test_shared_options_reach_the_head():
     head = build_head("atrip", HeadContext(RANKS, 6), config.head)
     assert head.neighbors.radius.item() == 0.25
     assert isinstance(head.layers, torch.nn.Linear)
-    with pytest.raises(ValueError, match=r"head\.raduis is not an option of method 'atrip'; nearest: radius"):
+    with pytest.raises(
+        ValueError, match=r"options of method 'atrip': head\.raduis is not a key; nearest: head\.radius"
+    ):
         build_head("atrip", HeadContext(RANKS, 6), {"raduis": 1})
     with pytest.raises(TypeError, match="raduis"):
         head_class("atrip")(HeadContext(RANKS, 6), raduis=1)

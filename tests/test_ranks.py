@@ -1,5 +1,7 @@
 """The label space: nearest ranks, bins, names, and errors that name the row."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from ordinalclip.ranks import Ranks
@@ -31,7 +33,7 @@ def test_names_default_to_values_and_round_trip():
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        ((1,), {}, "at least 2 rank values"),
+        ((1,), {}, "at least 2 ranks and at most 10000, got 1;"),
         ((1, 1), {}, "strictly increasing, got 1 before 1"),
         ((1, float("nan")), {}, "strictly increasing|finite"),
         ((1, float("inf")), {}, "finite"),
@@ -41,10 +43,23 @@ def test_names_default_to_values_and_round_trip():
         ((1, 2), {"edges": (1.5, 1.7)}, "1 inner or 3 bin edges, got 2"),
         ((1, 2), {"edges": (2.5,)}, "outside its bin"),
         ((1, 2), {"tolerance": -1}, "tolerance"),
+        (range(10_001), {}, "at most 10000, got 10001"),
+        ((0, 1e39), {}, r"between -1e\+18 and 1e\+18, got 1e\+39"),
+        ((1e8, 1e8 + 1), {}, "100000000.0 and 100000001.0 are the same number in float32"),
+        ((0, 1e-50), {}, "same number in float32"),
+        ((1, 2), {"edges": (1.5, 1.5)}, "strictly increasing"),
+        ((1, 2), {"edges": (float("inf"),)}, "bin edges must be finite"),
+        ((1, 2), {"names": ("a", "b\n")}, None),  # stripped
+        ((1, 2), {"names": ("a", "b\nc")}, "control characters"),
+        ((1, 2), {"names": ("a", "\x1b[31mred")}, "control characters"),
+        ((1, 2), {"names": ("a", "\udcff")}, "control characters"),
+        ((1, 2), {"names": ("a", "b" * 1001)}, "at most 1000 characters"),
+        ((1, 2), {"unit": "a\tb"}, "control characters"),
+        ((1, 2), {"names": ("👨‍👩‍👧", "👶🏽")}, None),
     ],
 )
 def test_bad_label_spaces(values, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
         Ranks(values, **options)
 
 
@@ -67,7 +82,7 @@ def test_predictions_beyond_the_ends_take_the_end_rank_and_bins_count():
 def test_evenly_spaced_ranks_hold_both_ends():
     assert Ranks.linear(0, 100, 5, unit="%").values == (0, 25, 50, 75, 100)
     assert Ranks.linear(-1, 1, 11).values == pytest.approx([-1 + 0.2 * k for k in range(11)])
-    with pytest.raises(ValueError, match="num_ranks must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="at least 2 ranks and at most 10000, got 1;"):
         Ranks.linear(0, 1, 1)
 
 
@@ -82,3 +97,18 @@ def test_labels_may_lie_outside_by_the_widest_gap():
 def test_of_several_labels_outside_the_first_is_named():
     with pytest.raises(ValueError, match=r"b\.png: label 50 is outside .*; 2 of 4 labels are"):
         Ranks((0, 1)).rank_of([0, 50, 1, 99], rows=["a.png", "b.png", "c.png", "d.png"])
+
+
+def test_names_of_values_have_as_many_digits_as_tell_them_apart():
+    assert Ranks((100000.25, 100000.5)).names == ("100000.2", "100000.5")
+    assert Ranks((0, 1e6)).names == ("0", "1e+06")
+    assert Ranks.linear(0, 1, 4).names == ("0", "0.333333", "0.666667", "1")
+
+
+def test_evenly_spaced_ranks_of_any_size():
+    assert Ranks.linear(0, 1e-12, 3).values == (0, 5e-13, 1e-12)
+    for low, high in ((1, 0), (0, 0), (0, float("inf")), (float("nan"), 1), (-1e300, 1e300)):
+        with pytest.raises(ValueError, match="low must be below high"):
+            Ranks.linear(low, high, 3)
+    with pytest.raises(ValueError, match="at most 10000, got 1000000000"):
+        Ranks.linear(0, 1, 10**9)

@@ -191,9 +191,9 @@ def test_sigterm_saves_leaves_and_goes_on(quick, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["l1", "ordinalclip"])
 def test_a_diverged_run_stops_and_says_where(quick, method):
     with pytest.raises(
-        ValueError, match=r"step \d+: .*(nan|inf|not finite).*; learning rate .*e\+17; rows of the batch: row"
+        ValueError, match=r"step \d+: .*(nan|inf|not finite).*; learning rate \d+.*; rows of the batch: row"
     ):
-        train(quick(f"method={method}", "train.lr=1e18", "train.max_steps=20"), quiet=True)
+        train(quick(f"method={method}", "train.lr=100", "train.weight_decay=100", "train.max_steps=20"), quiet=True)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(quick, monkeypatch):

@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     show_library_bars(arguments.quiet)
     try:
+        if getattr(arguments, "overrides", None):
+            from ordinalclip.config import refuse_repeated
+
+            refuse_repeated(arguments.overrides)
         return command.run(arguments)
     except Preempted as stopped:
         if is_main_process():

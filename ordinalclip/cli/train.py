@@ -6,8 +6,10 @@ import argparse
 import json
 
 from ordinalclip.cli import add_configuration, is_main_process, print_metrics
-from ordinalclip.config import describe, head_section, load_config
+from ordinalclip.config import RunConfig, load_config
+from ordinalclip.heads import head_section
 from ordinalclip.run_folder import RunFolder
+from ordinalclip.sections import describe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _documented_keys() -> str:
     lines = ["configuration keys (default) and what they mean:"]
-    for key, default, description in describe():
+    for key, default, description in describe(RunConfig):
         lines.append(f"  {key} ({json.dumps(default, default=str)}): {description}")
     lines.append("options of method ordinalclip (head.*); other methods have their own, see their docstrings:")
     for key, default, description in describe(head_section("ordinalclip"), "head."):

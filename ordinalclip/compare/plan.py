@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,11 +11,33 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field, model_validator
 
-from ordinalclip.config import RunConfig, Section, apply_overrides, files_of, merge, parse_config, read_yaml
+from ordinalclip.config import (
+    MAX_SEED,
+    Layer,
+    RunConfig,
+    flat_keys,
+    merge,
+    names_of,
+    nested,
+    parse_config,
+    read_layers,
+    read_overrides,
+    stack,
+)
 from ordinalclip.heads import head_class
 from ordinalclip.provenance import num_cores
+from ordinalclip.sections import Section, parse_section
+from ordinalclip.written import values
 
 SHARED = {"data", "ranks"}  # or errors could not be compared image by image
+OWN = {  # keys of a run that the comparison sets itself, and how they are said to it
+    "seed": "seeds",
+    "output_dir": "output_dir of the comparison",
+    "overwrite": "overwrite of the comparison",
+    "evaluation.test": "nothing: the test part is read once, by the chosen setting",
+    "train.resume": "nothing: what is there is gone on with",
+}
+MAX_NAME = 100  # characters; names are parts of paths
 Setting = dict[str, Any]  # dotted keys of a run
 Settings = Annotated[list[Setting], Field(min_length=1)]
 
@@ -36,13 +57,13 @@ class MethodConfig(Section):
 
 
 class CompareConfig(Section):
-    output_dir: str = Field("runs/compare/default", description="folder of the table and of all runs")
+    output_dir: str = Field("runs/compare/default", min_length=1, description="folder of the table and of all runs")
     title: str = Field("", description="a sentence above the table")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+    seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(
         [1, 2, 3], min_length=1, description="one run per method, setting and seed"
     )
     tuning_seeds: int = Field(1, ge=1, description="how many of the seeds, the first ones, choose between settings")
-    jobs: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    jobs: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         1, description="runs at a time, each a process with its share of the cores; auto: a core each, on a GPU one"
     )
     overwrite: bool = Field(
@@ -58,6 +79,9 @@ class CompareConfig(Section):
     def _fair(self) -> CompareConfig:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different, got {self.seeds}")
+        for name in [*self.methods, *(self.variants if self.variants.keys() != {""} else ())]:
+            if not 0 < len(name.strip()) <= MAX_NAME:
+                raise ValueError(f"names of methods and variants have 1 to {MAX_NAME} characters, got {name[:200]!r}")
         for name, method in self.methods.items():
             keys = [*method.base, *(key for setting in method.settings or [] for key in setting)]
             if own := [key for key in keys if key.partition(".")[0] in SHARED]:
@@ -88,19 +112,24 @@ class Plan:
         self.config = config
         self.folder = Path(config.output_dir)
         self.seeds = config.seeds
-        self.settings = {name: self._settings_of(method) for name, method in config.methods.items()}
-        self._check(source, overrides)
+        try:
+            self._written = {name: self._settings_of(method) for name, method in config.methods.items()}
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        self.settings: dict[str, list[Setting]] = values(self._written)
+        given = read_overrides(overrides)
+        self._check(source, given)
         self.runs: dict[Place, RunConfig] = {}
         for variant in config.variants:
             for seed in self.seeds:  # runs on the same data one after the other
                 for name, settings in self.settings.items():
                     for number in range(len(settings)):
-                        run = self._run_config(variant, name, number, seed, source, overrides)
+                        run = self._run_config(variant, name, number, seed, source, given)
                         self.runs[Place(variant, name, number, seed)] = run
         folders = Counter(run.output_dir for run in self.runs.values())
         if shared := [folder for folder, times in folders.items() if times > 1]:
             raise ValueError(
-                f"{source}: names of methods or variants are too alike, runs would share {', '.join(shared)}"
+                f"{source}: names of methods or variants are too alike, runs would share {', '.join(shared[:3])}"
             )
 
     @property
@@ -120,14 +149,21 @@ class Plan:
         """Settings of the methods that learn."""
         return {name: self.settings[name] for name, method in self.config.methods.items() if self._learns(method)}
 
-    def _check(self, source: str, overrides: Sequence[str]) -> None:
+    def _check(self, source: str, overrides: dict[str, Any]) -> None:
         """As many settings for every method, and no key that would be set twice, where one would go unheard."""
+        everything = [self.config.base, overrides, *self.config.variants.values()]
+        everything += [
+            part for name, method in self.config.methods.items() for part in [method.base, *self.settings[name]]
+        ]
+        for content in everything:
+            if own := sorted(OWN.keys() & flat_keys(content)):
+                raise ValueError(f"{source}: {own[0]} is not for a run of a comparison to say; set {OWN[own[0]]}")
         numbers = {name: len(settings) for name, settings in self.tried().items()}
         if len(set(numbers.values())) > 1:
             raise ValueError(f"{source}: every method needs the same number of settings to try, got {numbers}")
-        tuned = {key for settings in self.settings.values() for setting in settings for key in setting}
-        varied = {key for keys in self.config.variants.values() for key in keys}
-        given = {override.partition("=")[0].strip() for override in overrides}
+        tuned = {key for settings in self.settings.values() for setting in settings for key in flat_keys(setting)}
+        varied = {key for keys in self.config.variants.values() for key in flat_keys(keys)}
+        given = set(flat_keys(overrides))
         for first, second, what in (
             (varied, tuned, "by variants and by settings"),
             (given, tuned, "on the command line and by settings"),
@@ -137,18 +173,19 @@ class Plan:
                 raise ValueError(f"{source}: {both[0]} is set {what}")
 
     def _run_config(
-        self, variant: str, name: str, number: int, seed: int, source: str, overrides: Sequence[str]
+        self, variant: str, name: str, number: int, seed: int, source: str, overrides: dict[str, Any]
     ) -> RunConfig:
-        content = merge({"evaluation": {"report": False, "space": True}}, self.config.base)
-        content = merge(content, self.config.methods[name].base)
-        keys = {**self.config.variants[variant], **self.settings[name][number]}
-        content = apply_overrides(content, [*_as_overrides(keys), *overrides])
-        content = apply_overrides(
-            content, _as_overrides({"seed": seed, "evaluation.test": False, "train.resume": "auto", "overwrite": False})
-        )
-        folder = self.folder / "runs" / _label(variant) / f"{_label(name)}-{number}-seed{seed}"
-        content["output_dir"] = str(folder)
         where = f"variant {variant!r}, method {name!r}" if variant else f"method {name!r}"
+        folder = self.folder / "runs" / _label(variant) / f"{_label(name)}-{number}-seed{seed}"
+        content: dict[str, Any] = {"evaluation": {"report": False, "space": True}}
+        for above in (
+            self.config.base,
+            self.config.methods[name].base,
+            nested({**self.config.variants[variant], **self._written[name][number]}),
+            overrides,
+            {"output_dir": str(folder), "seed": seed, "evaluation": {"test": False}, "train": {"resume": "auto"}},
+        ):
+            content = merge(content, above)
         return parse_config(content, f"{source}, {where}, setting {number}")
 
     @property
@@ -170,12 +207,13 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     """
     own = [override for override in overrides if re.split("[.=]", override)[0].strip() in CompareConfig.model_fields]
     shared = [override for override in overrides if override not in own]
-    config = parse_config(apply_overrides(read_yaml(path), own), files_of(path), CompareConfig)
-    return Plan(config, str(path), shared)
-
-
-def _as_overrides(keys: Setting) -> list[str]:
-    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
+    layers = read_layers(path)
+    content = stack([*layers, Layer("the command line", read_overrides(own))])
+    if "methods" not in content and content.keys() & (
+        RunConfig.model_fields.keys() - CompareConfig.model_fields.keys()
+    ):
+        raise ValueError(f"{path} is the configuration of a run: ordinalclip train {path}")
+    return Plan(parse_section(content, CompareConfig, names_of(layers)), str(path), shared)
 
 
 def _label(name: str) -> str:

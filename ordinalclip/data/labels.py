@@ -235,7 +235,7 @@ def known_scale(words: list[str]) -> list[str] | None:
 def _quoted(word: str) -> str:
     """A word as YAML takes it for text in a list."""
     plain = word.replace(" ", "").replace("_", "").isalpha() and word.lower() not in (
-        "y n yes no on off true false null".split()
+        ["y", "n", "yes", "no", "on", "off", "true", "false", "null"]
     )
     return word if plain else '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
 

@@ -71,7 +71,6 @@ def _rows_of(rows: datasets.Dataset | pd.DataFrame, config: DataConfig) -> datas
         return rows
     columns: dict[str, Any] = {str(name): rows[name].tolist() for name in rows.columns}
     pictures = columns.get(config.image_column, [])
-    features = None
     if pictures and isinstance(pictures[0], Image.Image | np.ndarray):
         encoded = datasets.Dataset.from_dict(
             {config.image_column: pictures}, datasets.Features({config.image_column: datasets.Image()})
@@ -79,7 +78,7 @@ def _rows_of(rows: datasets.Dataset | pd.DataFrame, config: DataConfig) -> datas
         rest = {name: cells for name, cells in columns.items() if name != config.image_column}
         others = datasets.Dataset.from_dict(rest)
         return datasets.concatenate_datasets([encoded, others], axis=1)
-    return datasets.Dataset.from_dict(columns, features)
+    return datasets.Dataset.from_dict(columns)
 
 
 def _assemble(tables: dict[str, Table], config: DataConfig, ranks: RanksConfig, seed: int) -> Parts:
@@ -181,7 +180,8 @@ def _check_paths(part: Part, config: DataConfig) -> None:
     """
     root = os.path.realpath(config.root) if config.root and not config.outside_root else ""
     real = lru_cache(maxsize=4096)(os.path.realpath)
-    missing, first = 0, []
+    missing = 0
+    first: list[int] = []
     for index, name in enumerate(part.names):
         if not name or name == "None" or "\n" in name or "\0" in name:
             raise ValueError(f"{part.place(index)}: {name!r} in column {part.image_column!r} is no path of a picture")
@@ -199,7 +199,8 @@ def _check_paths(part: Part, config: DataConfig) -> None:
     if missing:
         shown = "; ".join(part.names.place(index) for index in first)
         raise FileNotFoundError(
-            f"{part.source}: {missing} of {len(part)} images do not exist under {part.root!r}: {shown}{_near(part, first)}"
+            f"{part.source}: {missing} of {len(part)} images do not exist under {part.root!r}: "
+            f"{shown}{_near(part, first)}"
         )
 
 

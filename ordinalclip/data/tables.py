@@ -114,7 +114,8 @@ def _of_records(path: Path, names: Sequence[str | None], records: Iterable[Recor
     """Records as an Arrow table, a chunk of rows at a time."""
     columns = _column_names(path, names)
     lines: list[int] = []
-    batches, pending = [], []
+    batches: list[pa.RecordBatch] = []
+    pending: list[list[str | None]] = []
 
     def close() -> None:
         arrays = [pa.array(cells, pa.string()) for cells in zip(*pending, strict=True)]
@@ -218,7 +219,7 @@ def _list_records(path: Path, config: DataConfig) -> Iterator[Record]:
             continue
         labels = [plain_number(word) for word in words[1:]]
         if len(labels) == 1:
-            yield number, words
+            yield number, [words[0], words[1]]
         elif not labels or None in labels:
             raise ValueError(f"{path}, line {number}: write `path label [label ...]`, got {line!r}")
         else:

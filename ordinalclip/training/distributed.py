@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.sampling import SampleNoise
 
 logger = logging.getLogger(__name__)
+PACKAGES = {"comet_ml": "comet-ml"}  # of trackers that are named otherwise
 BatchNorm = nn.modules.batchnorm._BatchNorm
 Result = TypeVar("Result")
 
@@ -55,10 +56,12 @@ def make_accelerator(
         AcceleratorState._reset_state(reset_partial_state=True)
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("train.mixed_precision=fp16 needs a GPU; on a CPU use bf16 or no")
-    missing = [name for name in log_with or [] if name not in map(str, get_available_trackers())]
-    if missing:  # Accelerate itself would leave them out without a word
-        available = ", ".join(map(str, get_available_trackers())) or "none"
-        raise ValueError(f"train.trackers: {', '.join(missing)} is not installed or not known; installed: {available}")
+    for name in log_with or []:  # Accelerate itself would leave out what is not there without a word
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"train.trackers: {name} is unknown; choices: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in map(str, get_available_trackers()):
+            package = PACKAGES.get(name, name)
+            raise ValueError(f"train.trackers: {name} is not installed; pip install {package}")
     # Its successor in PyTorch, forward_sync_buffers, is not to be had through Accelerate yet.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
