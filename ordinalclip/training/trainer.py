@@ -29,6 +29,7 @@ from ordinalclip.training.evaluation import Evaluator, metrics_of, model_metrics
 from ordinalclip.training.interruption import Diverged, Interruption, Preempted
 from ordinalclip.training.preparation import build_model, merge_adapters, use_precision
 from ordinalclip.training.step import Learner, num_steps
+from ordinalclip.weights import fault
 
 
 class Finished(NamedTuple):
@@ -174,9 +175,11 @@ class Trainer:
                 progression.step += 1
                 entries.append({"step": progression.step, **logged, "seconds": time.monotonic() - started})
                 due = progression.step % every == 0 or progression.step == total
+                interrupted = interruption.requested()
+                if due or interrupted:
+                    self._check_weights(entries)
                 if due:
                     entries[-1].update(self._validate())
-                interrupted = interruption.requested()
                 stop = interrupted or self._is_stale()
                 if progression.step % options.log_every == 0 or due or stop:
                     self._write_log(entries)
@@ -196,6 +199,17 @@ class Trainer:
         progression.train_seconds += time.monotonic() - started
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+    def _check_weights(self, entries: list[dict[str, Any]]) -> None:
+        """Before weights are judged or saved: the check of every step sees an update's effect only in the next one.
+
+        Raises:
+            Diverged: the last steps have spoilt them.
+        """
+        learner = self.learner
+        if why := fault(checkpoint.weights_of(learner.model, learner.average)):
+            self._write_log(entries)
+            raise Diverged(f"step {self.progression.step}: {why}; learning rate {entries[-1]['lr']:g}")
 
     def _is_stale(self) -> bool:
         patience = self.config.train.patience
@@ -314,8 +328,14 @@ class Trainer:
 def _finish(
     config: RunConfig, model: OrdinalModel, parts: Parts, evaluator: Evaluator, folder: RunFolder, done: dict[str, Any]
 ) -> Finished:
-    """Evaluate the chosen model; write predictions.parquet, model/ and, last, metrics.json."""
+    """Evaluate the chosen model; write predictions.parquet, model/ and, last, metrics.json.
+
+    Raises:
+        Diverged: what was made of the weights in the end (their average, merged adapters, prototypes) is not finite.
+    """
     deployed = evaluator.deployed(model, parts)
+    if why := fault(deployed.state_dict()):
+        raise Diverged(f"the model of step {done['best_step'] or done['steps']}: {why}")
     wanted = {"validation": parts.validation, "test": parts.test if config.evaluation.test else None}
     present = {name: part for name, part in wanted.items() if part is not None}
     counts, wanted_metrics = train_counts(parts), metrics_of(config)
