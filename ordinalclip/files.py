@@ -95,6 +95,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_no_code(folder: Path) -> None:
+    """The files by which transformers finds code beside a model name none; of what is no folder nothing is said.
+
+    Raises:
+        ValueError: a damaged file, or one that names code.
+    """
+    for path in sorted(folder.glob("*config.json")):
+        read_json_object(path)
+
+
 def _flush(path: Path) -> None:
     """Make sure that a file's content, or a folder's list of names, is on disk."""
     if os.name == "nt":  # which opens no folders

@@ -52,7 +52,10 @@ class PixelSpec:
                 raise ValueError(f"{name} must be three finite numbers, got {numbers!r}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0, got {self.std!r}")
-        for name, rule, known in (("interpolation", self.interpolation, INTERPOLATION), ("resize", self.resize, RESIZE)):
+        for name, rule, known in (
+            ("interpolation", self.interpolation, INTERPOLATION),
+            ("resize", self.resize, RESIZE),
+        ):
             if not isinstance(rule, str) or rule not in known:
                 raise ValueError(f"{name} {rule!r} is unknown; choices: {', '.join(known)}")
         if not (_is_number(self.crop_ratio) and 0.5 <= self.crop_ratio <= 4):

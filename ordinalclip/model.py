@@ -40,8 +40,15 @@ from ordinalclip.processing import HUB_OPTIONS, OrdinalImageProcessor
 from ordinalclip.progress import without_bars
 from ordinalclip.ranks import Ranks
 from ordinalclip.tokenization import save_tokenizer
-from ordinalclip.weights import LARGEST_LOGIT_SCALE, add_metadata, fault, first_line, limited_memory
-from ordinalclip.weights import misfit, read_safetensors
+from ordinalclip.weights import (
+    LARGEST_LOGIT_SCALE,
+    add_metadata,
+    fault,
+    first_line,
+    limited_memory,
+    misfit,
+    read_safetensors,
+)
 
 Form = Literal["deployed", "trainable"]
 
@@ -110,7 +117,9 @@ class OrdinalConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
         if abs(self.logit_scale) > LARGEST_LOGIT_SCALE:
             allowed = f"-{LARGEST_LOGIT_SCALE:g} to {LARGEST_LOGIT_SCALE:g}"
-            raise ValueError(f"logit_scale, the log of a temperature's inverse, must be {allowed}, got {self.logit_scale:g}")
+            raise ValueError(
+                f"logit_scale, the log of a temperature's inverse, must be {allowed}, got {self.logit_scale:g}"
+            )
         if self.label_std <= 0:
             raise ValueError(f"label_std must be above 0, got {self.label_std:g}")
         if not 0 <= self.dropout < 1:
@@ -395,7 +404,9 @@ def _find(name: str, file: str, hub: dict[str, Any]) -> Path:
         path = folder / (hub.get("subfolder") or "") / file
         if path.is_file():
             return path
-        others = sorted(other.name for other in path.parent.glob("*") if other.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        others = sorted(
+            other.name for other in path.parent.glob("*") if other.suffix in (".bin", ".pt", ".pth", ".pkl")
+        )
         pickled = f" ({', '.join(others)} is not read: pickled files may hold code)" if others else ""
         raise FileNotFoundError(f"{path}: no such file, so {name} is no saved model{pickled}")
     why = "" if not folder.exists() else "a file, and not a folder with a model"

@@ -81,7 +81,9 @@ class OrdinalImageProcessor(BaseImageProcessor):
         pixels = None if beside is None else read_json_object(Path(beside)).get("pixels")
         if pixels is not None and PixelSpec.from_dict(pixels) != processor.spec:
             wrong = [key for key, name in FIELDS.items() if getattr(processor, key) != pixels.get(name)]
-            said = "; ".join(f"{key} is {getattr(processor, key)!r}, there {pixels.get(FIELDS[key])!r}" for key in wrong)
+            said = "; ".join(
+                f"{key} is {getattr(processor, key)!r}, there {pixels.get(FIELDS[key])!r}" for key in wrong
+            )
             raise ValueError(f"{file} contradicts the pixels of the config.json beside it: {said}")
         return processor
 

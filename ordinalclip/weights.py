@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SMALL = (torch.int8, torch.uint8, torch.int16, torch.float8_e4m3fn, torch.float8_e5m2)
 LARGEST_LOGIT_SCALE = 10.0  # log of a temperature's inverse; CLIP's is cut off at log(100) = 4.6
 EXPANSION = 8  # tensors are not compressible: an archive that claims to hold this many times its size is none of them
 MOST_TENSORS = 100_000  # in a model that is built
 FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint)
-FACTORIES += (torch.randperm, torch.arange, torch.linspace, torch.eye, torch.empty_strided)  # type: ignore[assignment]
 
 
 def is_torchscript(file: Path) -> bool:
@@ -100,13 +100,17 @@ def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:
     aside.replace(file)
 
 
-def fault(tensors: Mapping[str, Tensor]) -> str:
+def fault(tensors: Mapping[str, Tensor], masks: bool = False) -> str:
     """What makes tensors useless as the weights of a model, in words; "" if nothing does.
 
     Numbers that are not finite, floating-point types that no model is saved in, a temperature that means nothing.
+
+    Args:
+        masks: they may hold attention masks, which published files keep among the weights.
     """
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        last = name.rpartition(".")[2]
+        if not tensor.is_floating_point() or (masks and last == "attn_mask"):
             continue
         if tensor.dtype not in FLOATS:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
@@ -114,9 +118,18 @@ def fault(tensors: Mapping[str, Tensor]) -> str:
         bad = ~tensor.detach().isfinite()
         if bad.any():
             return f"{name} holds {int(bad.sum())} numbers that are not finite, of {tensor.numel()}"
-        if name.rpartition(".")[2] == "logit_scale" and tensor.abs().max() > LARGEST_LOGIT_SCALE:
+        if last == "logit_scale" and tensor.abs().max() > LARGEST_LOGIT_SCALE:
             return f"{name} is {tensor.abs().max().item():g}; {LARGEST_LOGIT_SCALE:g} is the largest that is allowed"
     return ""
+
+
+def check_floats(file: str | Path, state: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: numbers that are no weights: whole ones of a quantised model, which torch would take for others."""
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and (tensor.dtype in SMALL or tensor.is_quantized):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{file}: {name} is of {dtype}: quantised weights are not read; save them in float32")
 
 
 def first_line(error: BaseException) -> str:

@@ -27,6 +27,7 @@ from ordinalclip.training import checkpoint
 from ordinalclip.training.distributed import average_running_statistics, from_main
 from ordinalclip.training.evaluation import Evaluator, metrics_of, model_metrics, train_counts
 from ordinalclip.training.interruption import Diverged, Interruption, Preempted
+from ordinalclip.training.optimization import lr_factor
 from ordinalclip.training.preparation import build_model, merge_adapters, use_precision
 from ordinalclip.training.step import Learner, num_steps
 from ordinalclip.weights import fault
@@ -175,11 +176,14 @@ class Trainer:
                 progression.step += 1
                 entries.append({"step": progression.step, **logged, "seconds": time.monotonic() - started})
                 due = progression.step % every == 0 or progression.step == total
-                interrupted = interruption.requested()
-                if due or interrupted:
-                    self._check_weights(entries)
                 if due:
+                    try:
+                        self._check_weights()
+                    except Diverged:
+                        self._write_log(entries)
+                        raise
                     entries[-1].update(self._validate())
+                interrupted = interruption.requested()
                 stop = interrupted or self._is_stale()
                 if progression.step % options.log_every == 0 or due or stop:
                     self._write_log(entries)
@@ -200,16 +204,16 @@ class Trainer:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def _check_weights(self, entries: list[dict[str, Any]]) -> None:
+    def _check_weights(self) -> None:
         """Before weights are judged or saved: the check of every step sees an update's effect only in the next one.
 
         Raises:
             Diverged: the last steps have spoilt them.
         """
-        learner = self.learner
+        learner, step, options = self.learner, self.progression.step, self.config.train
         if why := fault(checkpoint.weights_of(learner.model, learner.average)):
-            self._write_log(entries)
-            raise Diverged(f"step {self.progression.step}: {why}; learning rate {entries[-1]['lr']:g}")
+            lr = options.lr * lr_factor(step - 1, learner.total, options)
+            raise Diverged(f"step {step}: {why}; learning rate {lr:g}")
 
     def _is_stale(self) -> bool:
         patience = self.config.train.patience
@@ -243,6 +247,7 @@ class Trainer:
         return {"validation_mae": value, "validation_accuracy": scores["validation"]["accuracy"]}
 
     def _save_checkpoint(self, train_seconds: float) -> None:
+        self._check_weights()
         learner, progression, scaler = self.learner, self.progression, self.accelerator.scaler
         state = {
             **asdict(progression),
