@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
 from ordinalclip.backbones import Backbone, load_backbone
 from ordinalclip.files import read_json_object
@@ -36,7 +35,7 @@ from ordinalclip.heads import (
     names_from_a_file,
 )
 from ordinalclip.images import PixelSpec
-from ordinalclip.processing import HUB_OPTIONS, OrdinalImageProcessor
+from ordinalclip.processing import HUB_OPTIONS, OrdinalImageProcessor, find_file
 from ordinalclip.progress import without_bars
 from ordinalclip.ranks import Ranks
 from ordinalclip.tokenization import save_tokenizer
@@ -112,6 +111,8 @@ class OrdinalConfig(PreTrainedConfig):
                 TypeAdapter(hint).validate_python(getattr(self, name), strict=True)
             except ValidationError as error:
                 raise ValueError(f"{name}: {error.errors()[0]['msg']}, got {getattr(self, name)!r}") from error
+        if self.architectures not in (None, ["OrdinalModel"]):
+            raise ValueError(f"architectures must be ['OrdinalModel'], got {self.architectures!r}")
         for name in ("logit_scale", "label_mean", "label_std", "dropout"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
@@ -355,13 +356,13 @@ class OrdinalModel(PreTrainedModel):
         if args or kwargs:
             raise TypeError(f"OrdinalModel.from_pretrained takes no option {', '.join(kwargs) or args}")
         name = str(pretrained_model_name_or_path)
-        said = _find(name, "config.json", hub)
+        said = find_file(name, "config.json", hub)
         content = read_json_object(said)
         try:
             config = config or OrdinalConfig.from_dict(content)
         except ValueError as error:
             raise ValueError(f"{said}: {first_line(error)}") from error
-        file = _find(name, WEIGHTS, hub)
+        file = find_file(name, WEIGHTS, hub)
         tensors, metadata = read_safetensors(file)
         _check_signature(said, config, metadata)
         _check_ranks(file, config, tensors)
@@ -391,37 +392,6 @@ TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS = "model.safetensors"
 SIGNATURE = "ordinalclip"  # key of the metadata that the configuration is noted under
 MEMORY_FACTOR = 8  # of the weights' size: a text tower comes with an image tower that is not kept
-
-
-def _find(name: str, file: str, hub: dict[str, Any]) -> Path:
-    """A file of a model, which is a folder or a name on the hub.
-
-    Raises:
-        FileNotFoundError: it is not there, in one line.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        path = folder / (hub.get("subfolder") or "") / file
-        if path.is_file():
-            return path
-        others = sorted(
-            other.name for other in path.parent.glob("*") if other.suffix in (".bin", ".pt", ".pth", ".pkl")
-        )
-        pickled = f" ({', '.join(others)} is not read: pickled files may hold code)" if others else ""
-        raise FileNotFoundError(f"{path}: no such file, so {name} is no saved model{pickled}")
-    why = "" if not folder.exists() else "a file, and not a folder with a model"
-    if not why:
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            why = "no such folder"
-    if not why:
-        try:
-            return Path(str(cached_file(name, file, **hub)))
-        except OSError as error:
-            where = "HF_HUB_OFFLINE is set, so the hub is not asked" if is_offline_mode() else first_line(error)
-            why = f"no such folder, and no model of that name at hand ({where})"
-    raise FileNotFoundError(f"{name}: {why}")
 
 
 def _signature(config: OrdinalConfig) -> dict[str, Any]:

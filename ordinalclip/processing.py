@@ -6,16 +6,52 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import is_offline_mode
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import cached_file
 
 from ordinalclip.files import read_json_object
 from ordinalclip.images import PixelSpec, load_image, prepare
+from ordinalclip.weights import first_line
 
 NAME = "preprocessor_config.json"
 FIELDS = {"size": "size", "image_mean": "mean", "image_std": "std"} | {
     name: name for name in ("interpolation", "resize", "crop_ratio")
 }
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def find_file(name: str, file: str, hub: dict[str, Any]) -> Path:
+    """A file of a model, which is a folder or a name on the hub.
+
+    Raises:
+        FileNotFoundError: it is not there, in one line.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        path = folder / (hub.get("subfolder") or "") / file
+        if path.is_file():
+            return path
+        others = sorted(
+            other.name for other in path.parent.glob("*") if other.suffix in (".bin", ".pt", ".pth", ".pkl")
+        )
+        pickled = f" ({', '.join(others)} is not read: pickled files may hold code)" if others else ""
+        raise FileNotFoundError(f"{path}: no such file, so {name} is no saved model{pickled}")
+    why = "" if not folder.exists() else "a file, and not a folder with a model"
+    if not why:
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            why = "no such folder"
+    if not why:
+        try:
+            return Path(str(cached_file(name, file, **hub)))
+        except OSError as error:
+            where = "HF_HUB_OFFLINE is set, so the hub is not asked" if is_offline_mode() else first_line(error)
+            why = f"no such folder, and no model of that name at hand ({where})"
+    raise FileNotFoundError(f"{name}: {why}")
 
 
 class OrdinalImageProcessor(BaseImageProcessor):
@@ -69,8 +105,8 @@ class OrdinalImageProcessor(BaseImageProcessor):
             OSError: no such folder or file; ValueError: damaged, or other pixels than the config.json beside it says.
         """
         hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
-        file = cached_file(str(pretrained_model_name_or_path), NAME, **hub)
-        content = read_json_object(Path(str(file)))
+        file = find_file(str(pretrained_model_name_or_path), NAME, hub)
+        content = read_json_object(file)
         try:
             processor = cls(**content)
         except ValueError as error:
@@ -94,6 +130,3 @@ class OrdinalImageProcessor(BaseImageProcessor):
         given = list(images) if isinstance(images, list | tuple) else [images]
         pixels = torch.stack([prepare(load_image(image, f"image {i}"), spec) for i, image in enumerate(given)])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
-
-
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

@@ -22,7 +22,8 @@ SMALL = (torch.int8, torch.uint8, torch.int16, torch.float8_e4m3fn, torch.float8
 LARGEST_LOGIT_SCALE = 10.0  # log of a temperature's inverse; CLIP's is cut off at log(100) = 4.6
 EXPANSION = 8  # tensors are not compressible: an archive that claims to hold this many times its size is none of them
 MOST_TENSORS = 100_000  # in a model that is built
-FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint)
+FACTORIES: tuple[Any, ...] = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint)
+FACTORIES += (torch.randperm, torch.arange, torch.linspace, torch.eye)
 
 
 def is_torchscript(file: Path) -> bool:

@@ -106,7 +106,8 @@ def _check_names(file: Path, name: str, published: Any, content: dict[str, Any])
         if said is not None and assumed is not None and _as_list(said) != _as_list(assumed):
             tag = (pixels or {}).get("tag") or "TAG"
             raise ValueError(
-                f"{sidecar} says {key} {said} of {file.name}, timm:{name} means {assumed}: write timm:{own}.{tag}/{file}"
+                f"{sidecar} says {key} {said} of {file.name}, timm:{name} means {assumed}: "
+                f"write timm:{own}.{tag}/{file}"
             )
 
 
