@@ -40,6 +40,7 @@ from ordinalclip.progress import without_bars
 from ordinalclip.ranks import Ranks
 from ordinalclip.tokenization import save_tokenizer
 from ordinalclip.weights import (
+    FLOATS,
     LARGEST_LOGIT_SCALE,
     add_metadata,
     fault,
@@ -113,6 +114,10 @@ class OrdinalConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: {error.errors()[0]['msg']}, got {getattr(self, name)!r}") from error
         if self.architectures not in (None, ["OrdinalModel"]):
             raise ValueError(f"architectures must be ['OrdinalModel'], got {self.architectures!r}")
+        if self.dtype is not None and str(self.dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is unknown; choices: {', '.join(DTYPES)}")
+        if any(labels is not None and not isinstance(labels, dict) for labels in (self.id2label, self.label2id)):
+            raise ValueError("id2label and label2id must be objects, or be left out")
         for name in ("logit_scale", "label_mean", "label_std", "dropout"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
@@ -156,6 +161,7 @@ class OrdinalConfig(PreTrainedConfig):
         return PixelSpec.from_dict(self.pixels)
 
 
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 KNOWN_KEYS = ("model_type", "torch_dtype", "num_labels", "name_or_path")  # beside the fields, in any model's config
 
 

@@ -10,7 +10,15 @@ import torch
 
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.config import describe, head_section, load_config
-from ordinalclip.heads import HeadContext, available_heads, build_head, head_class, head_options
+from ordinalclip.heads import (
+    HeadContext,
+    available_heads,
+    build_head,
+    head_class,
+    head_options,
+    import_object,
+    names_from_a_file,
+)
 
 RANKS = Ranks.linear(0, 4, 5)
 METHODS = sorted(available_heads())
@@ -230,6 +238,22 @@ def test_a_saved_model_names_the_import_that_is_missing(module, tmp_path, monkey
         message = load(*folders)
         assert "this model's method 'shifted' comes from another package: " in message
         assert "which a model's files may not import by themselves; if you trust it, import outside_heads" in message
+
+
+def test_what_the_files_of_a_model_may_import(tmp_path, monkeypatch):
+    """Ours, losses of torch and dlordinal, and what the program has imported itself, if Python did not bring it."""
+    (tmp_path / "stranger.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef loss(): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with names_from_a_file():
+        for known in ("baselines.regression:L1", "torch.nn:CrossEntropyLoss", "pytest:approx"):
+            assert callable(import_object(known, "it"))
+        for foreign in ("stranger:loss", "shutil:rmtree", "subprocess:run", "torch.hub:load", "torch:load", "this:s"):
+            with pytest.raises(ValueError, match=r"it names code of the module .* may not import by themselves"):
+                import_object(foreign, "it")
+    assert not (tmp_path / "ran").exists()
+    import_object("stranger:loss", "it")  # named by the user
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("method", ["ordinalclip", "l1"])

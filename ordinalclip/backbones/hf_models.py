@@ -117,7 +117,7 @@ def _refuse_code(stored: Any) -> None:
     """A saved architecture is rebuilt from numbers alone: what would fetch or import something is refused."""
     if isinstance(stored, dict):
         for key, value in stored.items():
-            if value and key.lstrip("_") in FETCHING:
+            if value and str(key).lstrip("_") in FETCHING:
                 raise ValueError(
                     f"an architecture with {key}={value!r}, which would fetch or run something, is not built"
                 )

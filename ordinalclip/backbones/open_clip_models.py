@@ -51,7 +51,7 @@ def _load_folder(folder: Path, request: Request) -> Backbone:
     if not isinstance(content.get("model_cfg"), dict):
         raise ValueError(f"{file}: no model_cfg in it")
     _refuse_coca(f"open_clip:{folder}", content["model_cfg"])
-    architecture = {key: content[key] for key in ("model_cfg", "preprocess_cfg") if key in content}
+    architecture: dict[str, Any] = {key: content[key] for key in ("model_cfg", "preprocess_cfg") if key in content}
     try:
         model = _build(architecture)
     except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:

@@ -89,7 +89,7 @@ def _check_names(file: Path, name: str, published: Any, content: dict[str, Any])
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-        claims |= {f"its metadata ({key})": metadata.get(key) for key in ("architecture", "arch", "model_name")}
+        claims |= {f"its metadata ({key})": metadata.get(key, "") for key in ("architecture", "arch", "model_name")}
     sidecar = file.parent / "config.json"
     beside = read_json_object(sidecar) if sidecar.is_file() else {}
     if isinstance(beside.get("architecture"), str):
@@ -135,7 +135,7 @@ def _published_files(model: str) -> set[str]:
     import timm
 
     tags = (timm.get_pretrained_cfg(name) for name in timm.list_pretrained(f"{model}.*"))
-    return {Path(tag.url).name for tag in tags if tag is not None and tag.url}
+    return {Path(tag.url).name for tag in tags if tag is not None and isinstance(tag.url, str)}
 
 
 def _folder_model(file: Path) -> str:
