@@ -285,18 +285,27 @@ def import_object(path: str, what: str) -> Any:
         raise ValueError(f"{what}: write module:name, e.g. my_package.my_module:MyName, got {path!r}")
     if not _by_user.get():
         _check_known(path, module, what)
+    found = import_by_name(module, what)
+    if not hasattr(found, name):
+        public = [other for other in vars(found) if not other.startswith("_")]
+        raise ValueError(f"{what}: module {module!r} has no {name!r}; {near_matches(name, public)}")
+    return getattr(found, name)
+
+
+def import_by_name(module: str, what: str) -> Any:
+    """A module.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
     except Exception as error:  # whatever the code of others raises
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{what}: module {module!r} cannot be imported ({reason}); installed packages and the folders on "
             "PYTHONPATH are searched"
         ) from error
-    if not hasattr(found, name):
-        public = [other for other in vars(found) if not other.startswith("_")]
-        raise ValueError(f"{what}: module {module!r} has no {name!r}; {near_matches(name, public)}")
-    return getattr(found, name)
 
 
 class Option(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from importlib import import_module
 
 from ordinalclip.run_folder import RunFolder
 
@@ -26,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ordinalclip.heads import import_by_name
     from ordinalclip.images import find_images
     from ordinalclip.pipeline import load_pipeline
     from ordinalclip.progress import Progress
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     inside = RunFolder(arguments.model).model
     model = inside if (inside / "config.json").is_file() else arguments.model
     for module in arguments.imports:
-        import_module(module)
+        import_by_name(module, "--import")
     pipe = load_pipeline(str(model))
     answers = pipe((str(file) for file in files), batch_size=arguments.batch_size, top_k=arguments.top)
     for file, answer in zip(

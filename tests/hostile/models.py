@@ -324,6 +324,11 @@ def _(folder):
     return unsigned(folder, backbone_architecture=architecture)
 
 
+@case("a million ranks", r"model\.safetensors: holds prototypes of 11 ranks, config\.json names 1000000")
+def _(folder):
+    return unsigned(folder, ranks={"values": list(range(1_000_000))}, id2label=None, label2id=None)
+
+
 # ---- code
 
 
@@ -349,6 +354,11 @@ def _(folder):
 def _(folder):
     (folder / "evil.py").write_text(CODE)
     return unsigned(folder, method="evil:Head", head_class="evil:Head")
+
+
+@case("a module to import that is not there", r"--import: module 'nothing' cannot be imported \(ModuleNotFoundError")
+def _(folder):
+    return [*predict(folder), "--import", "nothing"]
 
 
 @case("a loss of Python's own in a model folder", r"names code of the module 'shutil', which a model's files may not")
