@@ -27,7 +27,7 @@ class RadiusNeighbors(nn.Module):
 
     Attributes:
         features, labels: (N, D) and (N,), the bank; empty before `fit`. Loading a state takes over the saved size.
-        radius: (), NaN as long as it is not known.
+        radius: (), 0 as long as it is not known.
 
     >>> RadiusNeighbors(1.0).fit([[0.0], [1.0], [5.0]], [10.0, 20.0, 50.0]).predict([[0.5], [4.0], [9.0]])
     tensor([15., 50., 50.])
@@ -43,7 +43,7 @@ class RadiusNeighbors(nn.Module):
             raise ValueError(f"radius must be a finite number above 0, got {radius}")
         self.register_buffer("features", torch.empty(0, 0))
         self.register_buffer("labels", torch.empty(0))
-        self.register_buffer("radius", torch.tensor(float("nan") if radius is None else float(radius)))
+        self.register_buffer("radius", torch.tensor(0.0 if radius is None else float(radius)))
 
     def fit(
         self,
@@ -66,7 +66,7 @@ class RadiusNeighbors(nn.Module):
         Raises:
             ValueError: wrong shapes, an empty part, numbers that are not finite, or no way to know the radius.
         """
-        if validation is None and self.radius.isnan():
+        if validation is None and self.radius == 0:
             raise ValueError("the radius is not known: pass RadiusNeighbors(radius) or fit(..., validation=)")
         features, labels = _labelled(features, labels, "training")
         if validation is not None:

@@ -108,7 +108,7 @@ class RanksConfig(Section):
         values = self.given_values()
         if values is None:
             values = sorted(set(labels))
-            whole = all(value.is_integer() for value in values)
+            whole = all(float(value).is_integer() for value in values)
             if len(values) > MOST_DERIVED or (not whole and len(values) > MOST_BROKEN):
                 low, high = math.floor(values[0]), math.ceil(values[-1])
                 raise ValueError(

@@ -26,13 +26,16 @@ from torch import Tensor
 from ordinalclip.backbones import load_backbone
 from ordinalclip.backbones.open_clip_models import CONFIG_FILE, WEIGHT_FILES
 from ordinalclip.config import RunConfig
+from ordinalclip.files import whole
 from ordinalclip.images import PixelSpec
-from ordinalclip.model import Form, OrdinalModel
+from ordinalclip.model import TOKENIZER_FOLDER, WEIGHTS, Form, OrdinalModel
+from ordinalclip.processing import NAME as PROCESSOR_FILE
 from ordinalclip.ranks import Ranks
-from ordinalclip.weights import read_weights
+from ordinalclip.weights import fault, read_weights
 
 # How the published configuration (configs/default.yaml of xk-huang/OrdinalCLIP) prepares its pictures.
 PUBLISHED_PIXELS = PixelSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", "squash", 256 / 224)
+MODEL_FILES = ("config.json", WEIGHTS, PROCESSOR_FILE, TOKENIZER_FOLDER)
 LEARNER, TEXT = "module.prompt_learner.", "module.text_encoder."
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI keeps among the weights
 
@@ -50,16 +53,26 @@ def convert(file: str | Path, out: str | Path, config: RunConfig | None = None, 
         a line that says what was written and how to use it.
 
     Raises:
-        FileNotFoundError: no such file; ValueError: another layout, or one that does not fit the configuration.
+        FileNotFoundError: no such file; FileExistsError: `out` holds something else than an earlier result of the
+            same kind; ValueError: another layout, one that does not fit the configuration, or weights that are not
+            finite. After an error `out` is as it was.
     """
     content = read_weights(file)
     state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{file}: holds no tensors by name")
+    if why := fault({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, masks=True):
+        raise ValueError(f"{file}: {why}")
     if LEARNER + "context_embeds" in state:
+        _check_replaceable(Path(out), MODEL_FILES)
         model = read_ordinalclip(file, state, config or RunConfig())
-        model.save_pretrained(out, form=form)
+        with whole(_with_parent(Path(out))) as aside:
+            model.save_pretrained(aside, form=form)
         return f"{form} OrdinalModel in {out}: ordinalclip predict IMAGE --model {out}"
     if {"visual.conv1.weight", "text_projection", "token_embedding.weight", "ln_final.weight"} <= state.keys():
-        write_open_clip(file, state, Path(out))
+        _check_replaceable(Path(out), (CONFIG_FILE, WEIGHT_FILES[0]))
+        with whole(_with_parent(Path(out))) as aside:
+            write_open_clip(file, state, aside)
         return f"open_clip folder in {out}: model.backbone=open_clip:{out}"
     if "module.last_project.weight" in state:
         raise ValueError(f"{file}: the repository's Baseline, a linear classifier without prompts, is not converted")
@@ -67,6 +80,31 @@ def convert(file: str | Path, out: str | Path, config: RunConfig | None = None, 
         f"{file}: neither OrdinalCLIP's layout ({LEARNER}context_embeds, ...) nor OpenAI's CLIP (visual.*, "
         f"text_projection, token_embedding.weight, ...); it begins with {', '.join(map(str, list(state)[:3]))}"
     )
+
+
+def _check_replaceable(out: Path, own: tuple[str, ...]) -> None:
+    """What is there is nothing, an empty folder, or an earlier result: files of these names, the first among them.
+
+    Raises:
+        FileExistsError: it is something else.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name another folder to write to")
+    inside = {path.name for path in out.iterdir()}
+    if inside and (own[0] not in inside or inside - set(own)):
+        other = min(inside - set(own), default=f"no {own[0]}")
+        raise FileExistsError(
+            f"{out} holds something else than an earlier result of this conversion ({other}); name another folder"
+        )
+
+
+def _with_parent(out: Path) -> Path:
+    """The folder by its real name, so that a link stays; its parent is made."""
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def write_open_clip(file: str | Path, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -87,7 +125,6 @@ def write_open_clip(file: str | Path, state: Mapping[str, Tensor], folder: Path)
     try:
         load_backbone(f"open_clip:{folder}")
     except ValueError as error:
-        (folder / WEIGHT_FILES[0]).unlink()
         raise ValueError(f"{file}: not a CLIP as OpenAI published them ({error})") from error
 
 

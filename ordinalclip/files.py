@@ -73,6 +73,38 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+CODE_KEYS = ("auto_map", "custom_pipelines")  # by which files of transformers name Python code beside them
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, which names no code.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: not JSON, not an object, or one that names code of its own.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, not an object with keys")
+    if code := [key for key in CODE_KEYS if content.get(key)]:
+        raise ValueError(f"{path}: {code[0]} names code of the folder's own, which is never run; delete that key")
+    return content
+
+
+def check_no_code(folder: Path) -> None:
+    """The files by which transformers finds code beside a model name none; of what is no folder nothing is said.
+
+    Raises:
+        ValueError: a damaged file, or one that names code.
+    """
+    for path in sorted(folder.glob("*config.json")):
+        read_json_object(path)
+
+
 def _flush(path: Path) -> None:
     """Make sure that a file's content, or a folder's list of names, is on disk."""
     if os.name == "nt":  # which opens no folders

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hints
@@ -49,6 +52,25 @@ class Prediction(NamedTuple):
     probabilities: Tensor | None = None
 
 
+class NoNumber(ValueError):
+    """A model answers what is no number: there is no rank for it."""
+
+
+def check_numbers(answers: Tensor) -> Tensor:
+    """Answers or probabilities as they are.
+
+    Raises:
+        NoNumber: one of them is not finite.
+    """
+    if not (finite := answers.isfinite()).all():
+        count = int((~finite).reshape(len(answers), -1).any(dim=1).sum())
+        raise NoNumber(
+            f"the model answers {count} of {len(answers)} pictures with numbers that are not finite: its weights are "
+            "damaged, or the pictures are not what it was trained on"
+        )
+    return answers
+
+
 @dataclass
 class HeadContext:
     """What a head is built for.
@@ -81,7 +103,11 @@ def decode(probabilities: Tensor, ranks: Ranks, decoding: Decoding) -> Predictio
 
     Args:
         probabilities: (B, R), rows summing to 1.
+
+    Raises:
+        NoNumber: probabilities that are not finite; ValueError: an unknown decoding.
     """
+    check_numbers(probabilities)
     values = torch.tensor(ranks.values, dtype=probabilities.dtype, device=probabilities.device)
     if decoding == "expectation":
         value = probabilities @ values
@@ -161,8 +187,12 @@ class Head(nn.Module):
         return (values - self.label_mean) / self.label_std
 
     def predict_value(self, standardised: Tensor) -> Prediction:
-        """For regressors: (B,) predictions in standardised label units as a `Prediction`."""
-        value = at_least_float32(standardised) * self.label_std + self.label_mean
+        """For regressors: (B,) predictions in standardised label units as a `Prediction`.
+
+        Raises:
+            NoNumber: predictions that are not finite.
+        """
+        value = check_numbers(at_least_float32(standardised) * self.label_std + self.label_mean)
         return Prediction(value, self.ranks.nearest(value))
 
 
@@ -173,6 +203,7 @@ HEADS = {
     "prototypes": "ordinalclip.language:PrototypeHead",
 }
 OURS = ("ordinalclip", "baselines")  # packages whose methods every installation has
+LOSSES = ("torch.nn", "torch.nn.functional", "dlordinal.losses")  # modules of nothing but losses and layers
 
 
 def available_heads() -> dict[str, str]:
@@ -218,6 +249,35 @@ def foreign_class(method: str) -> str:
     return "" if path.partition(":")[0].partition(".")[0] in OURS else path
 
 
+_by_user: ContextVar[bool] = ContextVar("_by_user", default=True)
+
+
+@contextmanager
+def names_from_a_file() -> Iterator[None]:
+    """Within it, `import_object` gets names that the user has not written: they come with a model from anywhere.
+
+    They may stand for our own methods and `LOSSES`, for what an installed package registers, and for what is in a
+    module that this program has imported before, if that is none of Python's own. Nothing else is imported.
+    """
+    token = _by_user.set(False)
+    try:
+        yield
+    finally:
+        _by_user.reset(token)
+
+
+def _check_known(path: str, module: str, what: str) -> None:
+    root = module.partition(".")[0]
+    if root in OURS or module in LOSSES or path in available_heads().values():
+        return
+    if module in sys.modules and root not in (*sys.stdlib_module_names, "torch"):
+        return
+    raise ValueError(
+        f"{what} names code of the module {module!r}, which a model's files may not import by themselves; if you trust "
+        f"it, import {module} first (ordinalclip predict --import {module}), or install the package that registers it"
+    )
+
+
 def import_object(path: str, what: str) -> Any:
     """What "module:name" stands for.
 
@@ -225,23 +285,35 @@ def import_object(path: str, what: str) -> Any:
         what: begins the message of errors.
 
     Raises:
-        ValueError: not of this form, a module that cannot be imported, or a name that it lacks.
+        ValueError: not of this form, a module that cannot be imported, or a name that it lacks; or one that may not
+            be imported, see `names_from_a_file`.
     """
     module, _, name = path.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise ValueError(f"{what}: write module:name, e.g. my_package.my_module:MyName, got {path!r}")
+    if not _by_user.get():
+        _check_known(path, module, what)
+    found = import_by_name(module, what)
+    if not hasattr(found, name):
+        public = [other for other in vars(found) if not other.startswith("_")]
+        raise ValueError(f"{what}: module {module!r} has no {name!r}; {near_matches(name, public)}")
+    return getattr(found, name)
+
+
+def import_by_name(module: str, what: str) -> Any:
+    """A module.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
     except Exception as error:  # whatever the code of others raises
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{what}: module {module!r} cannot be imported ({reason}); installed packages and the folders on "
             "PYTHONPATH are searched"
         ) from error
-    if not hasattr(found, name):
-        public = [other for other in vars(found) if not other.startswith("_")]
-        raise ValueError(f"{what}: module {module!r} has no {name!r}; {near_matches(name, public)}")
-    return getattr(found, name)
 
 
 class Option(NamedTuple):

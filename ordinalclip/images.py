@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 INTERPOLATION = {kind.name.lower(): kind for kind in Image.Resampling}
+RESIZE = ("shortest", "squash")
+LARGEST_INPUT = 4096  # pixels on a side
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
@@ -29,6 +32,9 @@ class PixelSpec:
         interpolation: "nearest", "bilinear", "bicubic", "lanczos", "box" or "hamming".
         resize: "shortest" scales the shorter side, "squash" both sides.
         crop_ratio: they are scaled to this many times `size`; the centre of `size` pixels is then cut out.
+
+    Raises:
+        ValueError: a size, statistics or rule that no encoder has.
     """
 
     size: int
@@ -38,6 +44,23 @@ class PixelSpec:
     resize: str = "shortest"
     crop_ratio: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not (_is_number(self.size) and isinstance(self.size, int) and 1 <= self.size <= LARGEST_INPUT):
+            raise ValueError(f"size must be a whole number of pixels from 1 to {LARGEST_INPUT}, got {self.size!r}")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if not (isinstance(numbers, tuple) and len(numbers) == 3 and all(map(_is_number, numbers))):
+                raise ValueError(f"{name} must be three finite numbers, got {numbers!r}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, got {self.std!r}")
+        for name, rule, known in (
+            ("interpolation", self.interpolation, INTERPOLATION),
+            ("resize", self.resize, RESIZE),
+        ):
+            if not isinstance(rule, str) or rule not in known:
+                raise ValueError(f"{name} {rule!r} is unknown; choices: {', '.join(known)}")
+        if not (_is_number(self.crop_ratio) and 0.5 <= self.crop_ratio <= 4):
+            raise ValueError(f"crop_ratio must be a number from 0.5 to 4, got {self.crop_ratio!r}")
+
     @property
     def scaled_size(self) -> int:
         """The side that pictures are scaled to before the centre is cut out."""
@@ -46,8 +69,17 @@ class PixelSpec:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PixelSpec:
         """From what `dataclasses.asdict` and JSON made of one."""
+        if not isinstance(fields, Mapping) or fields.keys() - {field.name for field in dataclass_fields(cls)}:
+            known = ", ".join(field.name for field in dataclass_fields(cls))
+            raise ValueError(f"fields of an image encoder's pixels are {known}, got {fields!r}")
+        if lacking := [name for name in ("size", "mean", "std") if name not in fields]:
+            raise ValueError(f"pixels lack {', '.join(lacking)}")
         typed: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
         return cls(**typed)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class BrokenImageError(ValueError):

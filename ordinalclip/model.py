@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
-from safetensors.torch import load_file
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
 from ordinalclip.backbones import Backbone, load_backbone
+from ordinalclip.files import read_json_object
 from ordinalclip.heads import (
     Decoding,
     Head,
@@ -25,14 +29,26 @@ from ordinalclip.heads import (
     Targets,
     available_heads,
     build_head,
+    check_numbers,
     foreign_class,
     head_class,
+    names_from_a_file,
 )
 from ordinalclip.images import PixelSpec
-from ordinalclip.processing import OrdinalImageProcessor
+from ordinalclip.processing import HUB_OPTIONS, OrdinalImageProcessor, find_file
 from ordinalclip.progress import without_bars
 from ordinalclip.ranks import Ranks
 from ordinalclip.tokenization import save_tokenizer
+from ordinalclip.weights import (
+    FLOATS,
+    LARGEST_LOGIT_SCALE,
+    add_metadata,
+    fault,
+    first_line,
+    limited_memory,
+    misfit,
+    read_safetensors,
+)
 
 Form = Literal["deployed", "trainable"]
 
@@ -74,19 +90,68 @@ class OrdinalConfig(PreTrainedConfig):
     mirror: list | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        foreign = sorted(key for key in kwargs if not key.startswith("_") and not hasattr(PreTrainedConfig(), key))
+        foreign = sorted(key for key in kwargs if key not in KNOWN_KEYS and not key.startswith("_"))
         if foreign:
             raise ValueError(f"OrdinalConfig has no field {', '.join(foreign)}")
+        self._check_values()
         if self.ranks is not None:
             names = self.label_space.names or ()
+            if self.id2label and {int(rank): name for rank, name in self.id2label.items()} != dict(enumerate(names)):
+                raise ValueError("id2label contradicts ranks: it must give every rank its name, or be left out")
+            if self.label2id and self.label2id != {name: rank for rank, name in enumerate(names)}:
+                raise ValueError("label2id contradicts ranks: it must give every name its rank, or be left out")
             kwargs["id2label"] = dict(enumerate(names))
             kwargs["label2id"] = {name: rank for rank, name in enumerate(names)}
         super().__post_init__(**kwargs)
 
+    def _check_values(self) -> None:
+        """Raises:
+        ValueError: a value of another type than the field's, or one that means nothing."""
+        for name, hint in own_fields().items():
+            try:
+                TypeAdapter(hint).validate_python(getattr(self, name), strict=True)
+            except ValidationError as error:
+                raise ValueError(f"{name}: {error.errors()[0]['msg']}, got {getattr(self, name)!r}") from error
+        if self.architectures not in (None, ["OrdinalModel"]):
+            raise ValueError(f"architectures must be ['OrdinalModel'], got {self.architectures!r}")
+        if self.dtype is not None and str(self.dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is unknown; choices: {', '.join(DTYPES)}")
+        if any(labels is not None and not isinstance(labels, dict) for labels in (self.id2label, self.label2id)):
+            raise ValueError("id2label and label2id must be objects, or be left out")
+        for name in ("logit_scale", "label_mean", "label_std", "dropout"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
+        if abs(self.logit_scale) > LARGEST_LOGIT_SCALE:
+            allowed = f"-{LARGEST_LOGIT_SCALE:g} to {LARGEST_LOGIT_SCALE:g}"
+            raise ValueError(
+                f"logit_scale, the log of a temperature's inverse, must be {allowed}, got {self.logit_scale:g}"
+            )
+        if self.label_std <= 0:
+            raise ValueError(f"label_std must be above 0, got {self.label_std:g}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout:g}")
+        if self.decoding not in get_args(Decoding):
+            raise ValueError(f"decoding {self.decoding!r} is unknown; choices: {', '.join(get_args(Decoding))}")
+        _ = self.label_space, self.pixels is None or self.pixel_spec
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration from the content of config.json.
+
+        Raises:
+            ValueError: another kind of model, unknown fields, values that mean nothing.
+        """
+        if (kind := config_dict.get("model_type")) != cls.model_type:
+            raise ValueError(f"model_type is {kind!r}; models of this package are {cls.model_type!r}")
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def label_space(self) -> Ranks:
         """The ranks as an object."""
-        return Ranks(**(self.ranks or {"values": (0, 1)}))
+        try:
+            return Ranks(**(self.ranks or {"values": (0, 1)}))
+        except TypeError as error:
+            raise ValueError(f"ranks: {error}") from error
 
     @property
     def pixel_spec(self) -> PixelSpec:
@@ -94,6 +159,15 @@ class OrdinalConfig(PreTrainedConfig):
         if self.pixels is None:
             raise ValueError("OrdinalConfig.pixels is not set; build models with OrdinalModel.build")
         return PixelSpec.from_dict(self.pixels)
+
+
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+KNOWN_KEYS = ("model_type", "torch_dtype", "num_labels", "name_or_path")  # beside the fields, in any model's config
+
+
+def own_fields() -> dict[str, Any]:
+    """The fields of `OrdinalConfig` that are not every model's, with their types."""
+    return inspect.get_annotations(OrdinalConfig, eval_str=True)
 
 
 @dataclass
@@ -193,9 +267,12 @@ class OrdinalModel(PreTrainedModel):
         Args:
             pixel_values: (B, 3, size, size) from the image processor.
             labels: (B,) label values in the label's unit; then `loss` is the head's loss on this batch.
+
+        Raises:
+            NoNumber: answers that are not finite.
         """
         outputs = self.head(self.encoder(pixel_values))
-        prediction = self.head.predict(outputs)
+        prediction = self._answers(outputs)
         loss = None
         if labels is not None:
             ranks = self.head.ranks.rank_of(labels).to(pixel_values.device)
@@ -205,7 +282,12 @@ class OrdinalModel(PreTrainedModel):
     def predict(self, pixel_values: Tensor) -> Prediction:
         """`forward` without gradient, as a `Prediction`."""
         with torch.no_grad():
-            return self.head.predict(self.head(self.encoder(pixel_values)))
+            return self._answers(self.head(self.encoder(pixel_values)))
+
+    def _answers(self, outputs: Any) -> Prediction:
+        prediction = self.head.predict(outputs)
+        check_numbers(prediction.value)
+        return prediction
 
     def deploy(self) -> OrdinalModel:
         """The form that is served: this model's own encoder, not a copy, with a head that needs no text tower."""
@@ -227,32 +309,44 @@ class OrdinalModel(PreTrainedModel):
         The trainable form of a model whose text tower has a tokenizer of its own (SigLIP, Hugging Face CLIP) gets
         that tokenizer's files too, in the folder tokenizer/, and needs no hub to be restored.
 
+        The configuration is noted in model.safetensors, too: a config.json that says otherwise is then refused.
+
         Args:
             form: "deployed" (image encoder and what the head needs to answer) or "trainable" (all of it).
+
+        Raises:
+            ValueError: an unknown form, or weights that are not finite; nothing is written.
         """
         if form not in ("deployed", "trainable"):
             raise ValueError(f"form {form!r} is unknown; choices: deployed, trainable")
         model = self.deploy() if form == "deployed" else self
+        if why := fault(model.state_dict()):
+            raise ValueError(f"a model that is not to be saved: {why}")
         options = {"save_original_format": False, **kwargs}  # else transformers renames the weights of its own towers
         with without_bars():
             super(OrdinalModel, model).save_pretrained(save_directory, **options)
+        if (weights := Path(save_directory) / WEIGHTS).is_file():  # else in pieces, as max_shard_size asks for
+            add_metadata(weights, {SIGNATURE: json.dumps(_signature(model.config))})
         self.image_processor.save_pretrained(save_directory)
         if form == "trainable" and self.tokenizer is not None:
             save_tokenizer(self.tokenizer, Path(save_directory) / TOKENIZER_FOLDER)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> OrdinalModel:
-        """Load a saved model, from a folder or the hub.
+        """Load a saved model, from a folder or the hub. A folder is loaded without any network.
 
         Builds the architecture for real and loads the weights strictly: transformers' own loading builds on the
         meta device, where buffers that are not saved (attention masks) would come back as garbage.
 
+        Nothing in the folder is run, and no module is imported because it says so: the head is one of this package, one
+        that an installed package registers, or one whose module the program has imported itself
+        (`heads.names_from_a_file`).
+
         Raises:
-            OSError: no such folder or files; RuntimeError: weights that do not fit the configuration; ValueError: a
-                head of another package that cannot be imported. Only load such models from people whom you trust with
-                the import of any module that is installed.
+            OSError: no such folder or files; ValueError: damaged files, parts that contradict each other, weights that
+                are not finite or do not fit the configuration, a head of another package that is not known.
         """
-        hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         config = kwargs.pop("config", None)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         device = kwargs.pop("device_map", None)
@@ -267,23 +361,94 @@ class OrdinalModel(PreTrainedModel):
             kwargs.pop(ignored, None)
         if args or kwargs:
             raise TypeError(f"OrdinalModel.from_pretrained takes no option {', '.join(kwargs) or args}")
-        if config is None:
-            config = OrdinalConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        weights = cached_file(str(pretrained_model_name_or_path), "model.safetensors", **hub)
-        model = cls(config, *_rebuild(config, _tokenizer_folder(str(pretrained_model_name_or_path), config, hub)))
-        model.load_state_dict(load_file(str(weights)), strict=True)
+        name = str(pretrained_model_name_or_path)
+        said = find_file(name, "config.json", hub)
+        content = read_json_object(said)
+        try:
+            config = config or OrdinalConfig.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{said}: {first_line(error)}") from error
+        file = find_file(name, WEIGHTS, hub)
+        tensors, metadata = read_safetensors(file)
+        _check_signature(said, config, metadata)
+        _check_ranks(file, config, tensors)
+        limit = MEMORY_FACTOR * file.stat().st_size + (1 << 30)
+        try:
+            with names_from_a_file(), limited_memory(limit, "the model that it describes"):
+                model = cls(config, *_rebuild(config, _tokenizer_folder(name, config, hub)))
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError, IndexError) as error:
+            raise ValueError(f"{said}: no model can be built from it: {first_line(error)}") from error
+        if why := fault(tensors) or misfit(model.state_dict(), tensors):
+            raise ValueError(f"{file}: {why}")
+        try:
+            model.load_state_dict(tensors, strict=True)
+        except RuntimeError as error:  # torch lists every tensor that does not fit
+            raise ValueError(f"{file}: does not fit {said}: {' '.join(str(error).split())}") from error
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
         if isinstance(dtype, torch.dtype):
             model.to(dtype)
         if device is not None:
             model.to(device["" if "" in device else next(iter(device))] if isinstance(device, dict) else device)
-        model.name_or_path = str(pretrained_model_name_or_path)
+        model.name_or_path = name
         return model.eval()
 
 
 TOKENIZER_FOLDER = "tokenizer"
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+WEIGHTS = "model.safetensors"
+SIGNATURE = "ordinalclip"  # key of the metadata that the configuration is noted under
+MEMORY_FACTOR = 8  # of the weights' size: a text tower comes with an image tower that is not kept
+
+
+def _signature(config: OrdinalConfig) -> dict[str, Any]:
+    """What of a configuration belongs to the weights, as JSON data."""
+    fields = {name: value for name, value in config.to_dict().items() if name in own_fields()}
+    return json.loads(json.dumps(fields))
+
+
+def _check_signature(file: Path, config: OrdinalConfig, metadata: dict[str, str]) -> None:
+    """Raises:
+    ValueError: the configuration is not the one that the weights were saved with."""
+    if SIGNATURE not in metadata:  # written before there was one
+        return
+    try:
+        saved = dict(json.loads(metadata[SIGNATURE]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.parent / WEIGHTS}: its metadata are damaged") from error
+    for name, value in _signature(config).items():
+        if name in saved and json.dumps(saved[name], sort_keys=True) != json.dumps(value, sort_keys=True):
+            where = _difference(name, saved[name], value)
+            raise ValueError(
+                f"{file}: {where} when the weights were saved; to change a model load it in Python and save it again"
+            )
+
+
+def _difference(name: str, saved: Any, now: Any) -> str:
+    """Where two JSON values differ first, in words."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*saved, *now]):
+            if key not in now or key not in saved:
+                return f"{name} has {'no ' * (key not in now)}{key!r}, unlike"
+            if saved[key] != now[key]:
+                return _difference(f"{name}.{key}", saved[key], now[key])
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        number = next((i for i, (one, other) in enumerate(zip(saved, now, strict=True)) if one != other), None)
+        if number is not None:
+            return _difference(f"{name}[{number}]", saved[number], now[number])
+    return f"{name} is {_short(now)}, was {_short(saved)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_ranks(file: Path, config: OrdinalConfig, tensors: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: other prototypes than ranks; said before anything is built for them."""
+    prototypes, ranks = tensors.get("head.prototypes"), len(config.label_space)
+    if prototypes is not None and len(prototypes) != ranks:
+        raise ValueError(f"{file}: holds prototypes of {len(prototypes)} ranks, config.json names {ranks}")
 
 
 class Encoder(nn.Module):
@@ -335,6 +500,11 @@ def _rebuild(config: OrdinalConfig, tokenizer: Path | None = None) -> tuple[Enco
     if config.text and not own:
         tower = load_backbone(config.text, False, config.text_architecture, tokenizer=tokenizer)
     text = tower.text if tower else None
+    if (config.input_dim, config.pixel_spec.size) != (image.output_dim, image.pixels.size):
+        raise ValueError(
+            f"input_dim {config.input_dim} and pixels.size {config.pixel_spec.size} are not those of the backbone, "
+            f"{image.output_dim} and {image.pixels.size}"
+        )
     encoder = Encoder(image.encoder, config.dropout, config.mirror or ())
     return encoder, _head(config, tower), text.tokenizer if text else None
 

@@ -11,6 +11,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from ordinalclip.images import load_image
 from ordinalclip.model import OrdinalModel
+from ordinalclip.processing import OrdinalImageProcessor
 
 TASK = "image-ordinal-regression"
 
@@ -31,6 +32,12 @@ class OrdinalRegressionPipeline(Pipeline):
     _load_image_processor = True
     _load_feature_extractor = False
     _load_tokenizer = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        spec = getattr(self.image_processor, "spec", None)
+        if spec != self.model.config.pixel_spec:
+            raise ValueError(f"{TASK}: the image processor gives other pixels ({spec}) than the model wants")
 
     def _sanitize_parameters(self, top_k: int | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
         if kwargs:
@@ -57,6 +64,21 @@ class OrdinalRegressionPipeline(Pipeline):
             for probability, index in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
                 top.append({"name": ranks.name(index), "value": ranks.values[index], "probability": probability})
         return {**answer, "top": top}
+
+
+def load_pipeline(name: str) -> OrdinalRegressionPipeline:
+    """The pipeline of a model folder or a name on the hub. Nothing in the folder is run, nor asked whether to.
+
+    `transformers.pipeline(TASK, model=name)` gives the same for our models; of a folder that is something else it asks
+    on the terminal whether to run its code, unless `trust_remote_code=False` is given.
+
+    Raises:
+        OSError, ValueError: see `OrdinalModel.from_pretrained`.
+    """
+    model = OrdinalModel.from_pretrained(name)
+    return OrdinalRegressionPipeline(
+        model=model, image_processor=OrdinalImageProcessor.from_pretrained(name), task=TASK
+    )
 
 
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=OrdinalRegressionPipeline, pt_model=OrdinalModel)

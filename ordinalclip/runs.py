@@ -35,7 +35,7 @@ def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) ->
         ValueError: bad configuration or data; the message names the key or row.
         FolderOccupied: the folder holds a run and neither `train.resume` nor `overwrite` says what to do with it.
         FolderInUse: another job writes to it.
-        Diverged: a loss or gradient that is not finite; the message names step, term, learning rate and rows.
+        Diverged: a loss, gradient or weight that is not finite; the message names step, what it is and learning rate.
         OSError: a checkpoint that could not be written.
         Preempted: SIGTERM came; the checkpoint is written and `train.resume=auto` goes on from it.
     """

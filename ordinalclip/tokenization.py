@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ordinalclip.files import check_no_code
+
 
 class MissingTokenizer:
     """Stands where a tokenizer could not be found: whoever wants to tokenize gets a ValueError with the reason."""
@@ -25,6 +27,9 @@ def load_tokenizer(source: str | Path | None, owner: str, **options: Any) -> Any
         source: folder or hub name; None where it is not known.
         owner: whose tokenizer it is, for the message.
         options: for `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: a folder that names code of its own.
     """
     from transformers import AutoTokenizer
 
@@ -33,8 +38,9 @@ def load_tokenizer(source: str | Path | None, owner: str, **options: Any) -> Any
             f"text tower of {owner}: its tokenizer lies in the folder of the saved model; "
             "restore the model with OrdinalModel.from_pretrained(FOLDER)"
         )
+    check_no_code(Path(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:  # whatever the class behind raises
         why = str(error).strip().partition("\n")[0]
     else:

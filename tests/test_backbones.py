@@ -126,3 +126,51 @@ def test_methods_that_need_text_say_so():
         OrdinalModel.build("tiny", Ranks.of(3), "zero_shot", {"templates": ["a photo"]})
     with pytest.raises(ValueError, match=r"options of method 'cnn': head\.scales is not a key; nearest: head\.scale"):
         OrdinalModel.build("tiny", Ranks.of(3), "cnn", {"scales": 3})
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("resnet10t_mine.safetensors", None),
+        ("best.safetensors", None),
+        ("resnet10t.c3_in1k/model.safetensors", None),
+        ("resnet14t/best/model.safetensors", None),  # only the nearest folder counts
+        ("resnet14t.c3_in1k/model.safetensors", "timm model resnet14t.c3_in1k by its folder's name"),
+        ("models--timm--resnet14t.c3_in1k/snapshots/1a2b/model.safetensors", "resnet14t.c3_in1k by its folder's name"),
+        ("resnet14t_a1-5f3c.safetensors", r"resnet14t by its name, .*: write timm:resnet14t/.*resnet14t_a1-5f3c"),
+    ],
+)
+def test_timm_files_are_of_the_model_that_they_name(tmp_path, place, message):
+    import timm
+
+    file = tmp_path / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    model = timm.create_model("resnet10t").eval()
+    save_file(model.state_dict(), file)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            load_backbone(f"timm:resnet10t/{file}")
+        return
+    backbone = load_backbone(f"timm:resnet10t/{file}")
+    assert torch.equal(backbone.encoder.state_dict()["conv1.0.weight"], model.state_dict()["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("written", ["metadata", "arch", "pixels"])
+def test_timm_files_are_of_the_model_that_is_noted(tmp_path, written):
+    import timm
+
+    state, file = timm.create_model("resnet10t").state_dict(), tmp_path / "best.safetensors"
+    if written == "metadata":
+        save_file(state, file, {"architecture": "resnet14t"})
+        message = r"resnet14t by its metadata \(architecture\)"
+    elif written == "arch":
+        file = tmp_path / "best.pth"
+        torch.save({"arch": "resnet14t", "state_dict": state}, file)
+        message = "resnet14t by its entry arch"
+    else:
+        save_file(state, file)
+        tag = {"mean": [0.5, 0.5, 0.5], "tag": "mine"}
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet10t", "pretrained_cfg": tag}))
+        message = r"says mean \[0\.5, 0\.5, 0\.5\] of best\.safetensors, .*write timm:resnet10t\.mine/"
+    with pytest.raises(ValueError, match=message):
+        load_backbone(f"timm:resnet10t/{file}")

@@ -160,6 +160,15 @@ class Lost(Head):
 
     def loss(self, outputs, targets):
         return {"loss": outputs["standardised"].mean()}
+
+
+class LostClasses(Head):
+    \"\"\"A distribution of what is no number.\"\"\"
+
+    learns = False
+
+    def forward(self, features):
+        return {"logits": torch.full((len(features), len(self.ranks)), float("nan"))}
 """
 
 
@@ -168,10 +177,14 @@ def test_answers_that_are_no_numbers_leave_a_method_out(grades, tmp_path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     content = yaml.safe_load(grades.read_text())
     content["methods"]["lost"] = {"base": {"method": "lost:Lost"}}
+    content["methods"]["lost classes"] = {"base": {"method": "lost:LostClasses"}}
     grades.write_text(yaml.safe_dump(content))
     for _ in range(2):  # the second time from what is in the folder
         outcome = run_plan(load_plan(grades), quiet=True)
-        assert outcome.left_out == ["lost gives answers that are no numbers"]
+        assert outcome.left_out == [
+            "lost gives answers that are no numbers",
+            "lost classes gives answers that are no numbers",
+        ]
         assert {row["method"] for row in outcome.summaries} == {"L1", "constant"}
 
 

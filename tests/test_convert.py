@@ -276,3 +276,26 @@ def test_a_clip_of_another_make_is_no_openai_clip(tmp_path, clip):
     torch.save(state, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match=r"odd\.pt: not a CLIP as OpenAI published them"):
         convert(tmp_path / "odd.pt", tmp_path / "out")
+
+
+def test_a_conversion_replaces_an_earlier_one_and_nothing_else(tmp_path, clip):
+    torch.save(openai_state(clip), tmp_path / "clip.pt")
+    out = tmp_path / "new" / "out"
+    convert(tmp_path / "clip.pt", out)
+    before = (out / "open_clip_model.safetensors").read_bytes()
+    changed = openai_state(clip)
+    changed["logit_scale"] = changed["logit_scale"] + 0.5
+    torch.save(changed, tmp_path / "clip.pt")
+    convert(tmp_path / "clip.pt", out)
+    after = (out / "open_clip_model.safetensors").read_bytes()
+    assert after != before
+
+    changed["visual.proj"] = changed["visual.proj"][:, :5]  # it fails once everything is written
+    torch.save(changed, tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="not a CLIP as OpenAI published them"):
+        convert(tmp_path / "clip.pt", out)
+    assert (out / "open_clip_model.safetensors").read_bytes() == after
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds something else than an earlier result .*\(notes\.txt\)"):
+        convert(tmp_path / "clip.pt", out)

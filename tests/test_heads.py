@@ -10,7 +10,16 @@ import torch
 
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.config import load_config
-from ordinalclip.heads import HeadContext, available_heads, build_head, head_class, head_options, head_section
+from ordinalclip.heads import (
+    HeadContext,
+    available_heads,
+    build_head,
+    head_class,
+    head_options,
+    head_section,
+    import_object,
+    names_from_a_file,
+)
 from ordinalclip.sections import describe
 
 RANKS = Ranks.linear(0, 4, 5)
@@ -191,9 +200,11 @@ def test_what_is_no_head(module, method, message):
 
 
 LOAD = """
-import sys, torch
+import importlib, sys, torch
 from ordinalclip import OrdinalModel
 try:
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
     print(OrdinalModel.from_pretrained(sys.argv[1]).predict(torch.zeros(1, 3, 64, 64)).value.item())
 except ValueError as error:
     print("ValueError:", error)
@@ -218,17 +229,35 @@ def test_a_saved_model_names_the_import_that_is_missing(module, tmp_path, monkey
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "outside_heads.py").write_text(MODULE)
 
-    def load(*folders):
+    def load(*folders, imports=()):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *map(str, folders)])}
-        command = [sys.executable, "-c", LOAD, str(tmp_path / "model")]
+        command = [sys.executable, "-c", LOAD, str(tmp_path / "model"), *imports]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
     value = model.predict(torch.zeros(1, 3, 64, 64)).value.item()
     assert float(load(module)) == pytest.approx(value)
-    assert float(load(tmp_path / "only")) == pytest.approx(value)  # the class is enough
-    message = load()
-    assert message.startswith("ValueError: this model's method 'shifted' comes from another package: ")
-    assert "module 'outside_heads' cannot be imported" in message
+    only = tmp_path / "only"  # the class is enough, but a model does not import it by itself
+    assert float(load(only, imports=["outside_heads"])) == pytest.approx(value)
+    for folders in ((only,), ()):
+        message = load(*folders)
+        assert "this model's method 'shifted' comes from another package: " in message
+        assert "which a model's files may not import by themselves; if you trust it, import outside_heads" in message
+
+
+def test_what_the_files_of_a_model_may_import(tmp_path, monkeypatch):
+    """Ours, losses of torch and dlordinal, and what the program has imported itself, if Python did not bring it."""
+    (tmp_path / "stranger.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef loss(): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with names_from_a_file():
+        for known in ("baselines.regression:L1", "torch.nn:CrossEntropyLoss", "pytest:approx"):
+            assert callable(import_object(known, "it"))
+        for foreign in ("stranger:loss", "shutil:rmtree", "subprocess:run", "torch.hub:load", "torch:load", "this:s"):
+            with pytest.raises(ValueError, match=r"it names code of the module .* may not import by themselves"):
+                import_object(foreign, "it")
+    assert not (tmp_path / "ran").exists()
+    import_object("stranger:loss", "it")  # named by the user
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("method", ["ordinalclip", "l1"])

@@ -1,15 +1,21 @@
 """Saving, loading and serving: equal outputs and buffers, no text tower, nothing unpickled."""
 
+import json
+import shutil
+import socket
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 from ordinalclip import OrdinalConfig, OrdinalModel, Ranks
 from ordinalclip.gauges import make_gauges
-from ordinalclip.heads import HeadContext, available_heads, build_head, decode
+from ordinalclip.heads import HeadContext, NoNumber, available_heads, build_head, decode
 
 RANKS = Ranks.linear(0, 100, 21, unit="%")
 METHODS = sorted(set(available_heads()) - {"prototypes"})
@@ -100,7 +106,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("head.linear.bias")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"head\.linear\.bias"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: head\.linear\.bias is missing"):
         OrdinalModel.from_pretrained(tmp_path)
     with pytest.raises(TypeError, match="takes no option dytpe"):
         OrdinalModel.from_pretrained(tmp_path, dytpe="auto")
@@ -244,3 +250,143 @@ def test_grey_and_large_images_are_served(tmp_path):
     model = perturbed("ordinalclip")
     pixels = model.image_processor([Image.new("L", (300, 200), 90), np.zeros((70, 64), np.uint8)])["pixel_values"]
     assert pixels.shape == (2, 3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Saved models of two forms, each with the answer to one picture."""
+    picture = make_gauges("dial", 1)[0]["image"].resize((90, 70))
+    made = {}
+    for method, form in (("ordinalclip", "deployed"), ("l1", "deployed"), ("rm_loss", "trainable")):
+        folder = tmp_path_factory.mktemp(f"{method}-{form}")
+        head = {"readout": "l1"} if method == "rm_loss" else {}
+        perturbed(method, head=head).save_pretrained(folder, form=form)
+        made[folder] = answer_of(folder, picture)
+    return picture, made
+
+
+def answer_of(folder, picture):
+    return pipeline("image-ordinal-regression", model=str(folder))(picture, top_k=3)
+
+
+DELETED = object()
+
+
+def leaves(value, path=()):
+    """Paths of all values in nested JSON, containers too."""
+    if path:
+        yield path
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, (*path, key))
+
+
+def others(value):
+    """Other values than this one: of its type, and of other types."""
+    yield DELETED
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int | float):
+        yield from (value + 1, value * 1.5 + 0.25, -value - 1, 0, 1e300, float("nan"), float("inf"))
+    elif isinstance(value, str):
+        yield from ("", value + "x", "median", "argmax", "expectation", "squash", "bilinear", "float16", "l1", "timm:x")
+    elif isinstance(value, list):
+        yield from ([], value[:-1], value[::-1], [*value, *value[:1]])
+    elif isinstance(value, dict):
+        yield from ({}, {**value, "foreign": 1})
+    yield from (None, True, 1, 7.5, "text", [1], {"a": 1})
+
+
+def changed(content, path, value):
+    content = json.loads(json.dumps(content))
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    if value is DELETED:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return content
+
+
+def check_change(folder, before, picture, file, path, value, place):
+    """A folder whose file has one other value is refused, or answers as before."""
+    content = json.loads((folder / file).read_text())
+    shutil.copytree(folder, place, dirs_exist_ok=True)
+    (place / file).write_text(json.dumps(changed(content, path, value)))
+    try:
+        after = answer_of(place, picture)
+    except (ValueError, OSError):
+        return
+    assert after == before, (path, value)
+
+
+ELSEWHERE = ("model_type", "image_processor_type")  # transformers asks them for the class: see the hostile cases
+FILES = ("config.json", "preprocessor_config.json")
+
+
+@pytest.mark.slow
+def test_one_changed_value_is_refused_or_changes_nothing(folders, tmp_path):
+    """Every top-level key, deleted and at many other values; by the pipeline, as `transformers` builds it."""
+    picture, made = folders
+    for folder, before in made.items():
+        for file in FILES:
+            content = json.loads((folder / file).read_text())
+            for key, old in content.items():
+                if key in ELSEWHERE:
+                    continue
+                for value in others(old):
+                    try:
+                        check_change(folder, before, picture, file, (key,), value, tmp_path / "copy")
+                    except Exception as e:
+                        print("XXX", key, repr(value)[:50], type(e), str(e)[:150].replace(chr(10), " "))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_one_changed_value_inside_is_refused_or_changes_nothing(folders, tmp_path, data):
+    picture, made = folders
+    folder = data.draw(st.sampled_from(list(made)))
+    file = data.draw(st.sampled_from(FILES))
+    content = json.loads((folder / file).read_text())
+    path = data.draw(st.sampled_from([path for path in leaves(content) if path[0] not in ELSEWHERE]))
+    old = content
+    for key in path:
+        old = old[key]
+    value = data.draw(st.sampled_from(list(others(old))))
+    check_change(folder, made[folder], picture, file, path, value, tmp_path / "copy")
+
+
+def test_a_folder_needs_no_network(folders, monkeypatch):
+    """Without HF_HUB_OFFLINE, every socket that is opened fails the test."""
+
+    def no_socket(*arguments, **options):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "socket", no_socket)
+    monkeypatch.setattr(socket, "create_connection", no_socket)
+    monkeypatch.setattr(socket, "getaddrinfo", no_socket)
+    picture, made = folders
+    for folder, before in made.items():
+        assert answer_of(folder, picture) == before
+        assert isinstance(OrdinalModel.from_pretrained(folder), OrdinalModel)
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    model = perturbed("l1")
+    model.head.linear.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"head\.linear\.bias holds 1 numbers that are not finite, of 1"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("decoding", ["median", "argmax", "expectation"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_is_no_rank(decoding, bad):
+    probabilities = torch.tensor([[0.5, 0.5, 0.0], [bad, 0.5, 0.5], [bad, bad, bad]])
+    with pytest.raises(NoNumber, match="answers 2 of 3 pictures with numbers that are not finite"):
+        decode(probabilities, Ranks.of(3), decoding)
+    head = build_head("l1", HeadContext(RANKS, 3, label_mean=40.0, label_std=8.0), {})
+    with pytest.raises(NoNumber, match="answers 1 of 2"):
+        head.predict({"standardised": torch.tensor([0.0, bad])})

@@ -13,7 +13,8 @@ import torch
 from conftest import NOISY, QUICK, log_of, without_times
 
 from ordinalclip.config import load_config
-from ordinalclip.training import train
+from ordinalclip.run_folder import RunFolder
+from ordinalclip.training import Diverged, train
 from ordinalclip.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from ordinalclip.training.interruption import PREEMPTED, Preempted
 from ordinalclip.training.sampling import Stream
@@ -218,3 +219,28 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(quick, monkeypatc
     folder = checkpoints(Path(config.output_dir) / "checkpoints")
     assert [path.name[-1] for path in folder] == ["2", "4"]
     assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(folder[-1]).weights.values())
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
+@pytest.mark.parametrize("average", [(), ("train.ema=0.9",)])
+def test_weights_that_the_last_update_spoils_are_not_saved(quick, monkeypatch, spoilt, average):
+    """Loss and gradient of the last step are finite; the checkpoint before it stays, and nothing looks finished."""
+    step = Learner.step
+
+    def spoil(self, number, *batch):
+        logged = step(self, number, *batch)
+        if number == self.total - 1:
+            self.model.head.linear.bias.data[0] = spoilt
+            if self.average is not None:
+                self.average.update(number)
+        return logged
+
+    monkeypatch.setattr(Learner, "step", spoil)
+    config = quick(*FOUR, *average)
+    with pytest.raises(Diverged, match=r"step 8: (average\.)?head\.linear\.bias holds 1 numbers that are not finite"):
+        train(config, quiet=True)
+    folder = RunFolder(config.output_dir)
+    assert [path.name[-1] for path in checkpoints(folder.checkpoints)][-1] == "6"
+    assert folder.read_log()[-1]["step"] == 8
+    assert not folder.model.exists()
+    assert not folder.is_finished

@@ -12,6 +12,7 @@ Backbone` and one line in `FAMILIES`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from ordinalclip.backbones import hf_models, open_clip_models, timm_models
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.backbones.open_clip_models import TINY_FOLDER
+from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault
 
 __all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "Request", "load_backbone"]
 
@@ -50,11 +52,18 @@ def load_backbone(
 
     Raises:
         ValueError: an unknown family, model or weights tag (the message lists near matches), a model that cannot
-            serve as an image encoder, an input size that it cannot take.
+            serve as an image encoder, an input size that it cannot take, weights that cannot be had, do not fit or are
+            not finite, a folder that names code of its own.
     """
     family, _, name = spec.partition(":")
     if family not in FAMILIES:
         raise ValueError(f"backbone {spec!r}: family {family!r} is unknown; choices: {', '.join(FAMILIES)}")
     backbone = FAMILIES[family](name, Request(load_weights, architecture or {}, image_size, with_text, tokenizer))
     backbone.spec = spec
+    if load_weights:
+        for part in (backbone.encoder, backbone.text):
+            if part is not None and (why := fault(part.state_dict(), masks=True)):
+                raise ValueError(f"backbone {spec}: {why}")
+        if abs(backbone.logit_scale) > LARGEST_LOGIT_SCALE or not math.isfinite(backbone.logit_scale):
+            raise ValueError(f"backbone {spec}: logit_scale is {backbone.logit_scale:g}, which is no temperature's log")
     return backbone

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from torch import nn
 
 from ordinalclip.images import PixelSpec
 from ordinalclip.text import TextTower
+from ordinalclip.weights import first_line
 
 
 @dataclass
@@ -53,3 +57,24 @@ class Request:
     image_size: int | None = None
     with_text: bool = True
     tokenizer: Path | None = None
+
+
+@contextmanager
+def fetching(spec: str) -> Iterator[None]:
+    """While a library fetches weights from a hub: whatever goes wrong is one error that names the spec.
+
+    Raises:
+        ValueError: they cannot be had.
+    """
+    logger = logging.getLogger()
+    before = logger.level
+    try:
+        logger.setLevel(logging.CRITICAL)  # open_clip logs the error that it raises
+        yield
+    except Exception as error:  # no network, no such name, no access, no space: libraries agree on no type
+        raise ValueError(
+            f"backbone {spec}: its weights can be had neither from the hub nor from what was fetched before "
+            f"({first_line(error)})"
+        ) from error
+    finally:
+        logger.setLevel(before)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ordinalclip.backbones.base import Backbone, Request
+from ordinalclip.backbones.base import Backbone, Request, fetching
+from ordinalclip.files import check_no_code
 from ordinalclip.images import PixelSpec
 from ordinalclip.suggestions import near_matches
 from ordinalclip.text import TextTower
@@ -20,6 +21,7 @@ from ordinalclip.tokenization import MissingTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 DUAL = ("clip", "siglip")  # model types with a text tower that is supported
+FETCHING = ("auto_map", "attn_implementation", "use_pretrained_backbone", "quantization_config", "backbone")
 CLIP_VOCABULARY = 49408  # words of CLIP's own byte-pair encoding, which comes with open_clip
 
 
@@ -53,6 +55,10 @@ def load(name: str, request: Request) -> Backbone:
     from transformers import AutoConfig, AutoModel
 
     stored = request.architecture
+    if stored:
+        _refuse_code(stored["config"])
+    else:
+        check_no_code(Path(name))
     config = AutoConfig.for_model(**stored["config"]) if stored else _published_config(name)
     _check_type(name, config)
     dual = config.model_type in DUAL
@@ -65,7 +71,12 @@ def load(name: str, request: Request) -> Backbone:
         wanted = config.vision_config if dual and not request.with_text else config
         model: Any = AutoModel.from_config(wanted, dtype=torch.float32)
     else:
-        model, found = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
+            raise ValueError(f"backbone hf:{name}: the folder holds no .safetensors; pickled weights are not read")
+        with fetching(f"hf:{name}"):
+            model, found = AutoModel.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            )
         missing = sorted(found["missing_keys"])
         pooler = not any(key.startswith("pooler.") for key in missing)  # a classifier's file: random if kept
         if others := [key for key in missing if not key.startswith("pooler.")]:
@@ -93,13 +104,27 @@ def _published_config(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         why = str(error).strip().partition("\n")[0]
         parent = Path(name).parent
         near = [str(parent / folder.name) for folder in sorted(parent.iterdir())] if parent.is_dir() else []
         hint = f"; {near_matches(name, near)}" if near else ""
         raise ValueError(f"backbone hf:{name} is neither a model's folder nor on the hub ({why}){hint}") from error
+
+
+def _refuse_code(stored: Any) -> None:
+    """A saved architecture is rebuilt from numbers alone: what would fetch or import something is refused."""
+    if isinstance(stored, dict):
+        for key, value in stored.items():
+            if value and str(key).lstrip("_") in FETCHING:
+                raise ValueError(
+                    f"an architecture with {key}={value!r}, which would fetch or run something, is not built"
+                )
+            _refuse_code(value)
+    elif isinstance(stored, list):
+        for value in stored:
+            _refuse_code(value)
 
 
 def _check_type(name: str, config: Any) -> None:
@@ -132,7 +157,7 @@ def _published_pixels(name: str) -> PixelSpec:
     from transformers import AutoImageProcessor
 
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(name)
+        processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"backbone hf:{name}: no image processor there (preprocessor_config.json), so its pixel statistics and "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from copy import deepcopy
@@ -13,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ordinalclip.backbones.base import Backbone, Request
+from ordinalclip.backbones.base import Backbone, Request, fetching
+from ordinalclip.files import read_json_object
 from ordinalclip.images import PixelSpec
 from ordinalclip.suggestions import near_matches
 from ordinalclip.text import TextTower
 from ordinalclip.tokenization import MissingTokenizer, load_tokenizer
-from ordinalclip.weights import is_torchscript, read_weights
+from ordinalclip.weights import check_floats, first_line, is_torchscript, read_weights
 
 logger = logging.getLogger(__name__)
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny-clip"
@@ -47,12 +47,16 @@ def _load_folder(folder: Path, request: Request) -> Backbone:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"backbone open_clip:{folder}: the folder holds no {CONFIG_FILE}")
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if "model_cfg" not in content:
+    content = read_json_object(file)
+    if not isinstance(content.get("model_cfg"), dict):
         raise ValueError(f"{file}: no model_cfg in it")
     _refuse_coca(f"open_clip:{folder}", content["model_cfg"])
-    architecture = {key: content[key] for key in ("model_cfg", "preprocess_cfg") if key in content}
-    model = _build(architecture)
+    architecture: dict[str, Any] = {key: content[key] for key in ("model_cfg", "preprocess_cfg") if key in content}
+    try:
+        model = _build(architecture)
+    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{file}: no model can be built from its model_cfg ({why})") from error
     if request.load_weights:
         weights = next((folder / known for known in WEIGHT_FILES if (folder / known).is_file()), None)
         if weights is None:
@@ -65,7 +69,7 @@ def _load_named(name: str, request: Request) -> Backbone:
     import open_clip
 
     name, _, pretrained = name.partition("/")
-    config = open_clip.get_model_config(name)
+    config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None:
         raise ValueError(
             f"backbone open_clip:{name}{'/' if pretrained else ''}{pretrained} is unknown; "
@@ -93,7 +97,8 @@ def _load_named(name: str, request: Request) -> Backbone:
         if tag.get("quick_gelu"):
             config["quick_gelu"] = True
         architecture.pop("preprocess_cfg", None)  # the tag's own comes with the model
-        model = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=bool(tag.get("quick_gelu")))
+        with fetching(f"open_clip:{name}/{pretrained}"):
+            model = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=bool(tag.get("quick_gelu")))
     return _from_model(*_at_size(model, request, architecture), request)
 
 
@@ -116,19 +121,29 @@ def _load_weights(model: Any, file: Path) -> None:
         raise ValueError(
             f"{file} is a TorchScript archive; turn it into a folder first: ordinalclip convert {file} OUT"
         )
+    if file.suffix in (".npz", ".npy"):
+        raise ValueError(
+            f"{file}: arrays of NumPy are not read; allowed are .safetensors and PyTorch's files of tensors"
+        )
+    state = read_weights(file)
+    state = state.get("state_dict", state)
+    check_floats(file, state)
     try:
         if model.text_is_stub:
-            _fill_visual(model, read_weights(file))
+            _fill_visual(model, state)
         else:
             load_checkpoint(model, str(file))
-    except RuntimeError as error:  # torch lists every tensor that does not fit
-        lines = str(error).splitlines()
-        raise ValueError(f"{file}: the weights do not fit the model: {' '.join(lines[:2])}") from error
+    except (
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        StopIteration,
+    ) as error:  # torch lists every tensor that does not fit
+        raise ValueError(f"{file}: the weights do not fit the model: {' '.join(str(error).split())[:300]}") from error
 
 
 def _fill_visual(model: Any, state: dict[str, Any]) -> None:
     """For text towers that are not built: the image tower and the temperature alone."""
-    state = state.get("state_dict", state)
     prefix = "visual."
     model.visual.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     model.logit_scale.data.copy_(state["logit_scale"])
@@ -201,11 +216,12 @@ def _from_model(model: Any, architecture: dict[str, Any], request: Request, fold
     pixels = _pixels(model.visual, architecture)
     text: TextTower | None = None
     if request.with_text:
-        if "tokenizer" not in architecture:  # built from a name or folder, not restored
+        if "tokenizer" not in architecture and not request.architecture:  # built from a name or folder, not restored
             from_files = bool(config["text_cfg"].get("hf_tokenizer_name"))
             architecture["tokenizer"] = "files" if from_files else "clip"
             source: Any = config["text_cfg"].get("hf_tokenizer_name") if folder is None else folder
         else:
+            architecture.setdefault("tokenizer", "clip")
             source = request.tokenizer
         try:
             if "hf_model_name" in config["text_cfg"]:

@@ -88,6 +88,8 @@ def _assemble(tables: dict[str, Table], config: DataConfig, ranks: RanksConfig, 
     loose = _divided(loose, tables, config, seed)
     if "train" not in loose or len(loose["train"]) == 0:
         raise ValueError(f"no training rows; parts found: { {name: len(part) for name, part in loose.items()} }")
+    if config.source == "gauges" and ranks.given_values() is None:
+        ranks = ranks.with_values(list(range(101)))  # per cent, as gauges show
     label_space = _label_space(loose["train"], ranks)
     named = {
         name: replace(part, ranks=_ranks_of(part, label_space, ranks)) for name, part in loose.items() if len(part)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Part, Parts
-from ordinalclip.heads import Outputs, Targets, decode
+from ordinalclip.heads import NoNumber, Outputs, Prediction, Targets, decode
 from ordinalclip.images import PixelSpec, crop, normalise
 from ordinalclip.losses import at_least_float32
 from ordinalclip.metrics import Metric, metrics_with
@@ -134,9 +134,13 @@ def targets_of(part: Part) -> Targets:
 
 @torch.no_grad()
 def predictions_of(model: OrdinalModel, part: Part, outputs: Outputs) -> Predictions:
-    """What a head answers to its outputs on a part, under every decoding."""
+    """What a head answers to its outputs on a part, under every decoding; NaN throughout where one is no number."""
     head = model.head
-    prediction = head.predict({name: tensor.to(model.device) for name, tensor in outputs.items()})
+    try:
+        prediction = head.predict({name: tensor.to(model.device) for name, tensor in outputs.items()})
+    except NoNumber:
+        lost = torch.full((len(part),), torch.nan)
+        prediction = Prediction(lost, head.ranks.nearest(lost))
     if prediction.probabilities is None:
         value = prediction.value.double().cpu().numpy()
         ranks = prediction.rank.cpu().numpy()

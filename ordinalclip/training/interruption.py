@@ -25,7 +25,7 @@ class Preempted(SystemExit):
 
 
 class Diverged(ValueError):
-    """A loss or gradient that is not finite."""
+    """A loss, a gradient or a weight that is not finite."""
 
 
 class Interruption:

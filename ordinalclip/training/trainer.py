@@ -27,8 +27,10 @@ from ordinalclip.training import checkpoint
 from ordinalclip.training.distributed import average_running_statistics, from_main
 from ordinalclip.training.evaluation import Evaluator, metrics_of, model_metrics, train_counts
 from ordinalclip.training.interruption import Diverged, Interruption, Preempted
+from ordinalclip.training.optimization import lr_factor
 from ordinalclip.training.preparation import build_model, merge_adapters, use_precision
 from ordinalclip.training.step import Learner, num_steps
+from ordinalclip.weights import fault
 
 
 class Finished(NamedTuple):
@@ -175,6 +177,11 @@ class Trainer:
                 entries.append({"step": progression.step, **logged, "seconds": time.monotonic() - started})
                 due = progression.step % every == 0 or progression.step == total
                 if due:
+                    try:
+                        self._check_weights()
+                    except Diverged:
+                        self._write_log(entries)
+                        raise
                     entries[-1].update(self._validate())
                 interrupted = interruption.requested()
                 stop = interrupted or self._is_stale()
@@ -196,6 +203,17 @@ class Trainer:
         progression.train_seconds += time.monotonic() - started
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+    def _check_weights(self) -> None:
+        """Before weights are judged or saved: the check of every step sees an update's effect only in the next one.
+
+        Raises:
+            Diverged: the last steps have spoilt them.
+        """
+        learner, step, options = self.learner, self.progression.step, self.config.train
+        if why := fault(checkpoint.weights_of(learner.model, learner.average)):
+            lr = options.lr * lr_factor(step - 1, learner.total, options)
+            raise Diverged(f"step {step}: {why}; learning rate {lr:g}")
 
     def _is_stale(self) -> bool:
         patience = self.config.train.patience
@@ -229,6 +247,7 @@ class Trainer:
         return {"validation_mae": value, "validation_accuracy": scores["validation"]["accuracy"]}
 
     def _save_checkpoint(self, train_seconds: float) -> None:
+        self._check_weights()
         learner, progression, scaler = self.learner, self.progression, self.accelerator.scaler
         state = {
             **asdict(progression),
@@ -314,8 +333,14 @@ class Trainer:
 def _finish(
     config: RunConfig, model: OrdinalModel, parts: Parts, evaluator: Evaluator, folder: RunFolder, done: dict[str, Any]
 ) -> Finished:
-    """Evaluate the chosen model; write predictions.parquet, model/ and, last, metrics.json."""
+    """Evaluate the chosen model; write predictions.parquet, model/ and, last, metrics.json.
+
+    Raises:
+        Diverged: what was made of the weights in the end (their average, merged adapters, prototypes) is not finite.
+    """
     deployed = evaluator.deployed(model, parts)
+    if why := fault(deployed.state_dict()):
+        raise Diverged(f"the model of step {done['best_step'] or done['steps']}: {why}")
     wanted = {"validation": parts.validation, "test": parts.test if config.evaluation.test else None}
     present = {name: part for name, part in wanted.items() if part is not None}
     counts, wanted_metrics = train_counts(parts), metrics_of(config)
