@@ -18,13 +18,12 @@ from torch import Tensor
 
 INTERPOLATION = {kind.name.lower(): kind for kind in Image.Resampling}
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
-IMAGE_ENDINGS = tuple(
-    ".png .apng .jpg .jpeg .jpe .jfif .mpo .bmp .dib .gif .tif .tiff .webp .avif".split()
-)  # of files in FORMATS
-FOREIGN_ENDINGS = tuple(
-    ".heic .heif .svg .eps .ps .jp2 .j2k .jpx .jxl .psd .ico .ppm .pgm .pbm .pnm .tga .exr .hdr .qoi .dcm .dng .cr2 .cr3 "
-    ".nef .arw .raw .orf .rw2".split()
-)  # of other pictures: found in folders too, so that they are refused by name and not passed over
+# Of files in FORMATS, and of other pictures, which are found in folders too: refused by name, not passed over.
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".avif")
+FOREIGN_ENDINGS = (
+    *(".heic", ".heif", ".jp2", ".j2k", ".jxl", ".jxr", ".svg", ".eps", ".ps", ".psd", ".ico", ".ppm", ".pgm", ".pbm"),
+    *(".pnm", ".tga", ".exr", ".hdr", ".qoi", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raw"),
+)
 MAX_PIXELS = 178_956_970
 MAX_RATIO = 200
 
@@ -109,7 +108,7 @@ def load_image(source: Any, name: str = "image", formats: Sequence[str] = FORMAT
         if isinstance(source, Image.Image):
             _check_size(*source.size)
             return to_rgb(source)
-        with Image.open(_stream(source), formats=formats) as image:
+        with Image.open(_stream(source), formats=tuple(formats)) as image:
             _check_size(*image.size)
             image.load()
             return to_rgb(image)
@@ -122,6 +121,7 @@ def load_image(source: Any, name: str = "image", formats: Sequence[str] = FORMAT
 
 def _stream(source: Any) -> Any:
     """What `Image.open` may be given: a regular file that is not empty, or bytes."""
+    content: Any
     if isinstance(source, bytes):
         content, size = io.BytesIO(source), len(source)
     elif isinstance(source, str | os.PathLike):

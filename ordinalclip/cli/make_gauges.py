@@ -17,13 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", choices=KINDS, default="thermometer", help=f"{', '.join(KINDS)} (default thermometer)", metavar="KIND"
     )
-    parser.add_argument(
-        "--num", type=whole_number(1, MAX_IMAGES), default=10, help="number of pictures (default 10)"
-    )
+    parser.add_argument("--num", type=whole_number(1, MAX_IMAGES), default=10, help="number of pictures (default 10)")
     parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="seed (default 0)")
-    parser.add_argument(
-        "--size", type=whole_number(MIN_SIZE, MAX_SIZE), default=64, help="side in pixels (default 64)"
-    )
+    parser.add_argument("--size", type=whole_number(MIN_SIZE, MAX_SIZE), default=64, help="side in pixels (default 64)")
     parser.add_argument("--overwrite", action="store_true", help="replace labels.csv and pictures of the same names")
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders with all that is below them")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files; folders with all below them")
     parser.add_argument("--model", required=True, help="model folder, run folder or hub name")
     parser.add_argument(
         "--top", type=whole_number(1), default=3, help="how many of the likeliest ranks to show (default 3)"
