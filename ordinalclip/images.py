@@ -19,10 +19,26 @@ from torch import Tensor
 INTERPOLATION = {kind.name.lower(): kind for kind in Image.Resampling}
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 # Of files in FORMATS, and of other pictures, which are found in folders too: refused by name, not passed over.
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".avif")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif")
 FOREIGN_ENDINGS = (
     *(".heic", ".heif", ".jp2", ".j2k", ".jxl", ".jxr", ".svg", ".eps", ".ps", ".psd", ".ico", ".ppm", ".pgm", ".pbm"),
-    *(".pnm", ".tga", ".exr", ".hdr", ".qoi", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raw"),
+    *(
+        ".dib",
+        ".pnm",
+        ".tga",
+        ".exr",
+        ".hdr",
+        ".qoi",
+        ".dcm",
+        ".dng",
+        ".cr2",
+        ".cr3",
+        ".nef",
+        ".arw",
+        ".orf",
+        ".rw2",
+        ".raw",
+    ),
 )
 MAX_PIXELS = 178_956_970
 MAX_RATIO = 200

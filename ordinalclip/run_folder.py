@@ -264,7 +264,7 @@ class RunFolder:
                 f"{self.predictions} is missing; `ordinalclip evaluate {self.path}` writes it again"
             )
         try:
-            return Predictions.from_table(pq.read_table(self.predictions), part)
+            return Predictions.from_table(self._read_table(), part)
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{self.predictions}: damaged ({error}); once it is deleted, `ordinalclip evaluate {self.path}` writes "
@@ -308,10 +308,14 @@ class RunFolder:
         """Keep the predictions of some parts; those of the other parts in the file stay."""
         tables = [each.table(part) for part, each in predictions.items()]
         if self.predictions.is_file():
-            earlier = pq.read_table(self.predictions)
+            earlier = self._read_table()
             tables.insert(0, earlier.filter(pc.invert(pc.is_in(earlier["part"], pa.array(list(predictions))))))
-        with whole(self.predictions) as aside:
-            pq.write_table(pa.concat_tables(tables), aside)
+        with whole(self.predictions) as aside, aside.open("wb") as file:
+            pq.write_table(pa.concat_tables(tables), file)
+
+    def _read_table(self) -> pa.Table:
+        with self.predictions.open("rb") as file:  # pyarrow takes no path that is not UTF-8
+            return pq.read_table(file)
 
 
 def changed_keys(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

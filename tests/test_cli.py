@@ -1,7 +1,10 @@
 """The command line as a person uses it."""
 
+import io
 import json
+import os
 import re
+import sys
 
 import pytest
 import yaml
@@ -69,6 +72,29 @@ def test_wrong_calls_exit_with_two_and_one_line(tmp_path, capsys):
         assert message in error
         assert error.startswith("ordinalclip: ")
         assert len(error.splitlines()) == 1
+
+
+def test_nobody_reading_the_output_is_no_failure(tmp_path, monkeypatch, capsys):
+    """As in `ordinalclip make-gauges ... | true`; another broken pipe is one, and so is a full disk."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["make-gauges", str(tmp_path / "a"), "--num", "1", "--quiet"]) == 0
+    assert (tmp_path / "a" / "labels.csv").is_file()
+    assert capsys.readouterr().err == ""
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            assert main(["make-gauges", str(tmp_path / "b"), "--num", "1", "--quiet"]) == 2
+        assert "No space left" in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_letter_is_no_failure(tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["make-gauges", str(tmp_path / "é"), "--num", "1", "--quiet"]) == 0
+    assert stream.buffer.getvalue().endswith(b"\\xe9\n")
 
 
 def test_help_documents_every_key(capsys):
