@@ -72,7 +72,7 @@ def _main(argv: Sequence[str] | None) -> int:
             print(f"ordinalclip: {stopped}", file=sys.stderr)
         return PREEMPTED
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+        if isinstance(error, BrokenPipeError) and _reader_is_gone("\n"):  # buffers forget what failed
             return status
         print(f"ordinalclip: {printable(error)}", file=sys.stderr)
         return 2
@@ -85,10 +85,10 @@ class _Printable(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-def _reader_is_gone() -> bool:
+def _reader_is_gone(more: str = "") -> bool:
     """Whether nobody reads the output any more; what could not be written is then dropped, here and at exit."""
     try:
-        print(end="", flush=True)
+        print(end=more, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return isinstance(error, BrokenPipeError)
