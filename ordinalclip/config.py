@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from ordinalclip.heads import checked_options, head_options
+from ordinalclip.images import read_formats
 from ordinalclip.ranks import MAX_RANKS, Decoding, Ranks
 from ordinalclip.sections import Section, brief, parse_section
 from ordinalclip.suggestions import near_matches
@@ -148,6 +149,9 @@ class DataConfig(Section):
     encoding: str = Field("", description="of text tables, e.g. cp1252; default: UTF-8, or what their first bytes say")
     sheet: str = Field("", description="sheet of an Excel file; default: the only one that holds something")
     suffix: str = Field("", description="ending of the picture files where the table names them without, e.g. .png")
+    extra_formats: list[str] = Field(
+        [], description="formats of pictures, by Pillow's names, that are read beside the usual ones, e.g. JPEG2000"
+    )
     missing: Literal["refuse", "drop"] = Field("refuse", description="rows without a label: an error, or left out")
     duplicates: Literal["refuse", "together", "allow"] = Field(
         "refuse",
@@ -200,6 +204,12 @@ class DataConfig(Section):
         description="memory for decoded, resized images, in each worker; used by parts that fit in, 0: by none",
     )
     augment: AugmentConfig = AugmentConfig()
+
+    @field_validator("extra_formats")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        read_formats(names)
+        return names
 
     @model_validator(mode="after")
     def _complete(self) -> DataConfig:

@@ -63,9 +63,9 @@ def _put_back(old: Path, target: Path) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all, in UTF-8; what that cannot hold (of a file's name) is escaped."""
     with whole(path) as aside:
-        aside.write_text(content, encoding="utf-8")
+        aside.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,8 +12,9 @@ while the marks of every scale keep the reading clear to a person at 64 x 64 pix
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import datasets
 import numpy as np
@@ -41,6 +42,9 @@ TEMPLATES = (
     "an image of a {kind} at {name}.",
 )
 
+MIN_SIZE, MAX_SIZE = 16, 2048  # drawn at `_SUPERSAMPLING` times that, 0.2 GB for the largest
+MAX_IMAGES = 1_000_000
+MAX_SEED = 2**63 - 1
 _SUPERSAMPLING = 4
 
 
@@ -243,19 +247,19 @@ def draw(kind: str, value: float, rng: np.random.Generator, size: int = 64, colo
         kind: one of `KINDS`.
         value: reading in [0, 100]; a counter shows it rounded.
         rng: chooses everything but the value.
-        size: width and height in pixels, 16 or more.
+        size: width and height in pixels, `MIN_SIZE` to `MAX_SIZE`.
         colour: name from `COLOURS` of the part that shows the value; None lets `rng` choose.
 
     Returns:
         RGB image, `size` x `size`.
 
     Raises:
-        ValueError: for an unknown kind or colour, a value outside [0, 100] or a size below 16.
+        ValueError: for an unknown kind or colour, a value outside [0, 100] or a size beyond its limits.
     """
     _check_choice("kind", kind, KINDS)
     if not 0 <= value <= 100:
         raise ValueError(f"value is {value!r}; a gauge shows values from 0 to 100")
-    _check_integer("size", size, minimum=16)
+    _check_integer("size", size, MIN_SIZE, MAX_SIZE)
     colour = str(rng.choice(list(COLOURS))) if colour is None else colour
     _check_choice("colour", colour, tuple(COLOURS))
 
@@ -299,38 +303,52 @@ def _draw_background(width: int, rng: np.random.Generator) -> Image.Image:
     return scene
 
 
+def drawn_gauges(kind: str, num_images: int, seed: int = 0, size: int = 64) -> Iterator[tuple[Image.Image, float]]:
+    """The gauges of `make_gauges` of one kind, one after the other: picture and value.
+
+    Raises:
+        ValueError: before the first, for an unknown kind or a number beyond its limits.
+    """
+    _check_choice("kind", kind, KINDS)
+    _check_integer("num_images", num_images, 1, MAX_IMAGES)
+    _check_integer("seed", seed, 0, MAX_SEED)
+    _check_integer("size", size, MIN_SIZE, MAX_SIZE)
+    return (_numbered(kind, index, seed, size) for index in range(num_images))
+
+
+def _numbered(kind: str, index: int, seed: int, size: int) -> tuple[Image.Image, float]:
+    rng = np.random.default_rng([seed, zlib.crc32(kind.encode()), index])
+    value = rng.uniform(0, 100)
+    value = float(round(value)) if kind == "counter" else value
+    return draw(kind, value, rng, size), value
+
+
 def make_gauges(kinds: str | Sequence[str], num_images: int, seed: int = 0, size: int = 64) -> datasets.Dataset:
     """Generate a data set of gauges with readings spread evenly over [0, 100].
 
     Args:
         kinds: one kind or several of `KINDS`, in the order in which the rows will stand.
-        num_images: images per kind.
-        seed: non-negative; image i of a kind depends on (seed, kind, i) only.
-        size: width and height in pixels, 16 or more.
+        num_images: images per kind, 1 to `MAX_IMAGES`.
+        seed: 0 to `MAX_SEED`; image i of a kind depends on (seed, kind, i) only.
+        size: width and height in pixels, `MIN_SIZE` to `MAX_SIZE`.
 
     Returns:
         Dataset with columns `image`, `value` (float64; whole numbers for a counter) and `kind`.
 
     Raises:
-        ValueError: for an unknown kind, no kind, or a number that is not an integer or too small.
+        ValueError: for an unknown kind, no kind, or a number that is not an integer or beyond its limits.
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not kinds:
         raise ValueError(f"kinds is empty; choose from {', '.join(KINDS)}")
-    for kind in kinds:
-        _check_choice("kind", kind, KINDS)
-    _check_integer("num_images", num_images, minimum=1)
-    _check_integer("seed", seed, minimum=0)
-    _check_integer("size", size, minimum=16)
-    images, values = [], []
-    for kind in kinds:
-        for index in range(num_images):
-            rng = np.random.default_rng([seed, zlib.crc32(kind.encode()), index])
-            value = rng.uniform(0, 100)
-            values.append(float(round(value)) if kind == "counter" else value)
-            images.append(draw(kind, values[-1], rng, size))
+    each = [drawn_gauges(kind, num_images, seed, size) for kind in kinds]
+    images, values = zip(*chain.from_iterable(each), strict=True)
     features = {"image": datasets.Image(), "value": datasets.Value("float64"), "kind": datasets.Value("string")}
-    columns = {"image": images, "value": values, "kind": [kind for kind in kinds for _ in range(num_images)]}
+    columns = {
+        "image": list(images),
+        "value": list(values),
+        "kind": [kind for kind in kinds for _ in range(num_images)],
+    }
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
@@ -339,6 +357,6 @@ def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {given!r}; choose from {', '.join(choices)}")
 
 
-def _check_integer(name: str, given: int, minimum: int) -> None:
-    if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < minimum:
-        raise ValueError(f"{name} is {given!r}; it must be an integer of {minimum} or more")
+def _check_integer(name: str, given: int, low: int, high: int) -> None:
+    if isinstance(given, bool) or not isinstance(given, int | np.integer) or not low <= given <= high:
+        raise ValueError(f"{name} is {given!r}; it must be an integer from {low} to {high}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -13,13 +14,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 INTERPOLATION = {kind.name.lower(): kind for kind in Image.Resampling}
 RESIZE = ("shortest", "squash")
 LARGEST_INPUT = 4096  # pixels on a side
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+# Of files in FORMATS, and of other pictures, which are found in folders too: refused by name, not passed over.
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif")
+# fmt: off
+FOREIGN_ENDINGS = (
+    ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".jxr", ".svg", ".eps", ".ps", ".psd", ".ico", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".dib", ".tga", ".exr", ".hdr", ".qoi", ".dcm", ".dng", ".cr2", ".cr3",
+    ".nef", ".arw", ".orf", ".rw2", ".raw",
+)
+# fmt: on
+MAX_PIXELS = 178_956_970
+MAX_RATIO = 200
 
 
 @dataclass(frozen=True)
@@ -83,19 +95,54 @@ def _is_number(value: Any) -> bool:
 
 
 class BrokenImageError(ValueError):
-    """An image that cannot be read; the message names it and says why."""
-
-
-def load_image(source: Any, name: str = "image") -> Image.Image:
-    """Decode anything that holds a picture to RGB.
+    """An image that cannot be read.
 
     Args:
-        source: a path, encoded bytes, a PIL image, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8,
-            uint16 or floats in [0, 1], or a `datasets` image dict with "bytes" / "path".
-        name: what to call it in an error when it is no path.
+        name: of the image.
+        reason: why, in words.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def read_formats(extra: Sequence[str] = ()) -> tuple[str, ...]:
+    """`FORMATS` and more of Pillow's.
 
     Raises:
-        BrokenImageError: a missing, truncated or foreign file, an array of another shape or type.
+        ValueError: a name that Pillow does not know.
+    """
+    Image.init()
+    if unknown := [name for name in extra if name not in Image.OPEN]:
+        raise ValueError(f"format {unknown[0]!r} is unknown to Pillow; it reads {', '.join(sorted(Image.OPEN))}")
+    return tuple(dict.fromkeys([*FORMATS, *extra]))
+
+
+def load_image(source: Any, name: str = "image", formats: Sequence[str] = FORMATS) -> Image.Image:
+    """Decode anything that holds a picture to RGB.
+
+    Files are recognised by their content, whatever they are called, and only `formats` are tried: other decoders of
+    Pillow start programs (EPS: Ghostscript) or are little tested. Of several frames the first is taken. What a picture
+    would need in memory is known from its header, and refused before it is decoded:
+
+    * more than `MAX_PIXELS` pixels (what Pillow refuses by itself): half a gigabyte as RGB, for every worker;
+    * a side more than `MAX_RATIO` times the other: scaled until its shorter side fits an encoder of 224 pixels, such a
+      picture has 10 million pixels, of which 99.5 % are cut off again; at 20,000,000 x 1 it would have 10^12.
+
+    Args:
+        source: a path of a regular file or a link to one, encoded bytes, a PIL image, an array (H, W), (H, W, 1),
+            (H, W, 3) or (H, W, 4) of uint8, uint16 or floats in [0, 1], or a `datasets` image dict with "bytes" /
+            "path".
+        name: what to call it in an error when it is no path.
+        formats: names of Pillow's formats, e.g. `read_formats(["JPEG2000"])`; "JPEG" covers the MPO of cameras.
+
+    Raises:
+        BrokenImageError: a missing, truncated or foreign file, a folder, pipe or device, a picture beyond the limits,
+            an array of another shape or type.
     """
     if isinstance(source, dict) and {"bytes", "path"} & source.keys():
         name = source.get("path") or name
@@ -105,13 +152,45 @@ def load_image(source: Any, name: str = "image") -> Image.Image:
     try:
         if isinstance(source, np.ndarray):
             return to_rgb(_array_to_pil(source))
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        image.load()
-        return to_rgb(image)
+        if isinstance(source, Image.Image):
+            _check_size(*source.size)
+            return to_rgb(source)
+        with Image.open(_stream(source), formats=tuple(formats)) as image:
+            _check_size(*image.size)
+            image.load()
+            return to_rgb(image)
+    except UnidentifiedImageError:
+        reason = f"cut off, or in none of the formats {', '.join(formats)}"
     except Exception as error:  # decoders of damaged files raise whatever they like; all of it is reported by name
-        raise BrokenImageError(f"{name}: not a readable image ({error})") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise BrokenImageError(name, f"not a readable image ({reason})")
+
+
+def _stream(source: Any) -> Any:
+    """What `Image.open` may be given: a regular file that is not empty, or bytes."""
+    content: Any
+    if isinstance(source, bytes):
+        content, size = io.BytesIO(source), len(source)
+    elif isinstance(source, str | os.PathLike):
+        about = os.stat(source)
+        if not stat.S_ISREG(about.st_mode):
+            kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe, socket or device"
+            raise ValueError(f"{kind}, not a file")
+        content, size = source, about.st_size
+    else:
+        raise ValueError(f"{type(source).__name__} given; allowed are a path, bytes, a PIL image and an array")
+    if not size:
+        raise ValueError("empty, 0 bytes")
+    return content
+
+
+def _check_size(width: int, height: int) -> None:
+    if not width * height:
+        raise ValueError(f"{width} x {height}: no pixels")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels; allowed are {MAX_PIXELS} pixels in all")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels; one side may be {MAX_RATIO} times as long as the other")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -121,11 +200,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):  # "I;16" and its relatives, or "I" holding 16-bit values
         pixels = np.asarray(image).astype(np.float64)
-        pixels = pixels / 257 if pixels.max(initial=0) > 255 or image.mode != "I" else pixels
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"whole-number pixels of {pixels.min():.0f} to {pixels.max():.0f}; allowed are 0 to 65535")
+        pixels = pixels / 257 if pixels.max() > 255 or image.mode != "I" else pixels
         return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         pixels = np.asarray(image)
-        if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 1:
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # so written, NaN fails, too
             raise ValueError("float pixels must lie in [0, 1]")
         return Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -140,10 +221,11 @@ def _array_to_pil(array: np.ndarray) -> Image.Image:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ValueError(f"an array of shape {array.shape}; allowed are (H, W), (H, W, 1), (H, W, 3) and (H, W, 4)")
+    _check_size(array.shape[1], array.shape[0])
     if array.dtype == np.uint16:
         array = (array / 257).round().astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
-        if not (np.isfinite(array).all() and array.min(initial=0) >= 0 and array.max(initial=0) <= 1):
+        if not (array.min() >= 0 and array.max() <= 1):  # so written, NaN fails, too
             raise ValueError("a float array must lie in [0, 1]")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype != np.uint8:
@@ -248,16 +330,19 @@ def _affine(image: Image.Image, angle: float, scale: float, shift: tuple[float, 
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
 
 
-def find_images(paths: list[str]) -> list[Path]:
-    """Image files of the given files and folders, folders searched one level deep, in order of name.
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """Picture files of the given files and folders: folders with all that is below them, in order of name.
+
+    Files in folders are known by their endings, `IMAGE_ENDINGS` and `FOREIGN_ENDINGS`; no other is looked at.
 
     Raises:
-        FileNotFoundError: a path that does not exist; ValueError: a folder without images.
+        FileNotFoundError: a path that does not exist; ValueError: a folder without images; OSError: one that may not be
+            read.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+            inside = sorted(_files_below(path))
             if not inside:
                 raise ValueError(f"{path}: no images in this folder; endings searched: {', '.join(IMAGE_ENDINGS)}")
             found += inside
@@ -266,3 +351,20 @@ def find_images(paths: list[str]) -> list[Path]:
         else:
             raise FileNotFoundError(f"{path}: no such image")
     return found
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Those that look like pictures; links to folders are followed, each folder is entered once."""
+
+    def fail(error: OSError) -> None:  # or os.walk would pass it over
+        raise error
+
+    entered: set[str] = set()
+    for inside, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        place = os.path.realpath(inside)
+        if place in entered:
+            folders.clear()
+            continue
+        entered.add(place)
+        folders.sort()
+        yield from (Path(inside, file) for file in files if file.lower().endswith(IMAGE_ENDINGS + FOREIGN_ENDINGS))

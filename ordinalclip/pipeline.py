@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.request import urlopen
 
 import torch
 from transformers import Pipeline
-from transformers.image_utils import load_image as fetch_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ordinalclip.images import load_image
@@ -45,9 +45,11 @@ class OrdinalRegressionPipeline(Pipeline):
         return {}, {}, {} if top_k is None else {"top_k": top_k}
 
     def preprocess(self, image: Any) -> Any:
+        name = "image"
         if isinstance(image, str) and image.startswith(("http://", "https://")):
-            image = fetch_image(image)
-        pixels = self.image_processor(images=load_image(image), return_tensors="pt")
+            with urlopen(image) as answer:
+                name, image = image, answer.read()
+        pixels = self.image_processor(images=load_image(image, name), return_tensors="pt")
         return pixels.to(self.dtype)
 
     def _forward(self, model_inputs: Any) -> Any:

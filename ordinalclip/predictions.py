@@ -91,7 +91,7 @@ class Predictions:
         rows = [None] * len(self.labels) if self.probabilities is None else list(self.probabilities.astype(np.float32))
         columns: dict[str, pa.Array] = {
             "part": pa.array([part] * len(self.labels)),
-            "row": pa.array(list(self.names)),
+            "row": pa.array([name.encode("utf-8", "backslashreplace").decode() for name in self.names]),
             "label": pa.array(self.labels),
             "label_rank": pa.array(self.label_ranks),
             "rank": pa.array(self.ranks.astype(np.int64)),

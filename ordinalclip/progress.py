@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 
 from tqdm import tqdm
 
+from ordinalclip.quoting import printable
+
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 20.0
 
@@ -73,7 +75,7 @@ class Progress(Generic[Item]):
 def announced(title: str, quiet: bool = False) -> Iterator[None]:
     """For what a library does and shows its own bars for (loading, downloading): plain lines where no terminal is."""
     speaks = not quiet and not sys.stderr.isatty()
-    started = time.monotonic()
+    title, started = printable(title), time.monotonic()
     if speaks:
         print(f"{title} ...", file=sys.stderr)
     yield

@@ -50,6 +50,7 @@ EXECUTION = {  # how a run is executed, not what it computes
 SPEC = re.compile(r"((?:open_clip|hf|timm):(?:(?!\.\.)[^/~][^/]*/)?)?(.*)", re.DOTALL)  # family and name, then a path
 CHOOSING = "evaluation.decoding"  # by which the best step is chosen; the rest of evaluation can be done again
 HASHES = ("sha256", "pictures")  # of a fingerprint
+ALWAYS = ("num_train", "train_counts", "best_step", "train_seconds")  # keys of metrics.json that every run has
 WAYS = "overwrite=true replaces it, another output_dir leaves it alone"
 
 
@@ -211,25 +212,65 @@ class RunFolder:
         """Raises:
         FileNotFoundError: no finished run there."""
         if not self.is_finished:
+            if (self.path / "runs").is_dir() and (self.path / "results.csv").is_file():
+                raise FileNotFoundError(
+                    f"{self.path}: the folder of a comparison, no run; name one of its runs, below {self.path}/runs "
+                    "(`ordinalclip compare` with its file writes the comparison's table and report again)"
+                )
             missing = self.metrics if not self.metrics.is_file() else self.config
             raise FileNotFoundError(f"{self.path}: no finished run ({missing.name} is missing)")
 
     def read_metrics(self) -> dict[str, Any]:
-        """metrics.json."""
-        return _read_json(self.metrics)
+        """metrics.json.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        metrics = _read_json(self.metrics)
+        if not isinstance(metrics, dict) or (missing := [key for key in ALWAYS if key not in metrics]):
+            lacks = f"{', '.join(missing)} missing" if isinstance(metrics, dict) else "no JSON object"
+            raise ValueError(f"{self.metrics}: damaged, {lacks}")
+        return metrics
 
     def read_provenance(self) -> dict[str, Any]:
         """provenance.json; empty for runs that have none."""
         return _read_json(self.provenance) if self.provenance.is_file() else {}
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The entries of log.jsonl, one per step; one that a crash cut off is left out."""
-        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """The entries of log.jsonl, one per step; one that a crash cut off is left out.
+
+        Raises:
+            ValueError: a line is damaged.
+        """
+        lines = self.log.read_bytes().splitlines() if self.log.is_file() else []
+        entries = []
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"}"):
+                continue
+            try:
+                entries.append(json.loads(line))
+                entries[-1]["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.log}, line {number}: damaged, no entry of a log") from error
+        return entries
 
     def read_predictions(self, part: str) -> Predictions:
-        """The predictions of a part."""
-        return Predictions.from_table(pq.read_table(self.predictions), part)
+        """The predictions of a part.
+
+        Raises:
+            FileNotFoundError: no predictions.parquet; ValueError: it is damaged.
+        """
+        if not self.predictions.is_file():
+            raise FileNotFoundError(
+                f"{self.predictions} is missing; `ordinalclip evaluate {self.path}` writes it again"
+            )
+        try:
+            return Predictions.from_table(self._read_table(), part)
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{self.predictions}: damaged ({error}); once it is deleted, `ordinalclip evaluate {self.path}` writes "
+                "it again"
+            ) from error
 
     def read_model(self) -> OrdinalModel:
         """The chosen step's model, deployed, on the CPU."""
@@ -268,10 +309,14 @@ class RunFolder:
         """Keep the predictions of some parts; those of the other parts in the file stay."""
         tables = [each.table(part) for part, each in predictions.items()]
         if self.predictions.is_file():
-            earlier = pq.read_table(self.predictions)
+            earlier = self._read_table()
             tables.insert(0, earlier.filter(pc.invert(pc.is_in(earlier["part"], pa.array(list(predictions))))))
-        with whole(self.predictions) as aside:
-            pq.write_table(pa.concat_tables(tables), aside)
+        with whole(self.predictions) as aside, aside.open("wb") as file:
+            pq.write_table(pa.concat_tables(tables), file)
+
+    def _read_table(self) -> pa.Table:
+        with self.predictions.open("rb") as file:  # pyarrow takes no path that is not UTF-8
+            return pq.read_table(file)
 
 
 def changed_keys(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

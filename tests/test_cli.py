@@ -1,7 +1,11 @@
 """The command line as a person uses it."""
 
+import errno
+import io
 import json
+import os
 import re
+import sys
 
 import pytest
 import yaml
@@ -70,6 +74,40 @@ def test_wrong_calls_exit_with_two_and_one_line(tmp_path, capsys):
         assert message in error
         assert error.startswith("ordinalclip: ")
         assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("buffering", [-1, 1])
+def test_nobody_reading_the_output_is_no_failure(tmp_path, monkeypatch, capsys, buffering):
+    """As in `ordinalclip make-gauges ... | true`, noticed by a line or at the end; another broken pipe is a failure."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["make-gauges", str(tmp_path / "a"), "--num", "1", "--quiet"]) == 0
+    assert (tmp_path / "a" / "labels.csv").is_file()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_of_something_else_or_a_full_disk_is_a_failure(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise BrokenPipeError(errno.EPIPE, "worker")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ordinalclip.files.write_text", fail)
+        assert main(["make-gauges", str(tmp_path / "a"), "--num", "1", "--quiet"]) == 2
+    assert "worker" in capsys.readouterr().err
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            assert main(["make-gauges", str(tmp_path / "b"), "--num", "1", "--quiet"]) == 2
+        assert "No space left" in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_letter_is_no_failure(tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["make-gauges", str(tmp_path / "é"), "--num", "1", "--quiet"]) == 0
+    assert stream.buffer.getvalue().endswith(b"\\xe9\n")
 
 
 def test_help_documents_every_key(capsys):

@@ -113,11 +113,12 @@ def test_pixels_do_not_give_the_reading_away(kind):
         (("sundial", 3), r"unknown kind 'sundial'; choose from dial, tank"),
         ((["dial", "sundial"], 3), r"unknown kind 'sundial'"),
         (([], 3), r"kinds is empty"),
-        (("dial", 0), r"num_images is 0; it must be an integer of 1 or more"),
+        (("dial", 0), r"num_images is 0; it must be an integer from 1 to 1000000"),
         (("dial", 2.5), r"num_images is 2\.5"),
         (("dial", True), r"num_images is True"),
+        (("dial", 10**9), r"num_images is 1000000000"),
         (("dial", 3, -1), r"seed is -1"),
-        (("dial", 3, 0, 8), r"size is 8; it must be an integer of 16 or more"),
+        (("dial", 3, 0, 8), r"size is 8; it must be an integer from 16 to 2048"),
     ],
 )
 def test_bad_requests_are_named(arguments, message):

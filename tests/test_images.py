@@ -1,5 +1,6 @@
 """Real files of every kind become the right RGB picture, or an error that names them."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ordinalclip.images import (
+    FORMATS,
     Augmentation,
     BrokenImageError,
     PixelSpec,
@@ -142,6 +144,73 @@ def test_rotation_and_zoom_move_what_they_should():
     shifted = np.asarray(_affine(dot, 0, 1.0, (0, 5 / 33), Image.Resampling.NEAREST))[..., 0]
     assert np.argwhere(shifted == 255).tolist() == [[21, 26]]
     assert spec.size == 33
+
+
+def test_limits_come_before_decoding(tmp_path, monkeypatch):
+    """Within them everything is decoded; beyond them nothing, of files, images and arrays."""
+    picture((200, 1)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").size == (200, 1)
+    picture((201, 1)).save(tmp_path / "b.png")
+    with pytest.raises(BrokenImageError, match=r"b\.png: .*201 x 1 pixels; one side may be 200 times"):
+        load_image(tmp_path / "b.png")
+    with pytest.raises(BrokenImageError, match="1 x 201 pixels"):
+        load_image(np.zeros((201, 1), dtype=np.uint8))
+    image = picture()
+    monkeypatch.setattr("ordinalclip.images.MAX_PIXELS", 1000)
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(BrokenImageError, match=r"row 7: .*40 x 30 pixels; allowed are 1000 pixels in all"):
+        load_image(image, "row 7")
+
+
+def test_other_formats_by_name(tmp_path):
+    picture().save(tmp_path / "a.ppm")
+    with pytest.raises(BrokenImageError, match=r"in none of the formats JPEG, PNG, .*AVIF"):
+        load_image(tmp_path / "a.ppm")
+    assert load_image(tmp_path / "a.ppm", formats=[*FORMATS, "PPM"]).getpixel((39, 29)) == (200, 40, 90)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "gif", "tiff", "webp", "avif"])
+def test_every_format_that_is_allowed(tmp_path, ending):
+    picture().save(tmp_path / f"a.{ending}")
+    content = (tmp_path / f"a.{ending}").read_bytes()
+    assert load_image(content).size == (40, 30)
+    for share in (0.2, 0.5):
+        with pytest.raises(BrokenImageError):
+            load_image(content[: int(share * len(content))])
+
+
+def test_a_picture_of_two_cameras_is_its_first(tmp_path):
+    picture().save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "MPO"
+    assert load_image(tmp_path / "a.jpg").size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        (np.zeros((0, 5), dtype=np.uint8), "5 x 0: no pixels"),
+        (np.zeros((5, 0, 3)), "0 x 5: no pixels"),
+        (np.ones((4, 4), dtype=bool), "an array of bool; allowed are uint8"),
+        (np.full((4, 4), np.nan), r"must lie in \[0, 1\]"),
+        (np.full((4, 4), np.inf), r"must lie in \[0, 1\]"),
+        (Image.new("RGB", (0, 0)), "0 x 0: no pixels"),
+        (Image.new("F", (4, 4), float("nan")), r"must lie in \[0, 1\]"),
+        (Image.new("I", (4, 4), -1), "pixels of -1 to -1; allowed are 0 to 65535"),
+        (b"", "empty, 0 bytes"),
+        (None, "NoneType given; allowed are a path"),
+        ({"bytes": None, "path": None}, "NoneType given"),
+        ("a\0b", "null"),
+    ],
+)
+def test_what_is_no_picture(source, message):
+    with pytest.raises(BrokenImageError, match=message):
+        load_image(source)
+
+
+def test_a_broken_image_keeps_its_words_between_processes():
+    error = pickle.loads(pickle.dumps(BrokenImageError("a.png", "not readable")))
+    assert (str(error), error.reason) == ("a.png: not readable", "not readable")
 
 
 def test_find_images(tmp_path):

@@ -1,5 +1,6 @@
 """Reports, figures and model cards of real runs: what they say, that they need nothing else, that nothing escapes."""
 
+import csv
 import json
 import logging
 import re
@@ -30,6 +31,7 @@ TINY = {
     "ranks": {"low": 0, "high": 100, "num": 21, "unit": "%"},
     "train": {"max_steps": 4, "batch_size": 8, "lr": 1e-3},
 }
+HOSTILE = "=<b>zero</b> $shot$ | *a* [x](javascript:alert(1)) `c"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -299,7 +301,7 @@ def compared(tmp_path_factory):
         "OrdinalCLIP": {"base": {"method": "ordinalclip"}, "settings": rates},
         "L1": {"base": {"method": "l1"}, "settings": rates},
         "constant": {"base": {"method": "constant"}},
-        "<b>zero</b> $shot$": {"base": {"method": "zero_shot"}},
+        HOSTILE: {"base": {"method": "zero_shot"}},
     }
     content = {"output_dir": f"{folder}/out", "seeds": [1, 2], "base": TINY, "methods": methods}
     (folder / "c.yaml").write_text(yaml.safe_dump(content))
@@ -310,12 +312,18 @@ def compared(tmp_path_factory):
 def test_a_comparison_has_a_report_with_links_and_its_winner_one_of_its_own(compared):
     page = page_of(compared)
     lines = (compared / "table.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][1:]
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("| ")][1:]
+    rows = [[re.sub(r"\\(?=\W)", "", cell).strip(" `") for cell in line] for line in cells]
     texts = page.texts["td"] + page.texts["code"]
     assert len(rows) == 4
     assert all(cell in texts for row in rows for cell in row[:-1])
     assert "train.lr=0.001" in texts or "train.lr=1e-05" in texts
     assert "b" not in {tag for tag, _ in page.tags}
+    assert HOSTILE in texts
+    assert any(r"=\<b>zero\</b> \$shot\$ \| \*a\* \[x](javascript:alert(1)) \`c |" in line for line in lines)
+    with (compared / "results.csv").open(encoding="utf-8", newline="") as file:
+        methods = {row["method"]: float(row["mae"]) for row in csv.DictReader(file)}
+    assert methods.keys() == {"OrdinalCLIP", "L1", "constant", f"'{HOSTILE}"}  # no formula
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert len(links) == 8
     assert all((compared / link).exists() for link in links)

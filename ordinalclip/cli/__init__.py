@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from ordinalclip.quoting import printable
@@ -28,7 +30,19 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 1 for broken data, 2 for a wrong call, 75 when told to stop."""
+    """Run a command; returns its exit status: 0, 1 for broken data, 2 for a wrong call, 75 when told to stop.
+
+    Nobody reading the output any more (`| head`), or a terminal that cannot show a letter, is no failure.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return _main(argv)
+    finally:
+        _reader_is_gone()
+
+
+def _main(argv: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     parser, command = _parser(given)
     arguments, more = parser.parse_known_args(given)
@@ -44,21 +58,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ordinalclip.progress import show_library_bars
     from ordinalclip.training.interruption import PREEMPTED, Preempted
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     show_library_bars(arguments.quiet)
+    status = 0
     try:
         if getattr(arguments, "overrides", None):
             from ordinalclip.config import refuse_repeated
 
             refuse_repeated(arguments.overrides)
-        return command.run(arguments)
+        status = command.run(arguments)
+        print(end="", flush=True)
+        return status
     except Preempted as stopped:
         if is_main_process():
             print(f"ordinalclip: {stopped}", file=sys.stderr)
         return PREEMPTED
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone("\n"):  # buffers forget what failed
+            return status
         print(f"ordinalclip: {printable(error)}", file=sys.stderr)
         return 2
+
+
+class _Printable(logging.Formatter):
+    """Names of files in warnings reach the terminal as text."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
+def _reader_is_gone(more: str = "") -> bool:
+    """Whether nobody reads the output any more; what could not be written is then dropped, here and at exit."""
+    try:
+        print(end=more, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+    return False
 
 
 def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
@@ -78,6 +116,22 @@ def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | 
             module = importlib.import_module(f"ordinalclip.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
     return parser, module
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low` to `high`."""
+    allowed = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return number
+
+    return parse
 
 
 def add_configuration(parser: argparse.ArgumentParser, what: str) -> None:

@@ -7,6 +7,7 @@ import argparse
 from ordinalclip import convert
 from ordinalclip.cli import add_overrides
 from ordinalclip.config import load_config
+from ordinalclip.quoting import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,5 +20,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = load_config(None, arguments.overrides)
-    print(convert.convert(arguments.file, arguments.out, config, arguments.form))
+    print(printable(convert.convert(arguments.file, arguments.out, config, arguments.form)))
     return 0

@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+from ordinalclip.cli import whole_number
+from ordinalclip.gauges import KINDS, MAX_IMAGES, MAX_SEED, MAX_SIZE, MIN_SIZE
+
+TABLE = "labels.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder to write to")
-    parser.add_argument("--kind", default="thermometer", help="kind of instrument (default thermometer)")
-    parser.add_argument("--num", type=int, default=10, help="number of pictures (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="seed (default 0)")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels (default 64)")
+    parser.add_argument(
+        "--kind", choices=KINDS, default="thermometer", help=f"{', '.join(KINDS)} (default thermometer)", metavar="KIND"
+    )
+    parser.add_argument("--num", type=whole_number(1, MAX_IMAGES), default=10, help="number of pictures (default 10)")
+    parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="seed (default 0)")
+    parser.add_argument("--size", type=whole_number(MIN_SIZE, MAX_SIZE), default=64, help="side in pixels (default 64)")
+    parser.add_argument("--overwrite", action="store_true", help="replace labels.csv and pictures of the same names")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ordinalclip.gauges import make_gauges
+    from ordinalclip.files import whole, write_text
+    from ordinalclip.gauges import drawn_gauges
     from ordinalclip.progress import Progress
+    from ordinalclip.quoting import printable
 
     folder = Path(arguments.folder)
-    rows = make_gauges(arguments.kind, arguments.num, arguments.seed, arguments.size)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; name a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{arguments.kind}-{number:04d}.png" for number in range(arguments.num)]
+    there = [name for name in (TABLE, *names) if os.path.lexists(folder / name)]
+    if there and not arguments.overwrite:
+        raise FileExistsError(
+            f"{folder} holds {there[0]}{' and others' if there[1:] else ''} already; --overwrite replaces what has the "
+            "names of files to be written, another folder leaves it alone"
+        )
+    (folder / TABLE).unlink(missing_ok=True)  # written last: a folder that has it is whole
     lines = ["image,label"]
-    for number, row in enumerate(Progress(rows, "writing", unit="images", quiet=arguments.quiet)):
-        name = f"{arguments.kind}-{number:04d}.png"
-        row["image"].save(folder / name)
-        lines.append(f"{name},{row['value']:.2f}")
-    (folder / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{arguments.num} pictures and labels.csv in {folder}")
+    gauges = drawn_gauges(arguments.kind, arguments.num, arguments.seed, arguments.size)
+    for name, (picture, value) in zip(
+        Progress(names, "drawing", unit="images", quiet=arguments.quiet), gauges, strict=True
+    ):
+        with whole(folder / name) as aside:
+            picture.save(aside)
+        lines.append(f"{name},{value:.2f}")
+    write_text(folder / TABLE, "\n".join(lines) + "\n")
+    print(f"{arguments.num} pictures and {TABLE} in {printable(folder)}")
     return 0

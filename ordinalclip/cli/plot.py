@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ordinalclip.quoting import printable
 from ordinalclip.run_folder import RunFolder
 
 
@@ -25,5 +26,5 @@ def run(arguments: argparse.Namespace) -> int:
     for name, (figure, _) in figures.items():
         path = folder / f"{name}.{arguments.format}"
         save_figure(figure, path)
-        print(path)
+        print(printable(path))
     return 0

@@ -11,14 +11,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.progress import Progress
+    from ordinalclip.quoting import printable
     from ordinalclip.results.card import write_card
     from ordinalclip.results.record import read_run
     from ordinalclip.results.run_report import write_report
     from ordinalclip.run_folder import RunFolder
 
     for folder in Progress(arguments.runs, "reporting", unit="runs", quiet=arguments.quiet):
+        RunFolder(folder).require_finished()
         with RunFolder(folder).locked():
             record = read_run(folder)
-            print(write_report(record))
-            print(write_card(record))
+            print(printable(write_report(record)))
+            print(printable(write_card(record)))
     return 0

@@ -8,6 +8,7 @@ import json
 from ordinalclip.cli import add_configuration, is_main_process, print_metrics
 from ordinalclip.config import RunConfig, load_config
 from ordinalclip.heads import head_section
+from ordinalclip.quoting import printable
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.sections import describe
 
@@ -24,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = RunFolder(train(config, quiet=arguments.quiet))
     if is_main_process():
         print_metrics(folder.read_metrics())
-        print(f"run folder: {folder.path}")
+        print(f"run folder: {printable(folder.path)}")
     return 0
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from ordinalclip.compare.execution import execute
 from ordinalclip.compare.outcome import Outcome, write_outcome
 from ordinalclip.compare.plan import Plan, load_plan
+from ordinalclip.quoting import printable
 from ordinalclip.run_folder import FolderOccupied, RunFolder
 
 __all__ = ["Outcome", "Plan", "compare", "load_plan", "run_plan"]
@@ -44,8 +45,8 @@ def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False
     plan = load_plan(path, overrides)
     outcome = run_plan(plan, quiet)
     elapsed = time.monotonic() - started
-    runs = f"{outcome.num_runs} runs in {plan.folder}/runs, {elapsed:.0f} s this time."
-    return f"{outcome.table}\n{runs}\nreport: {RunFolder(plan.folder).report}\n"
+    runs = f"{outcome.num_runs} runs in {printable(plan.folder)}/runs, {elapsed:.0f} s this time."
+    return f"{outcome.table}\n{runs}\nreport: {printable(RunFolder(plan.folder).report)}\n"
 
 
 def run_plan(plan: Plan, quiet: bool = False) -> Outcome:

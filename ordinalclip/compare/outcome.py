@@ -16,6 +16,7 @@ from ordinalclip.config import flat_keys
 from ordinalclip.files import whole, write_text
 from ordinalclip.metrics import METRICS, decodings
 from ordinalclip.provenance import device
+from ordinalclip.quoting import markdown
 from ordinalclip.results.comparison_report import write_comparison_report
 from ordinalclip.results.leaderboard import Entry, Leaderboard, in_words, write_csv
 from ordinalclip.results.pages import never_fatal
@@ -105,11 +106,11 @@ def _keep_best(plan: Plan, boards: Sequence[Leaderboard]) -> str:
 
 def _table(plan: Plan, boards: Sequence[Leaderboard], notes: Sequence[str]) -> str:
     """All tables as Markdown: mean +- standard deviation over the seeds, best MAE first."""
-    blocks = [plan.config.title] if plan.config.title else []
+    blocks: list[str] = [markdown(" ".join(plan.config.title.split()))] if plan.config.title else []
     for board in boards:
-        blocks += [f"### {board.variant}"] if board.variant else []
+        blocks += [f"### {markdown(board.variant)}"] if board.variant else []
         blocks.append(board.markdown())
-    return "\n\n".join([*blocks, *notes]) + "\n"
+    return "\n\n".join([*blocks, *map(markdown, notes)]) + "\n"
 
 
 def _seeds(plan: Plan) -> str:

@@ -20,7 +20,7 @@ from ordinalclip.data.parts import PARTS, ImageCache, Part, Parts, RowNames
 from ordinalclip.data.sources import read_tables, root_of
 from ordinalclip.data.splits import few_shot, label_shift, split_rows, thinned
 from ordinalclip.data.tables import Table
-from ordinalclip.images import IMAGE_ENDINGS
+from ordinalclip.images import IMAGE_ENDINGS, read_formats
 from ordinalclip.ranks import Ranks
 
 NARROWEST = 0.2  # share of the ranks' range that training labels cover
@@ -60,6 +60,7 @@ def make_parts(
         raise ValueError(f"part {wrong[0]!r} is unknown; allowed are {', '.join(PARTS)}, or all")
     if "all" in raw and len(raw) > 1:
         raise ValueError("give either all, to be split, or train, validation and test")
+    config = config.model_copy(update={"source": "memory"})
     seed = seed if config.split_seed is None else config.split_seed
     tables = {name: Table(_rows_of(rows, config), f"{name} part") for name, rows in raw.items()}
     return replace(_assemble(tables, config, ranks, seed), in_memory=True)
@@ -168,7 +169,8 @@ def _part(table: Table, values: np.ndarray, config: DataConfig, root: str) -> Pa
         names = RowNames(names.numbers, arrow_column(rows, column), config.suffix, table.lines)
     cache = ImageCache(config.cache_mb << 20, len(rows))
     ranks = np.zeros(len(rows), dtype=np.int64)
-    part = Part(rows, column, values, names, ranks, root, table.source, cache)
+    formats = read_formats(config.extra_formats)
+    part = Part(rows, column, values, names, ranks, root, table.source, formats, cache)
     if names.paths is not None and int(os.environ.get("RANK", "0")) == 0:  # a million look-ups take seconds
         _check_paths(part, config)
     return part

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from ordinalclip.images import PixelSpec, load_image, resize
+from ordinalclip.images import FORMATS, PixelSpec, load_image, resize
 from ordinalclip.ranks import Ranks
 
 PARTS = ("train", "validation", "test")
@@ -99,6 +99,7 @@ class Part:
         ranks: (N,) int64 rank of each label.
         root: folder that relative paths start from.
         source: the table or data set, for errors.
+        formats: of pictures that are read.
         cache: decoded and resized images.
     """
 
@@ -109,6 +110,7 @@ class Part:
     ranks: np.ndarray
     root: str = ""
     source: str = ""
+    formats: tuple[str, ...] = FORMATS
     cache: ImageCache = field(default_factory=lambda: ImageCache(0, 0), compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -128,7 +130,7 @@ class Part:
         Raises:
             BrokenImageError: naming the row.
         """
-        return load_image(self.picture(index), self.place(index))
+        return load_image(self.picture(index), self.place(index), self.formats)
 
     def picture(self, index: int) -> Any:
         """What a row has for a picture: the path of its file, or what `load_image` takes."""

@@ -12,7 +12,8 @@ from ordinalclip.config import RunConfig
 from ordinalclip.files import write_text
 from ordinalclip.metrics import decodings
 from ordinalclip.provenance import backbone_license, data_license, data_name
-from ordinalclip.results.pages import templates
+from ordinalclip.quoting import Markdown, printable
+from ordinalclip.results.pages import markdown_templates
 from ordinalclip.results.record import RunRecord
 from ordinalclip.run_folder import local
 
@@ -35,16 +36,17 @@ def model_card(record: RunRecord, remark: str = "") -> str:
     """The text of a run's model card."""
     config, ranks = record.config, record.ranks
     return (
-        templates()
+        markdown_templates()
         .get_template("card.md")
         .render(
-            front_matter=front_matter(record),
+            front_matter=Markdown(front_matter(record)),
             record=record,
             config=config,
             ranks=ranks,
+            unit_literal=Markdown(ascii(ranks.unit)),
             data=local(data_name(config.data)),
             backbone=local(config.model.backbone),
-            data_license=data_license(config.data),
+            data_license=config.data.license or Markdown(data_license(config.data)),
             backbone_license=backbone_license(config.model.backbone),
             metrics=[each for each in record.shown_metrics if each.value is not None],
             decodings=decodings(),
@@ -63,7 +65,7 @@ def front_matter(record: RunRecord) -> str:
             task_type=NEAREST_TASK,
             task_name="image-ordinal-regression",
             dataset_type="ordinalclip",
-            dataset_name=local(data_name(config.data)),
+            dataset_name=printable(local(data_name(config.data))),
             dataset_split=record.part,
             metric_type=name,
             metric_name=record.scored[name].title,
@@ -79,7 +81,7 @@ def front_matter(record: RunRecord) -> str:
         "metrics": names,
     }
     if results:
-        content.update(model_name=f"{config.method}-{local(config.model.backbone)}", eval_results=results)
+        content.update(model_name=printable(f"{config.method}-{local(config.model.backbone)}"), eval_results=results)
     return ModelCardData(**content).to_yaml()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,6 @@ def _link(folder: Path, run: RunFolder) -> dict[str, Any]:
     written = run.report.is_file()
     return {
         "name": run.path.name.rpartition("-")[2],
-        "href": quote(relative) + (f"/{run.report.name}" if written else "/"),
+        "href": quote(os.fsencode(relative)) + (f"/{run.report.name}" if written else "/"),
         "written": written,
     }

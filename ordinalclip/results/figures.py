@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ordinalclip.metrics import Metric
+from ordinalclip.quoting import printable
 from ordinalclip.ranks import Ranks
 from ordinalclip.results.significance import LEVEL, Verdict
 
@@ -453,10 +454,11 @@ def _name_ticks(axes: Axes, ticks: Sequence[int], names: Sequence[str]) -> None:
 
 
 def _label(what: str, unit: str) -> str:
-    return f"{what} ({unit})" if unit else what
+    return f"{what} ({printable(unit)})" if unit else what
 
 
 def _short(name: str, longest: int = 16) -> str:
+    name = printable(name)
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 

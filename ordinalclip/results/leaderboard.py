@@ -15,6 +15,7 @@ import numpy as np
 from ordinalclip.files import whole
 from ordinalclip.metrics import metrics_with
 from ordinalclip.predictions import Predictions
+from ordinalclip.quoting import code, markdown, spreadsheet
 from ordinalclip.ranks import Ranks
 from ordinalclip.results.record import shown
 from ordinalclip.results.significance import LEVEL, Verdict, errors_by_image, judge
@@ -134,7 +135,7 @@ class Leaderboard:
         lines = [f"| method | {' | '.join(self.titles)} |", "|---|" + "---:|" * (len(self.titles) - 1) + "---|"]
         for summary in self.summaries:
             *cells, setting = self.cells(summary)
-            cells = [summary["method"].replace("|", "\\|"), *cells, f"`{setting}`".replace("|", "\\|")]
+            cells = [markdown(summary["method"]), *cells, code(setting).replace("|", "\\|")]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
@@ -175,7 +176,8 @@ def write_csv(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
     with whole(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(summaries)
+        for summary in summaries:
+            writer.writerow({k: spreadsheet(v) if isinstance(v, str) else v for k, v in summary.items()})
 
 
 def mark(summary: dict[str, Any]) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from ordinalclip.quoting import code, markdown
 from ordinalclip.results import figures
 from ordinalclip.results.record import shown
 from ordinalclip.run_folder import local
@@ -22,15 +24,25 @@ Figures = dict[str, tuple[Figure, str]]  # by name, with the sentence below it
 
 @cache
 def templates() -> Environment:
-    """Of assets/report; everything in a page is escaped, in a model card, which is Markdown, nothing."""
+    """Of pages, in assets/report; everything in them is escaped."""
+    return _environment(autoescape=True)
+
+
+@cache
+def markdown_templates() -> Environment:
+    """Of model cards, in assets/report; everything in them is escaped, too."""
+    return _environment(finalize=markdown)
+
+
+def _environment(**options: Any) -> Environment:
     environment = Environment(
         loader=PackageLoader("ordinalclip", "assets/report"),
-        autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        **options,
     )
-    environment.filters.update(shown=shown, local=local)
+    environment.filters.update(shown=shown, local=local, code=code)
     return environment
 
 
@@ -47,5 +59,6 @@ def never_fatal(folder: Path) -> Iterator[None]:
     """Turn whatever goes wrong into a warning: documents must not cost the results that they are about."""
     try:
         yield
-    except Exception:
-        logger.warning("%s: report or model card not written", folder, exc_info=True)
+    except Exception as error:
+        logger.warning("%s: report or model card not written: %s: %s", folder, type(error).__name__, error)
+        logger.debug("where:", exc_info=True)

@@ -130,12 +130,17 @@ def read_run(folder: str | Path, parts: Parts | None = None, model: OrdinalModel
         model: its deployed model, if it is in memory already.
 
     Raises:
-        FileNotFoundError: no finished run there.
+        FileNotFoundError: no finished run there; ValueError: a file of it is damaged.
     """
     run = RunFolder(folder)
     config, metrics = run.read_config(), run.read_metrics()
     part = next((name for name in ("test", "validation") if name in metrics), "")
     predictions = run.read_predictions(part) if part else None
+    if predictions is not None and len(predictions.labels) != metrics[part]["num"]:
+        raise ValueError(
+            f"{run.predictions}: damaged, {len(predictions.labels)} rows of the {part} part, {metrics[part]['num']} in "
+            f"{run.metrics.name}"
+        )
     return RunRecord(
         folder=run,
         config=config,
