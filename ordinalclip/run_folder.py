@@ -28,8 +28,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ordinalclip.config import RunConfig, flat_keys, load_config
-from ordinalclip.files import ASIDE, delete, lock, whole, write_json, write_text
+from ordinalclip.config import RunConfig, flat_keys, load_config, read_yaml
+from ordinalclip.files import ASIDE, delete, lock, unwritten, whole, write_json, write_text
 from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import Predictions
 
@@ -61,7 +61,8 @@ class State:
     """How far the run in a folder has come.
 
     Attributes:
-        kind: "empty", "interrupted", "diverged" or "finished".
+        kind: "empty", "interrupted", "diverged", "finished", or "damaged": finished, but of its files some cannot be
+            read.
         text: the same in words, for a message.
     """
 
@@ -74,9 +75,14 @@ class RunFolder:
 
     Args:
         path: the folder; it need not exist.
+
+    Raises:
+        ValueError: an empty path, which would be the working directory.
     """
 
     def __init__(self, path: str | Path):
+        if not str(path).strip():
+            raise ValueError("the name of the run folder (output_dir) is empty; '.' is the working directory")
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.provenance = self.path / "provenance.json"
@@ -102,6 +108,10 @@ class RunFolder:
     def state(self) -> State:
         """What the folder holds."""
         if self.is_finished:
+            try:
+                self._check_readable()
+            except ValueError as error:
+                return State("damaged", f"a damaged run ({error})")
             return State("finished", f"a finished run, written {_when(self.metrics)}")
         if self.diverged.is_file():
             return State("diverged", f"a run that diverged, {_when(self.diverged)}")
@@ -114,6 +124,16 @@ class RunFolder:
         started = f", started {_when(self.config)}" if self.config.is_file() else ""
         return State("interrupted", f"a run that was interrupted {step}{started}")
 
+    def _check_readable(self) -> None:
+        """Raises:
+        ValueError: a file of the finished run that something has cut off or overwritten."""
+        self.read_metrics()
+        self.read_provenance()
+        self._saved_config()
+        if self.predictions.is_file():
+            with self._readable_predictions():
+                pq.read_metadata(self.predictions)
+
     def difference(self, config: RunConfig, data: dict[str, Any] | None = None) -> str:
         """In what the run in the folder is another experiment, in words; "" if it is the same.
 
@@ -124,7 +144,7 @@ class RunFolder:
         if not self.config.is_file():
             return f"it has no {self.config.name}"
         try:
-            saved = load_config(self.config)
+            saved = self._saved_config()
         except ValueError as error:
             return str(error)
         if changed := changed_keys(saved.model_dump(mode="json"), config.model_dump(mode="json")):
@@ -162,7 +182,7 @@ class RunFolder:
         if self.provenance.is_file():
             return True
         try:
-            load_config(self.config)
+            self._saved_config()
         except (OSError, ValueError):
             return False
         return True
@@ -186,8 +206,10 @@ class RunFolder:
         """Hold the folder within a `with` block; one that is empty in the end is deleted.
 
         Raises:
-            FolderInUse: another job holds it.
+            FolderInUse: another job holds it; OSError: it cannot be written to.
         """
+        if self.path.resolve() == Path(self.path.resolve().anchor):
+            raise OSError(f"{self.path} is the root of the file system, no place for a run; choose another output_dir")
         try:
             with lock(self.lock):
                 yield
@@ -204,6 +226,17 @@ class RunFolder:
             FileNotFoundError: no finished run there.
         """
         self.require_finished()
+        return self._saved_config(overrides)
+
+    def _saved_config(self, overrides: Sequence[str] = ()) -> RunConfig:
+        """What config.yaml says, of which every section is there: what is cut off would be taken for defaults.
+
+        Raises:
+            ValueError: it is cut off, or of no run.
+        """
+        if missing := RunConfig.model_fields.keys() - read_yaml(self.config).keys():
+            lost = ", ".join(name for name in RunConfig.model_fields if name in missing)
+            raise ValueError(f"{self.config}: damaged, or not of a run: {lost} missing")
         return load_config(self.config, overrides)
 
     def require_finished(self) -> None:
@@ -222,13 +255,28 @@ class RunFolder:
         return _read_json(self.provenance) if self.provenance.is_file() else {}
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The entries of log.jsonl, one per step; one that a crash cut off is left out."""
-        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """The entries of log.jsonl, one per step; what a crash cut off or spoilt is left out."""
+        if not self.log.is_file():
+            return []
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [entry for line in lines if (entry := _log_entry(line))]
 
     def read_predictions(self, part: str) -> Predictions:
-        """The predictions of a part."""
-        return Predictions.from_table(pq.read_table(self.predictions), part)
+        """The predictions of a part.
+
+        Raises:
+            ValueError: a damaged file, named.
+        """
+        with self._readable_predictions():
+            return Predictions.from_table(pq.read_table(self.predictions), part)
+
+    @contextmanager
+    def _readable_predictions(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, KeyError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{self.predictions}: damaged, or not the predictions of a run ({reason})") from error
 
     def read_model(self) -> OrdinalModel:
         """The chosen step's model, deployed, on the CPU."""
@@ -254,20 +302,29 @@ class RunFolder:
         write_json(self.metrics, metrics)
 
     def add_log(self, entries: list[dict[str, Any]]) -> None:
-        """Append entries to log.jsonl."""
-        with self.log.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        """Append entries to log.jsonl.
 
-    def cut_log(self, step: int) -> None:
-        """Drop the entries of later steps, so that a resumed run writes each once."""
-        if self.log.is_file():
-            write_text(self.log, "".join(json.dumps(each) + "\n" for each in self.read_log() if each["step"] <= step))
+        Raises:
+            OSError: it could not be written, e.g. for want of space.
+        """
+        try:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        except OSError as error:
+            raise unwritten(self.log, error) from error
+
+    def cut_log(self, step: int) -> int:
+        """Drop the entries of later steps, so that a resumed run writes each once; returns how many are left."""
+        left = [entry for entry in self.read_log() if entry["step"] <= step]
+        write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in left))
+        return len(left)
 
     def write_predictions(self, predictions: dict[str, Predictions]) -> None:
         """Keep the predictions of some parts; those of the other parts in the file stay."""
         tables = [each.table(part) for part, each in predictions.items()]
         if self.predictions.is_file():
-            earlier = pq.read_table(self.predictions)
+            with self._readable_predictions():
+                earlier = pq.read_table(self.predictions)
             tables.insert(0, earlier.filter(pc.invert(pc.is_in(earlier["part"], pa.array(list(predictions))))))
         with whole(self.predictions) as aside:
             pq.write_table(pa.concat_tables(tables), aside)
@@ -334,6 +391,18 @@ def _when(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged, not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged, no JSON object")
+    return content
+
+
+def _log_entry(line: str) -> dict[str, Any] | None:
+    """A line of log.jsonl; None for one that is no entry."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

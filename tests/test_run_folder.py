@@ -194,6 +194,8 @@ def test_states(tmp_path):
     folder.diverged.write_text("step 3: loss is nan")
     assert folder.state().kind == "diverged"
     write_json(folder.metrics, {})
+    assert re.search(r"damaged run \(.*config\.yaml: .*output_dir, .* missing", folder.state().text)
+    folder.write_config(load_config())
     assert folder.state().kind == "finished"
     folder.clear()
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.png"]

@@ -8,8 +8,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 from ordinalclip.quoting import printable
@@ -28,8 +32,54 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 1 for broken data, 2 for a wrong call, 75 when told to stop."""
+    """Run a command; returns its exit status.
+
+    0; 1 where what was asked for is there but not all of it (broken pictures, runs that failed); 2 after an error; 75
+    when told to stop; 130 after Ctrl-C.
+    """
+    from ordinalclip.training.interruption import INTERRUPTED, Preempted, leave, listening
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal of few characters shows the others escaped
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if argv is None else argv)
+    with listening(leave):
+        try:
+            with _as_far_as_it_is_read():
+                return _run(given)
+            return 0
+        except Preempted as stopped:
+            return _ended(str(stopped), stopped.status)
+        except KeyboardInterrupt:
+            return _ended("stopped by Ctrl-C", INTERRUPTED)
+
+
+@contextmanager
+def _as_far_as_it_is_read() -> Iterator[None]:
+    """Whoever reads the output may have seen enough before its end: that is no failure."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _write_nowhere()
+
+
+def _write_nowhere() -> None:
+    """What is left of the output cannot be written, and nothing tries to once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _ended(message: str, status: int) -> int:
+    """Say once, for all processes of a run, why it ends."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ordinalclip: {printable(message)}", file=sys.stderr)
+    return status
+
+
+def _run(given: list[str]) -> int:
+    """Find the command, do it, and turn whatever goes wrong into one line."""
     parser, command = _parser(given)
     arguments, more = parser.parse_known_args(given)
     if more:  # argparse drops positional arguments that follow an option
@@ -42,19 +92,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert command is not None  # or argparse would have refused the call
 
     from ordinalclip.progress import show_library_bars
-    from ordinalclip.training.interruption import PREEMPTED, Preempted
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _show_what_is_ours(arguments.debug)
     show_library_bars(arguments.quiet)
     try:
-        return command.run(arguments)
-    except Preempted as stopped:
-        if is_main_process():
-            print(f"ordinalclip: {stopped}", file=sys.stderr)
-        return PREEMPTED
-    except (ValueError, OSError) as error:
-        print(f"ordinalclip: {printable(error)}", file=sys.stderr)
+        status = command.run(arguments)
+        _flush()
+        return status
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exception(error)
+        print(f"ordinalclip: {printable(_in_a_line(error))}", file=sys.stderr)
         return 2
+
+
+def _flush() -> None:
+    """Raises:
+    OSError: the output cannot be written, e.g. for want of space."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _write_nowhere()
+        raise OSError(f"standard output: could not be written ({error.strerror})") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """What went wrong: the message of an error that is meant for people, or of which kind it is."""
+    import torch
+
+    text = str(error)
+    if isinstance(error, RuntimeError) and torch.distributed.is_initialized() and "gloo" in text:
+        return "another process of this run has ended, see what it says"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ValueError | OSError | ImportError) and text:
+        return text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory: {text.partition(chr(10))[0] or 'less at once needs less of it'}"
+    if type(error) is RuntimeError and text:
+        return f"{text.partition(chr(10))[0]} (--debug shows where)"
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+
+
+class _Lines(logging.Formatter):
+    """A record is a line, unless everything is to be seen."""
+
+    def __init__(self, debug: bool):
+        super().__init__("%(levelname)s %(name)s: %(message)s")
+        self.debug = debug
+
+    def format(self, record: logging.LogRecord) -> str:
+        if self.debug:
+            return super().format(record)
+        error = record.exc_info[1] if record.exc_info else None
+        return printable(f"{record.levelname} {record.getMessage()}" + (f" ({error})" if error else ""))
+
+
+def _show_what_is_ours(debug: bool) -> None:
+    """Warnings of this package are shown, those of the libraries only for debugging."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines(debug))
+    logging.basicConfig(level=logging.WARNING if debug else logging.ERROR, handlers=[handler])
+    for name in ("ordinalclip", "baselines"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
@@ -69,7 +175,8 @@ def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | 
         command = commands.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_argument("--quiet", action="store_true", help="show no progress")
+        command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+        command.add_argument("--debug", action="store_true", help="show where an error comes from, and all warnings")
         if name == called:
             module = importlib.import_module(f"ordinalclip.cli.{name.replace('-', '_')}")
             module.add_arguments(command)

@@ -60,7 +60,7 @@ def run_plan(plan: Plan, quiet: bool = False) -> Outcome:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a comparison is one process that starts others: set jobs=N instead of launching several")
-    folder = RunFolder(plan.folder)
+    folder = RunFolder(plan.config.output_dir)
     with folder.locked():
         if folder.config.is_file() or folder.metrics.is_file():
             raise FolderOccupied(

@@ -1,9 +1,11 @@
-"""What ends a run early: SIGTERM, after the step in hand, with a checkpoint and a status of its own; bad numbers."""
+"""What ends a run early: SIGTERM or Ctrl-C, after the step in hand, with a checkpoint and a status; bad numbers."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,56 +13,100 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+INTERRUPTED = 128 + signal.SIGINT
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Preempted(SystemExit):
-    """Raised once the checkpoint is written; leaves the process with status 75 unless caught."""
+    """Told to stop by SIGTERM or Ctrl-C; raised once what can be saved is saved.
 
-    def __init__(self, message: str):
-        super().__init__(PREEMPTED)
-        self.message = message
+    It leaves the process with status 75 after SIGTERM, 130 after Ctrl-C, unless caught.
+
+    Args:
+        message: where it stopped and how to go on.
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM):
+        self.message, self.number = message, number
+        self.status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        super().__init__(self.status)
 
     def __str__(self) -> str:
         return self.message
+
+    def __reduce__(self) -> tuple[type[Preempted], tuple[str, int]]:
+        return Preempted, (self.message, self.number)
 
 
 class Diverged(ValueError):
     """A loss or gradient that is not finite."""
 
 
+@contextmanager
+def listening(take: Callable[[int], None]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C call `take` within a `with` block; a second Ctrl-C ends the process at once.
+
+    What ignores Ctrl-C already, as a job in the background does, goes on ignoring it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python takes signal handlers nowhere else
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        take(number)
+
+    before = {number: found for number in SIGNALS if (found := signal.getsignal(number)) not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave(number: int) -> None:
+    """What a signal does where there is nothing to save: the command ends by an exception that clears up behind it."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Preempted("told to stop", number)
+
+
 class Interruption:
-    """Listens for SIGTERM within a `with` block; all processes agree at which step to stop.
+    """Listens for SIGTERM and Ctrl-C within a `with` block; all processes agree at which step to stop.
 
     A scheduler signals processes one by one, so that one may be a step ahead of another. Every step they exchange
     one number, over gloo on the CPU so that no GPU has to be waited for.
     """
 
-    def __init__(self, num_processes: int):
-        self.signalled = False
+    def __init__(self, num_processes: int = 1):
+        self.signalled = 0
         self.group: Any = None
         self.several = num_processes > 1
         if self.several and dist.get_backend() != "gloo":
             self.group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # Python takes signal handlers nowhere else
-            self.before = signal.signal(signal.SIGTERM, self._take)
+        self.listening = listening(self._take)
+        self.listening.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.before)
+        self.listening.__exit__(*exception)
 
-    def _take(self, number: int, frame: Any) -> None:
-        self.signalled = True
+    def _take(self, number: int) -> None:
+        self.signalled = number
 
-    def requested(self) -> bool:
-        """Whether any process has been told to stop; to be asked by all of them once a step."""
+    def requested(self) -> int:
+        """The signal that any process has been told to stop by, 0 without; to be asked by all of them once a step."""
         if not self.several:
             return self.signalled
-        flag = torch.tensor([int(self.signalled)])
+        flag = torch.tensor([self.signalled])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
+        return int(flag.item())
 
 
 def not_finite(terms: dict[str, Tensor], model: nn.Module) -> list[str]:
