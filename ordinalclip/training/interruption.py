@@ -45,7 +45,7 @@ class Diverged(ValueError):
 
 @contextmanager
 def listening(take: Callable[[int], None]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C call `take` within a `with` block; a second Ctrl-C ends the process at once.
+    """SIGTERM and Ctrl-C call `take` within a `with` block, each once; a second Ctrl-C ends the process at once.
 
     What ignores Ctrl-C already, as a job in the background does, goes on ignoring it.
     """
@@ -54,11 +54,12 @@ def listening(take: Callable[[int], None]) -> Iterator[None]:
         return
 
     def handle(number: int, frame: Any) -> None:
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
         take(number)
 
-    before = {number: found for number in SIGNALS if (found := signal.getsignal(number)) not in (None, signal.SIG_IGN)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if before[signal.SIGINT] == signal.SIG_IGN:
+        del before[signal.SIGINT]
     for number in before:
         signal.signal(number, handle)
     try:
@@ -73,6 +74,19 @@ def leave(number: int) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Preempted("told to stop", number)
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C is ignored within a `with` block, and for ever by processes that are started there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Interruption:

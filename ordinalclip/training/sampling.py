@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from ordinalclip.data import Part
 from ordinalclip.images import Augmentation, PixelSpec
 from ordinalclip.training.imbalance import balanced_order
+from ordinalclip.training.interruption import SIGNALS
 
 ORDER, VIEW, NOISE = range(3)  # what a generator is for, so that equal numbers in other roles never coincide
 
@@ -134,7 +135,7 @@ def decoded(dataset: Dataset, batches: Iterable[list[int]], workers: int, prefet
         collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=_begin_worker,
         pin_memory=torch.cuda.is_available(),
     )
     running: Any = iter(loader)
@@ -172,9 +173,9 @@ def portable(error: Exception) -> Exception:
     return error
 
 
-def ignore_signals(_worker: int) -> None:
+def _begin_worker(_number: int) -> None:
     """A signal to the whole process group must not break the batch in hand; workers end with their parent."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
