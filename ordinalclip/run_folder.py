@@ -115,9 +115,7 @@ class RunFolder:
             return State("finished", f"a finished run, written {_when(self.metrics)}")
         if self.diverged.is_file():
             return State("diverged", f"a run that diverged, {_when(self.diverged)}")
-        held = (self.config, self.metrics, self.log, self.model, self.model_last, self.predictions)
-        saved = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        if not saved and not any(path.exists() for path in held):
+        if not any(_holds_something(path) for path in self._own):
             return State("empty")
         entries = self.read_log()
         step = f"at step {entries[-1]['step']}" if entries else "before its first step was logged"
@@ -189,10 +187,14 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete the run, what makes it look whole first; files of other names stay."""
-        files = (self.metrics, self.diverged, self.config, self.report, self.provenance, self.log, self.predictions)
-        folders = (self.model, self.model_last, self.checkpoints, self.figures, self.trackers)
-        for path in (*files, *folders, *self.path.glob(f"{ASIDE}*")):
+        for path in (*self._own, *self.path.glob(f"{ASIDE}*")):
             delete(path)
+
+    @property
+    def _own(self) -> tuple[Path, ...]:
+        """All that a run may have written, what makes it look whole first."""
+        files = (self.metrics, self.diverged, self.config, self.report, self.provenance, self.log, self.predictions)
+        return (*files, self.model, self.model_last, self.checkpoints, self.figures, self.trackers)
 
     def reopen(self) -> None:
         """The run goes on: it is not finished until it is finished again."""
@@ -383,6 +385,10 @@ def local(text: str | Path) -> str:
     spec, path = found[1] or "", Path(found[2])
     here = path.is_absolute() or ".." in path.parts or found[2].startswith("~/")
     return spec + Path(*path.parts[-2:]).as_posix() if here and len(path.parts) > 2 else str(text)
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _when(path: Path) -> str:
