@@ -1,9 +1,12 @@
 """The command line as a person uses it."""
 
+import io
 import json
 import re
+import sys
 
 import pytest
+import torch
 import yaml
 
 from ordinalclip.cli import main
@@ -92,3 +95,38 @@ def test_help_documents_every_key(capsys):
     for key, default, description in [*describe(), *describe(head_section(config.method), "head.")]:
         assert description.strip(), key
         assert documented[key] == (json.loads(json.dumps(default)), description)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("row 3: bad"), "row 3: bad"),
+        (OSError(13, "Permission denied", "a.csv"), "a.csv: Permission denied"),
+        (ImportError("pip install peft"), "pip install peft"),
+        (MemoryError(), "out of memory: less at once needs less of it"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "out of memory: CUDA out of memory. Tried 2 GiB"),
+        (RuntimeError("size mismatch\nmore\nlines"), "size mismatch (--debug shows where)"),
+        (TypeError("no len()"), "unexpected TypeError: no len() (--debug shows where)"),
+        (KeyError("x"), "unexpected KeyError: 'x' (--debug shows where)"),
+        (ValueError("a\nb \x1b[31m"), "a\\nb \\x1b[31m"),
+    ],
+)
+def test_any_error_is_one_line_and_debug_shows_where(tmp_path, monkeypatch, capsys, error, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("ordinalclip.gauges.make_gauges", fail)
+    assert main(["make-gauges", str(tmp_path), "-q"]) == 2
+    assert capsys.readouterr().err == f"ordinalclip: {said}\n"
+    assert main(["make-gauges", str(tmp_path), "-q", "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.endswith(f"ordinalclip: {said}\n")
+
+
+def test_a_terminal_of_few_characters_shows_the_others_escaped(tmp_path, monkeypatch):
+    for encoding, name in (("ascii", "caf\\xe9"), ("utf-8", "café")):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+        assert main(["make-gauges", str(tmp_path / "café"), "--num", "1", "-q"]) == 0
+        assert raw.getvalue().decode(encoding) == f"1 pictures and labels.csv in {tmp_path}/{name}\n"

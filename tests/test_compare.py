@@ -17,7 +17,7 @@ from ordinalclip.metrics import best_residual_variance, d5
 from ordinalclip.results.record import points_of, read_run
 from ordinalclip.results.significance import errors_by_image, greater_p_value, holm, judge
 from ordinalclip.run_folder import FolderOccupied, RunFolder
-from ordinalclip.training.interruption import Preempted
+from ordinalclip.signals import Preempted
 
 COMPARISON = {
     "seeds": [1, 2],

@@ -13,9 +13,9 @@ import torch
 from conftest import NOISY, QUICK, log_of, without_times
 
 from ordinalclip.config import load_config
+from ordinalclip.signals import PREEMPTED, Preempted
 from ordinalclip.training import train
 from ordinalclip.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ordinalclip.training.interruption import PREEMPTED, Preempted
 from ordinalclip.training.sampling import Stream
 from ordinalclip.training.step import Learner
 

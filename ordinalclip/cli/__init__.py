@@ -6,6 +6,7 @@ Such a module has `add_arguments(parser)` and `run(arguments) -> exit status`; i
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from ordinalclip.quoting import printable
+from ordinalclip.signals import INTERRUPTED, Preempted, leave, listening
 
 COMMANDS = {
     "train": "Train one model as a configuration file says.",
@@ -37,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 where what was asked for is there but not all of it (broken pictures, runs that failed); 2 after an error; 75
     when told to stop; 130 after Ctrl-C.
     """
-    from ordinalclip.training.interruption import INTERRUPTED, Preempted, leave, listening
-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal of few characters shows the others escaped
             stream.reconfigure(errors="backslashreplace")
@@ -97,27 +97,22 @@ def _run(given: list[str]) -> int:
     show_library_bars(arguments.quiet)
     try:
         status = command.run(arguments)
-        _flush()
+        sys.stdout.flush()
         return status
     except BrokenPipeError:
         raise
     except Exception as error:
+        if _is_of_output(error):
+            _write_nowhere()
         if arguments.debug:
             traceback.print_exception(error)
         print(f"ordinalclip: {printable(_in_a_line(error))}", file=sys.stderr)
         return 2
 
 
-def _flush() -> None:
-    """Raises:
-    OSError: the output cannot be written, e.g. for want of space."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _write_nowhere()
-        raise OSError(f"standard output: could not be written ({error.strerror})") from error
+def _is_of_output(error: Exception) -> bool:
+    """Whether there is no space for what is printed; errors of files name them."""
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
 
 
 def _in_a_line(error: Exception) -> str:
@@ -127,6 +122,8 @@ def _in_a_line(error: Exception) -> str:
     text = str(error)
     if isinstance(error, RuntimeError) and torch.distributed.is_initialized() and "gloo" in text:
         return "another process of this run has ended, see what it says"
+    if _is_of_output(error):
+        return f"standard output: could not be written ({os.strerror(errno.ENOSPC)})"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ValueError | OSError | ImportError) and text:

@@ -19,6 +19,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ordinalclip.compare.plan import Place, Plan
 from ordinalclip.config import DataConfig, RanksConfig, RunConfig
@@ -28,8 +29,9 @@ from ordinalclip.progress import Progress
 from ordinalclip.provenance import fingerprints, num_cores
 from ordinalclip.run_folder import FolderOccupied, RunFolder
 from ordinalclip.runs import evaluate_run, train_run
+from ordinalclip.signals import Preempted, deaf_to_interrupts, leave, listening
 from ordinalclip.training.checkpoint import NoIntactCheckpoint
-from ordinalclip.training.interruption import Diverged, Interruption, Preempted, deaf_to_interrupts, leave, listening
+from ordinalclip.training.interruption import Diverged, Interruption
 
 logger = logging.getLogger(__name__)
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -197,6 +199,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives processes that are ended
 
 
 def _in_job(work: Callable[[RunConfig], Result], run: RunConfig) -> Result:

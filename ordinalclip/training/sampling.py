@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from ordinalclip.data import Part
 from ordinalclip.images import Augmentation, PixelSpec
+from ordinalclip.signals import SIGNALS
 from ordinalclip.training.imbalance import balanced_order
-from ordinalclip.training.interruption import SIGNALS
 
 ORDER, VIEW, NOISE = range(3)  # what a generator is for, so that equal numbers in other roles never coincide
 

@@ -26,10 +26,11 @@ from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress, announced
 from ordinalclip.provenance import job, provenance
 from ordinalclip.run_folder import WAYS, RunFolder, changed_keys, described
+from ordinalclip.signals import Preempted
 from ordinalclip.training import checkpoint
 from ordinalclip.training.distributed import average_running_statistics, from_main
 from ordinalclip.training.evaluation import Evaluator, metrics_of, model_metrics, train_counts
-from ordinalclip.training.interruption import Diverged, Interruption, Preempted
+from ordinalclip.training.interruption import Diverged, Interruption
 from ordinalclip.training.preparation import build_model, merge_adapters, use_precision
 from ordinalclip.training.step import Learner, num_steps
 
