@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -19,7 +20,7 @@ from test_elastic import ENVIRONMENT, wait_for, workers
 
 from ordinalclip.cli import main
 from ordinalclip.run_folder import RunFolder
-from ordinalclip.signals import INTERRUPTED, PREEMPTED
+from ordinalclip.signals import INTERRUPTED, PREEMPTED, Preempted
 from ordinalclip.training.checkpoint import checkpoints, load_checkpoint
 from ordinalclip.training.step import Learner
 
@@ -53,6 +54,12 @@ def ended(process, status, seconds=60):
 
 def has_steps(folder, number):
     return lambda: (folder / "log.jsonl").exists() and len(RunFolder(folder).read_log()) >= number
+
+
+def test_statuses_are_those_that_shells_and_schedulers_know():
+    assert [Preempted("").code, Preempted("", signal.SIGINT).code] == [75, 130]
+    stopped = pickle.loads(pickle.dumps(Preempted("at step 3", signal.SIGINT)))
+    assert (str(stopped), stopped.code, stopped.number) == ("at step 3", 130, signal.SIGINT)
 
 
 # ---- in one process
