@@ -4,6 +4,7 @@
 # make bench   the measurements behind the README's numbers that need no data of yours
 # make invariance   method x processes x micro-batch: the largest difference in losses and weights
 # make chaos   runs killed at random and resumed: kills, resumes, differences
+# make stops   Ctrl-C, SIGKILL and full disks at random moments of training and comparing, then on to the end
 # make mutants  faults planted one at a time: which test notices each
 # make clean   remove environment, caches and demo runs
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # without bytecode the libraries take twice as long to import
 
-.PHONY: demo test slow-test lint bench invariance chaos mutants clean
+.PHONY: demo test slow-test lint bench invariance chaos stops mutants clean
 .DELETE_ON_ERROR:
 
 # One installation, repeated only when pyproject.toml changes; uv when it is there, pip when not.
@@ -47,6 +48,9 @@ invariance: $(VENV)/.installed
 
 chaos: $(VENV)/.installed
 	$(BIN)/python benchmarks/chaos.py
+
+stops: $(VENV)/.installed
+	$(BIN)/python benchmarks/stops.py
 
 mutants: $(VENV)/.installed
 	$(BIN)/python benchmarks/mutants.py --jobs 2

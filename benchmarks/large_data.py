@@ -92,7 +92,8 @@ def work(table: str, folder: str, steps: int) -> None:
                 start = -(-len(parts.train) * (epoch - 1) // config.train.batch_size)
                 self.stream, self.total = Stream(len(parts.train), config.seed), start + 1
                 begun = time.monotonic()
-                next(iter(self.batches(start)))
+                with self.batches(start) as batches:
+                    next(batches)
                 first[epoch] = time.monotonic() - begun
             self.total = steps
 

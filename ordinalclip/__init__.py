@@ -3,6 +3,7 @@
 Importing the package registers its model with the Auto classes of transformers and its pipeline task.
 """
 
+from ordinalclip import signals as signals  # first: what follows takes seconds
 from ordinalclip.heads import Prediction
 from ordinalclip.model import OrdinalConfig, OrdinalImageProcessor, OrdinalModel
 from ordinalclip.pipeline import OrdinalRegressionPipeline

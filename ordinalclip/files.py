@@ -12,8 +12,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 try:
     import fcntl
@@ -36,11 +39,14 @@ def whole(target: Path) -> Iterator[Path]:
     After an error, or when the process dies, the target is as it was. A folder is replaced by two renamings; whoever
     dies between them leaves the old one aside, and the next write puts it back. What else a dead process left aside is
     deleted by it.
+
+    Raises:
+        OSError: it could not be written, e.g. for want of space; the message names the target and the reason.
     """
     aside, old = target.with_name(f"{ASIDE}{target.name}"), target.with_name(f"{ASIDE}old-{target.name}")
-    delete(aside)
-    _put_back(old, target)
     try:
+        delete(aside)
+        _put_back(old, target)
         yield aside
         for path in sorted(aside.iterdir()) if aside.is_dir() else [aside]:
             _flush(path)
@@ -48,11 +54,23 @@ def whole(target: Path) -> Iterator[Path]:
             target.rename(old)
         aside.replace(target)
         _flush(target.parent)
-    except BaseException:
-        _put_back(old, target)
-        delete(aside)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            _put_back(old, target)
+            delete(aside)
+        if isinstance(error, OSError | SafetensorError):
+            raise unwritten(target, error) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def unwritten(target: Path, error: Exception) -> OSError:
+    """The error of a file or folder that could not be written, by name."""
+    return OSError(f"{target}: could not be written ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _put_back(old: Path, target: Path) -> None:
@@ -152,8 +170,14 @@ def lock(path: Path) -> Iterator[None]:
 
     Raises:
         FolderInUse: somebody holds it; the message names host, process and start.
+        OSError: the folder cannot be made or written to.
     """
-    descriptor = _acquire(path)
+    try:
+        descriptor = _acquire(path)
+    except FolderInUse:
+        raise
+    except OSError as error:
+        raise OSError(f"{path.parent}: this folder cannot be written to ({_reason(error)})") from error
     try:
         yield
     finally:
@@ -168,10 +192,12 @@ def _acquire(path: Path) -> int | None:
     if fcntl is None:
         logger.warning("%s: no locks on this system; nothing guards the folder", path.parent)
         return None
-    while True:
+    for attempt in count():
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # another job has just left the folder empty and deleted it
+            if attempt == 100:  # or it is one that takes no files, as in /proc
+                raise
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
         try:
@@ -191,8 +217,13 @@ def _acquire(path: Path) -> int | None:
         os.close(descriptor)  # its owner has just deleted it
     _held.add(descriptor)
     record = {"host": socket.gethostname(), "process": os.getpid(), "start": _now()}
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps(record).encode())
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(record).encode())
+    except BaseException:  # a full disk
+        _held.discard(descriptor)
+        os.close(descriptor)
+        raise
     return descriptor
 
 

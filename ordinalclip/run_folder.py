@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ordinalclip.config import RunConfig, flat_keys, load_config
-from ordinalclip.files import ASIDE, delete, lock, whole, write_json, write_text
+from ordinalclip.config import RunConfig, flat_keys, load_config, read_layers
+from ordinalclip.files import ASIDE, delete, lock, unwritten, whole, write_json, write_text
 from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import Predictions
+
+logger = logging.getLogger(__name__)
 
 EXECUTION = {  # how a run is executed, not what it computes
     "output_dir",
@@ -63,7 +66,8 @@ class State:
     """How far the run in a folder has come.
 
     Attributes:
-        kind: "empty", "interrupted", "diverged" or "finished".
+        kind: "empty", "interrupted", "diverged", "finished", or "damaged": finished, but of its files some cannot be
+            read.
         text: the same in words, for a message.
     """
 
@@ -76,9 +80,14 @@ class RunFolder:
 
     Args:
         path: the folder; it need not exist.
+
+    Raises:
+        ValueError: an empty path, which would be the working directory.
     """
 
     def __init__(self, path: str | Path):
+        if not str(path).strip():
+            raise ValueError("the name of the run folder (output_dir) is empty; '.' is the working directory")
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.provenance = self.path / "provenance.json"
@@ -104,17 +113,28 @@ class RunFolder:
     def state(self) -> State:
         """What the folder holds."""
         if self.is_finished:
+            try:
+                self._check_readable()
+            except ValueError as error:
+                return State("damaged", f"a damaged run ({error})")
             return State("finished", f"a finished run, written {_when(self.metrics)}")
         if self.diverged.is_file():
             return State("diverged", f"a run that diverged, {_when(self.diverged)}")
-        held = (self.config, self.metrics, self.log, self.model, self.model_last, self.predictions)
-        saved = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        if not saved and not any(path.exists() for path in held):
+        if not any(_holds_something(path) for path in self._own):
             return State("empty")
         entries = self.read_log()
         step = f"at step {entries[-1]['step']}" if entries else "before its first step was logged"
         started = f", started {_when(self.config)}" if self.config.is_file() else ""
         return State("interrupted", f"a run that was interrupted {step}{started}")
+
+    def _check_readable(self) -> None:
+        """Raises:
+        ValueError: a file of the finished run that something has cut off or overwritten."""
+        self.read_metrics()
+        self.read_provenance()
+        self._saved_config()
+        if self.predictions.is_file():
+            self._parquet(pq.read_metadata)
 
     def difference(self, config: RunConfig, data: dict[str, Any] | None = None) -> str:
         """In what the run in the folder is another experiment, in words; "" if it is the same.
@@ -126,7 +146,7 @@ class RunFolder:
         if not self.config.is_file():
             return f"it has no {self.config.name}"
         try:
-            saved = load_config(self.config)
+            saved = self._saved_config()
         except ValueError as error:
             return str(error)
         if changed := changed_keys(saved.model_dump(mode="json"), config.model_dump(mode="json")):
@@ -164,17 +184,21 @@ class RunFolder:
         if self.provenance.is_file():
             return True
         try:
-            load_config(self.config)
+            self._saved_config()
         except (OSError, ValueError):
             return False
         return True
 
     def clear(self) -> None:
         """Delete the run, what makes it look whole first; files of other names stay."""
-        files = (self.metrics, self.diverged, self.config, self.report, self.provenance, self.log, self.predictions)
-        folders = (self.model, self.model_last, self.checkpoints, self.figures, self.trackers)
-        for path in (*files, *folders, *self.path.glob(f"{ASIDE}*")):
+        for path in (*self._own, *self.path.glob(f"{ASIDE}*")):
             delete(path)
+
+    @property
+    def _own(self) -> tuple[Path, ...]:
+        """All that a run may have written, what makes it look whole first."""
+        files = (self.metrics, self.diverged, self.config, self.report, self.provenance, self.log, self.predictions)
+        return (*files, self.model, self.model_last, self.checkpoints, self.figures, self.trackers)
 
     def reopen(self) -> None:
         """The run goes on: it is not finished until it is finished again."""
@@ -188,8 +212,10 @@ class RunFolder:
         """Hold the folder within a `with` block; one that is empty in the end is deleted.
 
         Raises:
-            FolderInUse: another job holds it.
+            FolderInUse: another job holds it; OSError: it cannot be written to.
         """
+        if self.path.resolve() == Path(self.path.resolve().anchor):
+            raise OSError(f"{self.path} is the root of the file system, no place for a run; choose another output_dir")
         try:
             with lock(self.lock):
                 yield
@@ -206,6 +232,17 @@ class RunFolder:
             FileNotFoundError: no finished run there.
         """
         self.require_finished()
+        return self._saved_config(overrides)
+
+    def _saved_config(self, overrides: Sequence[str] = ()) -> RunConfig:
+        """What config.yaml says, of which every section is there: what is cut off would be taken for defaults.
+
+        Raises:
+            ValueError: it is cut off, or of no run.
+        """
+        if missing := RunConfig.model_fields.keys() - read_layers(self.config)[-1].content.keys():
+            lost = ", ".join(name for name in RunConfig.model_fields if name in missing)
+            raise ValueError(f"{self.config}: damaged, or not of a run: {lost} missing")
         return load_config(self.config, overrides)
 
     def require_finished(self) -> None:
@@ -237,22 +274,15 @@ class RunFolder:
         return _read_json(self.provenance) if self.provenance.is_file() else {}
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The entries of log.jsonl, one per step; one that a crash cut off is left out.
-
-        Raises:
-            ValueError: a line is damaged.
-        """
+        """The entries of log.jsonl, one per step; what a crash spoilt is left out, and said if others follow."""
         lines = self.log.read_bytes().splitlines() if self.log.is_file() else []
-        entries = []
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"}"):
-                continue
-            try:
-                entries.append(json.loads(line))
-                entries[-1]["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.log}, line {number}: damaged, no entry of a log") from error
-        return entries
+        entries = [_log_entry(line) for line in lines]
+        spoilt = [number for number, entry in enumerate(entries[:-1], 1) if entry is None]
+        if spoilt:
+            logger.warning(
+                "%s, line %d: damaged, no entry of a log; left out, as %d are", self.log, spoilt[0], len(spoilt)
+            )
+        return [entry for entry in entries if entry is not None]
 
     def read_predictions(self, part: str) -> Predictions:
         """The predictions of a part.
@@ -265,12 +295,9 @@ class RunFolder:
                 f"{self.predictions} is missing; `ordinalclip evaluate {self.path}` writes it again"
             )
         try:
-            return Predictions.from_table(self._read_table(), part)
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{self.predictions}: damaged ({error}); once it is deleted, `ordinalclip evaluate {self.path}` writes "
-                "it again"
-            ) from error
+            return Predictions.from_table(self._parquet(pq.read_table), part)
+        except (KeyError, pa.ArrowException) as error:
+            raise self._unreadable(error) from error
 
     def read_model(self) -> OrdinalModel:
         """The chosen step's model, deployed, on the CPU."""
@@ -296,27 +323,45 @@ class RunFolder:
         write_json(self.metrics, metrics)
 
     def add_log(self, entries: list[dict[str, Any]]) -> None:
-        """Append entries to log.jsonl."""
-        with self.log.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        """Append entries to log.jsonl.
 
-    def cut_log(self, step: int) -> None:
-        """Drop the entries of later steps, so that a resumed run writes each once."""
-        if self.log.is_file():
-            write_text(self.log, "".join(json.dumps(each) + "\n" for each in self.read_log() if each["step"] <= step))
+        Raises:
+            OSError: it could not be written, e.g. for want of space.
+        """
+        try:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        except OSError as error:
+            raise unwritten(self.log, error) from error
+
+    def cut_log(self, step: int) -> int:
+        """Drop the entries of later steps, so that a resumed run writes each once; returns how many are left."""
+        left = [entry for entry in self.read_log() if entry["step"] <= step]
+        write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in left))
+        return len(left)
 
     def write_predictions(self, predictions: dict[str, Predictions]) -> None:
         """Keep the predictions of some parts; those of the other parts in the file stay."""
         tables = [each.table(part) for part, each in predictions.items()]
         if self.predictions.is_file():
-            earlier = self._read_table()
+            earlier = self._parquet(pq.read_table)
             tables.insert(0, earlier.filter(pc.invert(pc.is_in(earlier["part"], pa.array(list(predictions))))))
         with whole(self.predictions) as aside, aside.open("wb") as file:
             pq.write_table(pa.concat_tables(tables), file)
 
-    def _read_table(self) -> pa.Table:
-        with self.predictions.open("rb") as file:  # pyarrow takes no path that is not UTF-8
-            return pq.read_table(file)
+    def _parquet(self, read: Callable[[Any], Any]) -> Any:
+        try:
+            with self.predictions.open("rb") as file:  # pyarrow takes no path that is not UTF-8
+                return read(file)
+        except (pa.ArrowException, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        reason = str(error).partition("\n")[0]
+        return ValueError(
+            f"{self.predictions}: damaged ({reason}); once it is deleted, `ordinalclip evaluate {self.path}` writes it "
+            "again"
+        )
 
 
 def changed_keys(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -375,12 +420,28 @@ def local(text: str | Path) -> str:
     return spec + Path(*path.parts[-2:]).as_posix() if here and len(path.parts) > 2 else str(text)
 
 
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
 def _when(path: Path) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged, not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged, no JSON object")
+    return content
+
+
+def _log_entry(line: bytes) -> dict[str, Any] | None:
+    """A line of log.jsonl; None for one that is no entry."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

@@ -237,7 +237,8 @@ def test_rank_n_contrast_sees_the_order_of_labels_only():
 def test_rank_n_contrast_trains_on_two_views(quick):
     """A batch of 8 pictures has 16 rows: each picture twice in a row, in two crops."""
     learner = learner_of(quick("method=rank_n_contrast", "data.augment.crop_ratio=1.3"))
-    pixels, positions = next(iter(learner.batches(0)))
+    with learner.batches(0) as batches:
+        pixels, positions = next(batches)
     assert positions.tolist() == list(range(16))
     rows = learner.rows_of(0)
     assert rows[::2] == rows[1::2]

@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+import torch
 import yaml
 
 from ordinalclip.cli import main
@@ -103,13 +104,6 @@ def test_a_pipe_of_something_else_or_a_full_disk_is_a_failure(tmp_path, monkeypa
         assert "No space left" in capsys.readouterr().err
 
 
-def test_a_terminal_without_a_letter_is_no_failure(tmp_path, monkeypatch):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", stream)
-    assert main(["make-gauges", str(tmp_path / "é"), "--num", "1", "--quiet"]) == 0
-    assert stream.buffer.getvalue().endswith(b"\\xe9\n")
-
-
 def test_help_documents_every_key(capsys):
     """A line `key (default): description` for every key of a run's config.yaml, and for the method's options."""
     with pytest.raises(SystemExit) as left:
@@ -131,3 +125,38 @@ def test_help_documents_every_key(capsys):
     for key, default, description in [*describe(RunConfig), *describe(head_section(config.method), "head.")]:
         assert description.strip(), key
         assert documented[key] == (json.loads(json.dumps(default)), description)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("row 3: bad"), "row 3: bad"),
+        (OSError(13, "Permission denied", "a.csv"), "a.csv: Permission denied"),
+        (ImportError("pip install peft"), "pip install peft"),
+        (MemoryError(), "out of memory: less at once needs less of it"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "out of memory: CUDA out of memory. Tried 2 GiB"),
+        (RuntimeError("size mismatch\nmore\nlines"), "size mismatch (--debug shows where)"),
+        (TypeError("no len()"), "unexpected TypeError: no len() (--debug shows where)"),
+        (KeyError("x"), "unexpected KeyError: 'x' (--debug shows where)"),
+        (ValueError("a\nb \x1b[31m"), "a\\nb \\x1b[31m"),
+    ],
+)
+def test_any_error_is_one_line_and_debug_shows_where(tmp_path, monkeypatch, capsys, error, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("ordinalclip.gauges.drawn_gauges", fail)
+    assert main(["make-gauges", str(tmp_path), "-q"]) == 2
+    assert capsys.readouterr().err == f"ordinalclip: {said}\n"
+    assert main(["make-gauges", str(tmp_path), "-q", "--debug"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert shown.endswith(f"ordinalclip: {said}\n")
+
+
+def test_a_terminal_of_few_characters_shows_the_others_escaped(tmp_path, monkeypatch):
+    for encoding, name in (("ascii", "caf\\xe9"), ("utf-8", "café")):
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+        assert main(["make-gauges", str(tmp_path / "café"), "--num", "1", "-q", "--overwrite"]) == 0
+        assert raw.getvalue().decode(encoding) == f"1 pictures and labels.csv in {tmp_path}/{name}\n"

@@ -17,6 +17,7 @@ from ordinalclip.metrics import best_residual_variance, d5
 from ordinalclip.results.record import points_of, read_run
 from ordinalclip.results.significance import errors_by_image, greater_p_value, holm, judge
 from ordinalclip.run_folder import FolderOccupied, RunFolder
+from ordinalclip.signals import Preempted
 
 COMPARISON = {
     "seeds": [1, 2],
@@ -80,7 +81,7 @@ def test_an_interrupted_comparison_goes_on_inside_the_run(comparison, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "step", counted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Preempted, match=r"out: told to stop; 2 of 8 runs are done, the same command goes on"):
             run_plan(load_plan(comparison), quiet=True)
     assert steps == [0, 1, 0, 1, 0]
     folder = RunFolder(tmp_path / "out/runs/ordinalclip-0-seed1")  # the file has the methods in order of name

@@ -11,8 +11,8 @@ import time
 import pytest
 from conftest import NOISY, QUICK, log_of, without_times
 
+from ordinalclip.signals import PREEMPTED
 from ordinalclip.training.checkpoint import checkpoints
-from ordinalclip.training.interruption import PREEMPTED
 
 ENVIRONMENT = {
     **os.environ,

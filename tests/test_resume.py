@@ -14,9 +14,9 @@ from conftest import NOISY, QUICK, log_of, without_times
 
 from ordinalclip.config import load_config
 from ordinalclip.run_folder import RunFolder
+from ordinalclip.signals import PREEMPTED, Preempted
 from ordinalclip.training import Diverged, train
 from ordinalclip.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from ordinalclip.training.interruption import PREEMPTED, Preempted
 from ordinalclip.training.sampling import Stream
 from ordinalclip.training.step import Learner
 

@@ -182,7 +182,7 @@ def test_files_of_ones_own_are_not_taken_for_a_run(quick, tmp_path, name):
     assert content_of(tmp_path / "run") == {Path(name): b"learning_rate: 3\n"}
 
 
-def test_states(tmp_path):
+def test_states(tmp_path, caplog):
     folder = RunFolder(tmp_path)
     assert folder.state().kind == "empty"
     (tmp_path / "holiday.png").write_text("not ours")
@@ -190,10 +190,19 @@ def test_states(tmp_path):
     folder.log.write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert folder.state().text.startswith("a run that was interrupted at step 2")
     assert [row["step"] for row in folder.read_log()] == [1, 2]  # what a crash cut off is no row
+    folder.log.write_bytes(b'{"step": 1}\n\0\0\n{"step": 3}\n')
+    with caplog.at_level("WARNING"):
+        assert [row["step"] for row in folder.read_log()] == [1, 3]
+    assert "log.jsonl, line 2: damaged" in caplog.text
+    folder.log.write_text('{"step": 1}\n{"step": 2}\n{"ste')
     folder.config.write_text("{}")
     folder.diverged.write_text("step 3: loss is nan")
     assert folder.state().kind == "diverged"
-    write_json(folder.metrics, {})
+    write_json(folder.metrics, {"num_train": 1})
+    assert "metrics.json: damaged, train_counts, best_step, train_seconds missing" in folder.state().text
+    write_json(folder.metrics, {"num_train": 1, "train_counts": [], "best_step": 1, "train_seconds": 1})
+    assert re.search(r"damaged run \(.*config\.yaml: .*output_dir, .* missing", folder.state().text)
+    folder.write_config(load_config())
     assert folder.state().kind == "finished"
     folder.clear()
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.png"]

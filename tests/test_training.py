@@ -237,7 +237,8 @@ def test_learning_rates_and_freezing(quick):
     assert groups["encoder", True]["peak_lr"] == 1e-3
     assert all(p.ndim > 1 for p in groups["encoder", True]["params"])
     before = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
-    rates = [learner.step(number, *batch)["lr"] for number, batch in enumerate(learner.batches(0))]
+    with learner.batches(0) as batches:
+        rates = [learner.step(number, *batch)["lr"] for number, batch in enumerate(batches)]
     assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
     for name, tensor in learner.model.state_dict().items():
         frozen = name.startswith(("encoder.tower.layer1.", "head.text.", "head.logit_scale")) or "running" in name
@@ -416,7 +417,8 @@ def test_two_passes_cost_one_extra_forward_and_the_text_tower_runs_once(quick):
     images, texts = [], []
     learner.model.encoder.tower.register_forward_hook(lambda _m, inputs, _o: images.append(len(inputs[0])))
     learner.model.head.text.register_forward_hook(lambda *_: texts.append(1))
-    learner.step(0, *next(iter(learner.batches(0))))
+    with learner.batches(0) as batches:
+        learner.step(0, *next(batches))
     assert images == [2] * 8  # a batch of 8, twice
     assert texts == [1]
 

@@ -6,15 +6,19 @@ Such a module has `add_arguments(parser)` and `run(arguments) -> exit status`; i
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
-import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 from ordinalclip.quoting import printable
+from ordinalclip.signals import INTERRUPTED, Preempted, leave, listening
 
 COMMANDS = {
     "train": "Train one model as a configuration file says.",
@@ -30,20 +34,52 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 1 for broken data, 2 for a wrong call, 75 when told to stop.
+    """Run a command; returns its exit status.
 
-    Nobody reading the output any more (`| head`), or a terminal that cannot show a letter, is no failure.
+    0; 1 where what was asked for is there but not all of it (broken pictures, runs that failed); 2 after an error; 75
+    when told to stop; 130 after Ctrl-C.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        return _main(argv)
-    finally:
-        _reader_is_gone()
-
-
-def _main(argv: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal of few characters shows the others escaped
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if argv is None else argv)
+    with listening(leave):
+        try:
+            with _as_far_as_it_is_read():
+                return _run(given)
+            return 0
+        except Preempted as stopped:
+            return _ended(str(stopped), stopped.status)
+        except KeyboardInterrupt:
+            return _ended("stopped by Ctrl-C", INTERRUPTED)
+
+
+@contextmanager
+def _as_far_as_it_is_read() -> Iterator[None]:
+    """Whoever reads the output may have seen enough before its end: that is no failure."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _write_nowhere()
+
+
+def _write_nowhere() -> None:
+    """What is left of the output cannot be written, and nothing tries to once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _ended(message: str, status: int) -> int:
+    """Say once, for all processes of a run, why it ends."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ordinalclip: {printable(message)}", file=sys.stderr)
+    return status
+
+
+def _run(given: list[str]) -> int:
+    """Find the command, do it, and turn whatever goes wrong into one line."""
     parser, command = _parser(given)
     arguments, more = parser.parse_known_args(given)
     if more:  # argparse drops positional arguments that follow an option
@@ -56,47 +92,85 @@ def _main(argv: Sequence[str] | None) -> int:
     assert command is not None  # or argparse would have refused the call
 
     from ordinalclip.progress import show_library_bars
-    from ordinalclip.training.interruption import PREEMPTED, Preempted
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    _show_what_is_ours(arguments.debug)
     show_library_bars(arguments.quiet)
-    status = 0
     try:
         if getattr(arguments, "overrides", None):
             from ordinalclip.config import refuse_repeated
 
             refuse_repeated(arguments.overrides)
         status = command.run(arguments)
-        print(end="", flush=True)
+        sys.stdout.flush()
         return status
-    except Preempted as stopped:
-        if is_main_process():
-            print(f"ordinalclip: {stopped}", file=sys.stderr)
-        return PREEMPTED
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _reader_is_gone("\n"):  # buffers forget what failed
-            return status
-        print(f"ordinalclip: {printable(error)}", file=sys.stderr)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            raise
+        if _is_of_output(error):
+            _write_nowhere()
+        if arguments.debug:
+            traceback.print_exception(error)
+        print(f"ordinalclip: {printable(_in_a_line(error))}", file=sys.stderr)
         return 2
 
 
-class _Printable(logging.Formatter):
-    """Names of files in warnings reach the terminal as text."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-
-def _reader_is_gone(more: str = "") -> bool:
-    """Whether nobody reads the output any more; what could not be written is then dropped, here and at exit."""
+def _reader_is_gone() -> bool:
+    """Whether a broken pipe is that of the output: a buffer forgets what it could not write, so it is tried again."""
     try:
-        print(end=more, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return isinstance(error, BrokenPipeError)
+        print(flush=True)
+    except BrokenPipeError:
+        return True
     return False
+
+
+def _is_of_output(error: Exception) -> bool:
+    """Whether there is no space for what is printed; errors of files name them."""
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+
+
+def _in_a_line(error: Exception) -> str:
+    """What went wrong: the message of an error that is meant for people, or of which kind it is."""
+    import torch
+
+    text = str(error)
+    if isinstance(error, RuntimeError) and torch.distributed.is_initialized() and "gloo" in text:
+        return "another process of this run has ended, see what it says"
+    if _is_of_output(error):
+        return f"standard output: could not be written ({os.strerror(errno.ENOSPC)})"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ValueError | OSError | ImportError) and text:
+        return text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory: {text.partition(chr(10))[0] or 'less at once needs less of it'}"
+    if type(error) is RuntimeError and text:
+        return f"{text.partition(chr(10))[0]} (--debug shows where)"
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+
+
+class _Lines(logging.Formatter):
+    """A record is a line, unless everything is to be seen."""
+
+    def __init__(self, debug: bool):
+        super().__init__("%(levelname)s %(name)s: %(message)s")
+        self.debug = debug
+
+    def format(self, record: logging.LogRecord) -> str:
+        if self.debug:
+            return super().format(record)
+        error = record.exc_info[1] if record.exc_info else None
+        return printable(f"{record.levelname} {record.getMessage()}" + (f" ({error})" if error else ""))
+
+
+def _show_what_is_ours(debug: bool) -> None:
+    """Warnings of this package are shown, those of the libraries only for debugging."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines(debug))
+    logging.basicConfig(level=logging.WARNING if debug else logging.ERROR, handlers=[handler])
+    for name in ("ordinalclip", "baselines"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
@@ -111,7 +185,8 @@ def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | 
         command = commands.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_argument("--quiet", action="store_true", help="show no progress")
+        command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+        command.add_argument("--debug", action="store_true", help="show where an error comes from, and all warnings")
         if name == called:
             module = importlib.import_module(f"ordinalclip.cli.{name.replace('-', '_')}")
             module.add_arguments(command)

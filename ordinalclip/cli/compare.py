@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ordinalclip import compare
 from ordinalclip.cli import add_configuration
+from ordinalclip.quoting import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,5 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print(compare.compare(arguments.config, arguments.overrides, arguments.quiet))
-    return 0
+    tables, errors = compare.compare(arguments.config, arguments.overrides, arguments.quiet)
+    print(tables)
+    for error in errors:
+        print(f"ordinalclip: {printable(error)}", file=sys.stderr)
+    return 1 if errors else 0

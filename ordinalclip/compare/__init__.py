@@ -14,13 +14,14 @@ A comparison is a YAML file:
       all the data: {}
       10 %: {data.train_share: 0.1, train.max_steps: 100}   # keys of a run that are different
 
-Every setting runs on the first `tuning_seeds` seeds; the one with the best mean validation MAE runs on the others
-too. Every method must bring the same number of settings, unless nothing of it learns. A run that diverges counts as
-infinitely bad. Runs that are complete are not run again, so an interrupted comparison goes on with those that are
-missing, inside the one it was interrupted in; a run of another experiment in its place is refused, or replaced with
-overwrite=true. The test part is predicted once, by the runs of the chosen setting, after the choice. Written: table.md,
-results.csv, report.html, and model/: of the method with the best mean validation MAE, the run of the first seed. That
-run gets a report of its own; evaluation.report=true writes one for every run.
+Every setting runs on the first `tuning_seeds` seeds; the one with the best mean validation MAE runs on the others too.
+Every method must bring the same number of settings, unless nothing of it learns. A run that diverges counts as
+infinitely bad; one that breaks off, for a broken picture or want of memory, leaves its method out, the exit status is
+1, and the next call tries it again. Runs that are complete are not run again, so an interrupted comparison goes on with
+those that are missing, inside the one it was interrupted in; a run of another experiment in its place is refused, or
+replaced with overwrite=true. The test part is predicted once, by the runs of the chosen setting, after the choice.
+Written: table.md, results.csv, report.html, and model/: of the method with the best mean validation MAE, the run of the
+first seed. That run gets a report of its own; evaluation.report=true writes one for every run.
 """
 
 from __future__ import annotations
@@ -39,29 +40,34 @@ from ordinalclip.run_folder import FolderOccupied, RunFolder
 __all__ = ["Outcome", "Plan", "compare", "load_plan", "run_plan"]
 
 
-def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False) -> str:
-    """Run a comparison file and return its tables as Markdown, with where everything is."""
+def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False) -> tuple[str, list[str]]:
+    """Run a comparison file.
+
+    Returns:
+        its tables as Markdown, with where everything is; and what broke runs off that are missing there.
+    """
     started = time.monotonic()
     plan = load_plan(path, overrides)
     outcome = run_plan(plan, quiet)
     elapsed = time.monotonic() - started
     runs = f"{outcome.num_runs} runs in {printable(plan.folder)}/runs, {elapsed:.0f} s this time."
-    return f"{outcome.table}\n{runs}\nreport: {printable(RunFolder(plan.folder).report)}\n"
+    report = printable(RunFolder(plan.folder).report)
+    return f"{outcome.table}\n{runs}\nreport: {report}\n", outcome.errors
 
 
 def run_plan(plan: Plan, quiet: bool = False) -> Outcome:
     """Train what is missing, choose settings by validation, read the test part, write the tables.
 
     Raises:
-        ValueError: no validation or test part, a run that cannot be trained, all of them diverged, or several
-            processes.
+        ValueError: no validation or test part, nothing to compare since all methods failed, or several processes.
         FolderOccupied: a run of another experiment in the place of one of these, without overwrite=true, or the
             comparison's folder is that of a run.
         FolderInUse: another job runs this comparison.
+        Preempted: SIGTERM or Ctrl-C came; what was running has stopped at a checkpoint, and the same call goes on.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a comparison is one process that starts others: set jobs=N instead of launching several")
-    folder = RunFolder(plan.folder)
+    folder = RunFolder(plan.config.output_dir)
     with folder.locked():
         if folder.config.is_file() or folder.metrics.is_file():
             raise FolderOccupied(

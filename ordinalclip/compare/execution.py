@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,6 +19,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ordinalclip.compare.plan import Place, Plan
 from ordinalclip.config import DataConfig, RanksConfig, RunConfig
@@ -23,9 +29,11 @@ from ordinalclip.progress import Progress
 from ordinalclip.provenance import fingerprints, num_cores
 from ordinalclip.run_folder import FolderOccupied, RunFolder
 from ordinalclip.runs import evaluate_run, train_run
-from ordinalclip.training import Diverged
+from ordinalclip.signals import Preempted, deaf_to_interrupts, leave, listening
 from ordinalclip.training.checkpoint import NoIntactCheckpoint
+from ordinalclip.training.interruption import Diverged, Interruption
 
+logger = logging.getLogger(__name__)
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -34,12 +42,14 @@ class Result:
     """What a run came to.
 
     Attributes:
-        metrics: its metrics.json; None for one that diverged.
+        metrics: its metrics.json; None for one that diverged or broke off.
         divergence: how it diverged, or None.
+        error: what broke it off, or None: a broken picture, too little memory. The next call tries again.
     """
 
     metrics: dict[str, Any] | None
     divergence: str | None = None
+    error: str | None = None
 
     @property
     def validation_mae(self) -> float:
@@ -51,7 +61,7 @@ class Result:
     def failure(self) -> str:
         """Why there is nothing to compare; "" where there is."""
         if self.metrics is None:
-            return f"diverged: {self.divergence}"
+            return f"failed: {self.error}" if self.error is not None else f"diverged: {self.divergence}"
         read = [self.metrics[part]["mae"] for part in ("validation", "test") if part in self.metrics]
         return "gives answers that are no numbers" if None in read else ""
 
@@ -62,7 +72,8 @@ class Execution:
 
     Attributes:
         num_runs: runs that the comparison consists of.
-        chosen: number of the setting that validation chose, by variant and method.
+        chosen: number of the setting that validation chose, by variant and method; none for a method that could not be
+            tried as it should have been.
         results: of every run of the comparison, test part included for those of the chosen settings.
     """
 
@@ -70,12 +81,20 @@ class Execution:
     chosen: dict[tuple[str, str], int]
     results: dict[Place, Result]
 
+    @property
+    def errors(self) -> dict[Place, str]:
+        """What broke runs off."""
+        return {place: result.error for place, result in self.results.items() if result.error is not None}
+
 
 def execute(plan: Plan, quiet: bool = False) -> Execution:
     """Train what is missing, choose settings by validation, read the test part with the chosen ones.
 
+    A run that breaks off does not keep the others from being done.
+
     Raises:
-        ValueError: no validation or test part, or a run that cannot be trained; FolderOccupied: see `run_plan`.
+        ValueError: no validation or test part; FolderOccupied: see `run_plan`; Preempted: told to stop by SIGTERM or
+            Ctrl-C, after a checkpoint of what was running.
     """
     _load_parts_once.cache_clear()  # the data may have changed since an earlier call
     _fingerprints_once.cache_clear()
@@ -85,18 +104,24 @@ def execute(plan: Plan, quiet: bool = False) -> Execution:
     methods = [(variant, name) for variant in plan.config.variants for name in plan.config.methods]
     num_runs = len(tuned) + len(methods) * (len(plan.seeds) - len(plan.tuning_seeds))
     train = partial(_train, keep_checkpoints=plan.config.keep_checkpoints, overwrite=plan.config.overwrite)
-    with _executor(min(plan.jobs, num_runs)) as executor:
-        progress: Progress = Progress(None, "comparing", num_runs, "runs", quiet)
-        _each(train, plan, tuned, results, executor, progress)
-        chosen = {method: _choose(plan, results, *method) for method in methods}
-        final = [place for place in plan.runs if place.number == chosen[place.variant, place.method]]
-        _each(train, plan, [p for p in final if p.seed not in plan.tuning_seeds], results, executor, progress)
-        progress.close()
-        sound = [place for place in final if not results[place].failure]
-        progress = Progress(None, "reading the test part", len(sound), "runs", quiet)
-        tested = {place: results[place] for place in sound if _is_tested(plan.runs[place], results[place])}
-        _each(_test, plan, sound, tested, executor, progress)
-        progress.close()
+    try:
+        with _executor(min(plan.jobs, num_runs)) as executor:
+            progress: Progress = Progress(None, "comparing", num_runs, "runs", quiet)
+            _each(train, plan, tuned, results, executor, progress)
+            broken = {(place.variant, place.method) for place in tuned if results[place].error is not None}
+            chosen = {method: _choose(plan, results, *method) for method in methods if method not in broken}
+            final = [place for place in plan.runs if place.number == chosen.get((place.variant, place.method))]
+            _each(train, plan, [p for p in final if p.seed not in plan.tuning_seeds], results, executor, progress)
+            progress.close()
+            sound = [place for place in final if not results[place].failure]
+            progress = Progress(None, "reading the test part", len(sound), "runs", quiet)
+            tested = {place: results[place] for place in sound if _is_tested(plan.runs[place], results[place])}
+            _each(_test, plan, sound, tested, executor, progress)
+            progress.close()
+    except (Preempted, KeyboardInterrupt) as stopped:
+        number = stopped.number if isinstance(stopped, Preempted) else signal.SIGINT
+        done = f"{len(results)} of {num_runs} runs are done" if len(results) < num_runs else "all runs are trained"
+        raise Preempted(f"{plan.folder}: told to stop; {done}, the same command goes on", number) from None
     return Execution(num_runs, chosen, {place: tested.get(place, results[place]) for place in results})
 
 
@@ -120,6 +145,9 @@ def _found(plan: Plan) -> dict[Place, Result]:
         folder = RunFolder(run.output_dir)
         state = folder.state()
         if state.kind == "empty":
+            continue
+        if state.kind == "damaged":
+            logger.warning("%s holds %s: it is done again", folder.path, state.text)
             continue
         other = folder.difference(run, _fingerprints_of(run))
         if not other and state.kind == "finished":
@@ -153,12 +181,34 @@ def _executor(jobs: int) -> Iterator[tuple[Executor, int] | None]:
     kept = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, threads))  # for PyTorch and NumPy in the new processes
     try:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
             yield pool, jobs
     finally:
         for name, value in kept.items():
             os.environ.pop(name)
             os.environ.update({name: value} if value is not None else {})
+
+
+def _end_with_parent() -> None:
+    """In a process of the executor: nobody outlives who started it, however that ended."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives processes that are ended
+
+
+def _in_job(work: Callable[[RunConfig], Result], run: RunConfig) -> Result:
+    """Do the work in a process of the executor, which SIGTERM ends: after a checkpoint where there is a run."""
+    try:
+        with listening(leave):
+            return work(run)
+    except Preempted as stopped:
+        os._exit(stopped.status)
 
 
 def _each(
@@ -179,22 +229,45 @@ def _each(
         return
     pool, jobs = executor
     left = iter(missing)
-    running = {pool.submit(work, plan.runs[place]): place for place in islice(left, jobs)}
-    while running:
-        finished, _ = wait(running, return_when=FIRST_COMPLETED)
-        for done in finished:
-            place = running.pop(done)
-            results[place] = done.result()
-            progress.advance(1, _folder_name(plan.runs[place]))
-            running.update((pool.submit(work, plan.runs[next_]), next_) for next_ in islice(left, 1))
+
+    def submit(place: Place) -> Future[Result]:
+        with deaf_to_interrupts():  # so that new processes are: Ctrl-C goes to all of a terminal, but we pass it on
+            return pool.submit(_in_job, work, plan.runs[place])
+
+    with Interruption() as interruption:
+        running = {submit(place): place for place in islice(left, jobs)}
+        try:
+            while running and not interruption.requested():
+                finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                for done in finished:
+                    place = running[done]
+                    results[place] = done.result()
+                    del running[done]
+                    progress.advance(1, _folder_name(plan.runs[place]))
+                    running.update((submit(next_), next_) for next_ in islice(left, 1))
+        except BrokenProcessPool as error:
+            time.sleep(0.5)  # who stops all processes of a job may not have come to this one yet
+            if not interruption.requested():
+                names = ", ".join(plan.runs[place].output_dir for place in running.values())
+                raise ChildProcessError(
+                    f"the process of one of the runs {names} was killed, for want of memory perhaps: the same command "
+                    "goes on; with a smaller jobs=N it needs less"
+                ) from error
+        if number := interruption.requested():
+            for process in multiprocessing.active_children():  # the executor then waits for them
+                process.terminate()
+            raise Preempted("told to stop", number)
 
 
 def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
-    """Train one run, or go on with it. That it diverged is a result, too."""
+    """Train one run, or go on with it. That it diverged or broke off is a result, too."""
     folder = RunFolder(run.output_dir)
     anew = run.model_copy(update={"overwrite": True, "train": run.train.model_copy(update={"resume": "none"})})
-    replaced = overwrite and folder.state().kind != "empty" and folder.difference(run, _fingerprints_of(run))
-    with _named(run):
+    try:
+        kind = folder.state().kind
+        replaced = kind == "damaged" or (
+            overwrite and kind != "empty" and folder.difference(run, _fingerprints_of(run))
+        )
         try:
             try:
                 result = Result(train_run(anew if replaced else run, parts_of(run), quiet=True))
@@ -206,6 +279,8 @@ def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
             divergence = str(error).partition("; rows of the batch")[0]
             write_text(folder.diverged, divergence)
             result = Result(None, divergence)
+    except Exception as error:
+        return _broken_off(run, error)
     if not keep_checkpoints:  # a finished run is never resumed: they would fill the disk
         for path in (folder.checkpoints, folder.model_last):
             delete(path)
@@ -214,17 +289,18 @@ def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
 
 def _test(run: RunConfig) -> Result:
     """Read the test part with one run."""
-    with _named(run):
-        return Result(evaluate_run(run.output_dir, parts_of(run), quiet=True, config=run))
-
-
-@contextmanager
-def _named(run: RunConfig) -> Iterator[None]:
-    """Errors say whose they are."""
     try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{run.output_dir}: {error}") from error
+        return Result(evaluate_run(run.output_dir, parts_of(run), quiet=True, config=run))
+    except Exception as error:
+        return _broken_off(run, error)
+
+
+def _broken_off(run: RunConfig, error: Exception) -> Result:
+    """The result of a run that an error ended; the errors of people say what is wrong, of others their kind helps."""
+    logger.debug("%s", run.output_dir, exc_info=error)
+    text = str(error).partition("\n")[0]
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return Result(None, error=f"{run.output_dir}: {kind}{text}".rstrip(": "))
 
 
 def _is_tested(run: RunConfig, result: Result) -> bool:

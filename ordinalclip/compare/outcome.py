@@ -35,21 +35,23 @@ class Outcome:
     Attributes:
         num_runs: runs that it consists of.
         summaries: everything known of every method, by variant and method: see `Leaderboard.summaries`.
-        left_out: methods that diverged or answer no numbers, and how.
+        left_out: methods that failed, diverged or answer no numbers, and how.
         table: all tables as Markdown.
+        errors: what broke runs off; the next call tries them again.
     """
 
     num_runs: int
     summaries: list[dict[str, Any]]
     left_out: list[str]
     table: str
+    errors: list[str]
 
 
 def write_outcome(plan: Plan, execution: Execution) -> Outcome:
     """Write table.md, results.csv, report.html and model/ into the comparison's folder.
 
     Raises:
-        ValueError: every method of a variant failed.
+        ValueError: every method of every variant failed.
     """
     boards, left_out = _boards(plan, execution)
     notes = _notes(plan, left_out)
@@ -60,16 +62,21 @@ def write_outcome(plan: Plan, execution: Execution) -> Outcome:
     best = _keep_best(plan, boards)
     with never_fatal(plan.folder):
         write_comparison_report(plan.folder, plan.config.title, boards, notes, best)
-    return Outcome(execution.num_runs, summaries, left_out, table)
+    return Outcome(execution.num_runs, summaries, left_out, table, list(execution.errors.values()))
 
 
 def _boards(plan: Plan, execution: Execution) -> tuple[list[Leaderboard], list[str]]:
     """A table per variant without the methods of which a run failed, and which those are."""
     left_out = []
     entries: dict[str, list[Entry]] = {variant: [] for variant in plan.config.variants}
-    for (variant, name), number in execution.chosen.items():
-        places = [Place(variant, name, number, seed) for seed in plan.seeds]
-        if failures := [failure for place in places if (failure := execution.results[place].failure)]:
+    for variant, name in ((variant, name) for variant in entries for name in plan.config.methods):
+        number = execution.chosen.get((variant, name))
+        places = [Place(variant, name, number, seed) for seed in plan.seeds] if number is not None else []
+        errors = [text for place, text in execution.errors.items() if (place.variant, place.method) == (variant, name)]
+        failures = [f"failed: {text}" for text in errors] + [
+            failure for place in places if (failure := execution.results[place].failure)
+        ]
+        if number is None or failures:
             left_out.append(f"{name}{f' ({variant})' if variant else ''} {failures[0]}")
             continue
         data = plan.runs[places[0]].data
@@ -82,9 +89,9 @@ def _boards(plan: Plan, execution: Execution) -> tuple[list[Leaderboard], list[s
             images_recur=data.source != "gauges" or data.split_seed is not None,
         )
         entries[variant].append(entry)
-    if empty := [variant for variant, found in entries.items() if not found]:
-        raise ValueError(f"{plan.folder}: nothing to compare{f' in {empty[0]}' if empty[0] else ''}: {left_out}")
-    return [Leaderboard(variant, found) for variant, found in entries.items()], left_out
+    if not any(entries.values()):
+        raise ValueError(f"{plan.folder}: nothing to compare: {'; '.join(left_out)}")
+    return [Leaderboard(variant, found) for variant, found in entries.items() if found], left_out
 
 
 def _keep_best(plan: Plan, boards: Sequence[Leaderboard]) -> str:

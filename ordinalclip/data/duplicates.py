@@ -89,7 +89,11 @@ class Repeated(NamedTuple):
     parts_differ: bool
 
     def __str__(self) -> str:
-        shown = [f"{part.place(index)} (label {part.values[index]:g})" for part, index in self.places[:3]]
+        shown, source = [], ""
+        for part, index in self.places[:3]:
+            place = part.names.place(index) if part.source == source else part.place(index)
+            shown.append(f"{place} (label {part.values[index]:g})")
+            source = part.source
         return " = ".join(shown) + (" = ..." if len(self.places) > 3 else "")
 
 

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,8 +59,8 @@ def save_checkpoint(
             else:
                 plain[f"{index}.{name}"] = value
     content = {"optimizer": {"plain": plain, "param_groups": optimizer["param_groups"]}, **state, "step": step}
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with whole(target) as aside:
             aside.mkdir()
             _save_tensors(weights, aside / "model.safetensors")
@@ -69,8 +68,8 @@ def save_checkpoint(
             (aside / "state.json").write_text(json.dumps(content), encoding="utf-8")
             digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
             (aside / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{target}: could not be written ({error}); older checkpoints are as they were") from error
+    except OSError as error:
+        raise OSError(f"{error}; older checkpoints are as they were") from error
     return target
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from ordinalclip.heads import Outputs
 from ordinalclip.losses import at_least_float32
 from ordinalclip.run_folder import RunFolder
-from ordinalclip.training.sampling import SampleNoise
+from ordinalclip.training.sampling import SampleNoise, portable
 
 logger = logging.getLogger(__name__)
 PACKAGES = {"comet_ml": "comet-ml"}  # of trackers that are named otherwise
@@ -92,20 +91,11 @@ def from_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
         except Exception as error:
             if accelerator.num_processes == 1:
                 raise
-            outcome[0] = _portable(error)
+            outcome[0] = portable(error)
     broadcast_object_list(outcome)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
-
-
-def _portable(error: Exception) -> Exception:
-    """The error, or its text where it cannot be sent to other processes."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever the constructors of others want
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Part, Parts
@@ -22,7 +22,7 @@ from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import DECODINGS, Predictions
 from ordinalclip.progress import Progress
 from ordinalclip.training.distributed import gather_outputs
-from ordinalclip.training.sampling import ignore_sigterm, shares
+from ordinalclip.training.sampling import decoded, shares
 
 
 class EvaluationDataset(Dataset):
@@ -72,19 +72,20 @@ class Evaluator:
         place = self.accelerator.process_index
         start, size = sum(sizes[:place]), sizes[place]
         rows = list(range(start, start + size)) or [0]  # a process without rows computes one and gives none
-        images = Subset(EvaluationDataset(part, model.config.pixel_spec), rows)
-        loader = DataLoader(images, batch_size=self.batch_size, num_workers=self.workers, worker_init_fn=ignore_sigterm)
+        batches = [rows[begin : begin + self.batch_size] for begin in range(0, len(rows), self.batch_size)]
+        images = EvaluationDataset(part, model.config.pixel_spec)
         dtype = next(model.encoder.parameters()).dtype
         collected: list[Outputs] = []
         progress: Progress = Progress(None, title, total=len(rows), unit="images", quiet=self.quiet or not title)
-        for pixels in loader:
-            with self.accelerator.autocast():
-                features = model.encoder(pixels.to(self.accelerator.device, dtype))
-                outputs = model.head(features)
-                if space:
-                    outputs = {**outputs, "space": model.head.space(features)}
-            collected.append({name: at_least_float32(tensor) for name, tensor in outputs.items()})
-            progress.advance(len(pixels))
+        with decoded(images, batches, self.workers) as loaded:
+            for pixels in loaded:
+                with self.accelerator.autocast():
+                    features = model.encoder(pixels.to(self.accelerator.device, dtype))
+                    outputs = model.head(features)
+                    if space:
+                        outputs = {**outputs, "space": model.head.space(features)}
+                collected.append({name: at_least_float32(tensor) for name, tensor in outputs.items()})
+                progress.advance(len(pixels))
         progress.close()
         joined = {name: torch.cat([outputs[name] for outputs in collected])[:size] for name in collected[0]}
         return {name: tensor.cpu() for name, tensor in gather_outputs(joined, sizes).items()}

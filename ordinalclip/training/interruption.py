@@ -1,27 +1,14 @@
-"""What ends a run early: SIGTERM, after the step in hand, with a checkpoint and a status of its own; bad numbers."""
+"""What ends a run early: SIGTERM or Ctrl-C, after the step in hand and with a checkpoint; numbers that go wrong."""
 
 from __future__ import annotations
 
-import signal
-import threading
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-
-
-class Preempted(SystemExit):
-    """Raised once the checkpoint is written; leaves the process with status 75 unless caught."""
-
-    def __init__(self, message: str):
-        super().__init__(PREEMPTED)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
+from ordinalclip.signals import listening
 
 
 class Diverged(ValueError):
@@ -29,38 +16,37 @@ class Diverged(ValueError):
 
 
 class Interruption:
-    """Listens for SIGTERM within a `with` block; all processes agree at which step to stop.
+    """Listens for SIGTERM and Ctrl-C within a `with` block; all processes agree at which step to stop.
 
     A scheduler signals processes one by one, so that one may be a step ahead of another. Every step they exchange
     one number, over gloo on the CPU so that no GPU has to be waited for.
     """
 
-    def __init__(self, num_processes: int):
-        self.signalled = False
+    def __init__(self, num_processes: int = 1):
+        self.signalled = 0
         self.group: Any = None
         self.several = num_processes > 1
         if self.several and dist.get_backend() != "gloo":
             self.group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # Python takes signal handlers nowhere else
-            self.before = signal.signal(signal.SIGTERM, self._take)
+        self.listening = listening(self._take)
+        self.listening.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.before)
+        self.listening.__exit__(*exception)
 
-    def _take(self, number: int, frame: Any) -> None:
-        self.signalled = True
+    def _take(self, number: int) -> None:
+        self.signalled = number
 
-    def requested(self) -> bool:
-        """Whether any process has been told to stop; to be asked by all of them once a step."""
+    def requested(self) -> int:
+        """The signal that any process has been told to stop by, 0 without; to be asked by all of them once a step."""
         if not self.several:
             return self.signalled
-        flag = torch.tensor([int(self.signalled)])
+        flag = torch.tensor([self.signalled])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
+        return int(flag.item())
 
 
 def not_finite(terms: dict[str, Tensor], model: nn.Module) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.data import DataLoader
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Parts
@@ -22,7 +23,7 @@ from ordinalclip.training.imbalance import sample_weights
 from ordinalclip.training.interruption import Diverged, not_finite
 from ordinalclip.training.optimization import WeightAverage, lr_factor, make_optimizer
 from ordinalclip.training.preparation import prepare_model
-from ordinalclip.training.sampling import Stream, StreamDataset, StreamSampler, shares, stream_loader
+from ordinalclip.training.sampling import Stream, StreamDataset, StreamSampler, decoded, shares
 
 
 class Learner:
@@ -62,17 +63,16 @@ class Learner:
         """All that is trained."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def batches(self, first_step: int) -> DataLoader:
-        """The batches from a step on, this process's share of each: pixels and positions in the stream."""
+    def batches(self, first_step: int) -> AbstractContextManager[Iterator[tuple[Tensor, Tensor]]]:
+        """The batches from a step on, this process's share of each: pixels and positions in the stream.
+
+        They are read within a `with` block: see `decoded`.
+        """
         place = self.accelerator.process_index, self.accelerator.num_processes
-        return stream_loader(
+        augmentation = Augmentation(**self.config.data.augment.model_dump())
+        return decoded(
+            StreamDataset(self.train, self.model.config.pixel_spec, augmentation, self.stream),
             StreamSampler(self.positions_per_step, first_step, self.total, *place),
-            StreamDataset(
-                self.train,
-                self.model.config.pixel_spec,
-                Augmentation(**self.config.data.augment.model_dump()),
-                self.stream,
-            ),
             self.config.data.workers,
             self.config.data.prefetch,
         )

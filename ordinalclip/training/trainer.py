@@ -7,11 +7,14 @@ torchrun --nproc_per_node 2 -m ordinalclip train configs/demo.yaml
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -23,14 +26,17 @@ from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress, announced
 from ordinalclip.provenance import job, provenance
 from ordinalclip.run_folder import WAYS, RunFolder, changed_keys, described
+from ordinalclip.signals import Preempted
 from ordinalclip.training import checkpoint
 from ordinalclip.training.distributed import average_running_statistics, from_main
 from ordinalclip.training.evaluation import Evaluator, metrics_of, model_metrics, train_counts
-from ordinalclip.training.interruption import Diverged, Interruption, Preempted
+from ordinalclip.training.interruption import Diverged, Interruption
 from ordinalclip.training.optimization import lr_factor
 from ordinalclip.training.preparation import build_model, merge_adapters, use_precision
 from ordinalclip.training.step import Learner, num_steps
 from ordinalclip.weights import fault
+
+logger = logging.getLogger(__name__)
 
 
 class Finished(NamedTuple):
@@ -95,11 +101,11 @@ def run_training(
         trainer.resume()
         trainer.train()
         trainer.select()
-        done = trainer.summary()
-    else:
-        claim(folder, config, parts, accelerator, resumed=folder.is_finished and config.train.resume != "none")
-        done = {"steps": 0, "best_step": None, "parameters": 0, "train_seconds": 0.0}
-    return _finish(config, model, parts, evaluator, folder, done)
+        return _finish(config, model, parts, evaluator, folder, trainer.summary())
+    resumed = folder.is_finished and config.train.resume != "none"
+    begin = partial(claim, folder, config, parts, accelerator, resumed)
+    nothing = {"steps": 0, "best_step": None, "parameters": 0, "train_seconds": 0.0}
+    return _finish(config, model, parts, evaluator, folder, nothing, begin)
 
 
 def _going_on(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -152,27 +158,35 @@ class Trainer:
     def __init__(self, learner: Learner, parts: Parts, evaluator: Evaluator, folder: RunFolder):
         self.learner, self.parts, self.evaluator, self.folder = learner, parts, evaluator, folder
         self.config, self.accelerator = learner.config, learner.accelerator
-        self.progression = Progression()
+        self.progression, self.resumed = Progression(), False
 
     def train(self) -> None:
-        """The steps that are left."""
+        """The steps that are left.
+
+        Raises:
+            Preempted: SIGTERM or Ctrl-C came; the checkpoint is written.
+        """
         config, options, progression, total = self.config, self.config.train, self.progression, self.learner.total
         if self._is_stale():
             return
         every = options.eval_every or max(1, math.ceil(total / 10))
-        if options.trackers:
-            self.accelerator.init_trackers("ordinalclip", {"method": config.method, "seed": config.seed})
         images = (total - progression.step) * options.batch_size
         progress: Progress = Progress(None, f"training {config.method}", images, "images", self.evaluator.quiet)
         entries: list[dict[str, Any]] = []
-        started = time.monotonic()
-        with Interruption(self.accelerator.num_processes) as interruption:
-            for pixels, positions in self.learner.batches(progression.step):
+        started, first = time.monotonic(), progression.step
+        learner = self.learner
+        with Interruption(self.accelerator.num_processes) as interruption, learner.batches(first) as batches:
+            told = 0
+            for pixels, positions in batches:
                 try:
-                    logged = self.learner.step(progression.step, pixels, positions)
+                    logged = learner.step(progression.step, pixels, positions)
                 except Diverged:  # numbers that went wrong: what led there is worth keeping
+                    if progression.step == first:
+                        self._begin()
                     self._write_log(entries)
                     raise
+                if progression.step == first:
+                    self._begin()
                 progression.step += 1
                 entries.append({"step": progression.step, **logged, "seconds": time.monotonic() - started})
                 due = progression.step % every == 0 or progression.step == total
@@ -183,8 +197,8 @@ class Trainer:
                         self._write_log(entries)
                         raise
                     entries[-1].update(self._validate())
-                interrupted = interruption.requested()
-                stop = interrupted or self._is_stale()
+                told = interruption.requested()
+                stop = told > 0 or self._is_stale()
                 if progression.step % options.log_every == 0 or due or stop:
                     self._write_log(entries)
                     progress.note = f"loss {entries[-1]['loss']:.3f}"
@@ -192,14 +206,14 @@ class Trainer:
                 if due or stop:
                     self._save_checkpoint(progression.train_seconds + time.monotonic() - started)
                 progress.advance(options.batch_size)
-                if interrupted and progression.step < total:
-                    progress.close()
-                    raise Preempted(
-                        f"{self.folder.path}: told to stop after step {progression.step}; train.resume=auto goes on"
-                    )
                 if stop:
                     break
+            told = told or interruption.requested()  # while the last checkpoint was written
         progress.close()
+        if told:
+            raise Preempted(
+                f"{self.folder.path}: told to stop after step {progression.step}; train.resume=auto goes on", told
+            )
         progression.train_seconds += time.monotonic() - started
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -215,6 +229,14 @@ class Trainer:
             lr = options.lr * lr_factor(step - 1, learner.total, options)
             raise Diverged(f"step {step}: {why}; learning rate {lr:g}")
 
+    def _begin(self) -> None:
+        """After the first step: what could be wrong with data or model has shown, and an old run may be replaced."""
+        if not self.resumed:
+            claim(self.folder, self.config, self.parts, self.accelerator, resumed=False)
+        if self.config.train.trackers:
+            names = {"method": self.config.method, "seed": self.config.seed}
+            self.accelerator.init_trackers("ordinalclip", names)
+
     def _is_stale(self) -> bool:
         patience = self.config.train.patience
         return patience is not None and self.progression.stale >= patience
@@ -223,8 +245,7 @@ class Trainer:
         """Append entries to log.jsonl and the trackers; this is where the device is waited for."""
         for entry in entries:
             entry.update((name, value.item()) for name, value in entry.items() if isinstance(value, Tensor))
-        if self.accelerator.is_main_process:
-            self.folder.add_log(entries)
+        from_main(self.accelerator, lambda: self.folder.add_log(entries))
         if self.config.train.trackers:
             for entry in entries:
                 self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
@@ -266,7 +287,7 @@ class Trainer:
         from_main(self.accelerator, save)
 
     def resume(self) -> None:
-        """Go on after the checkpoint that `train.resume` names, or start with an empty log.
+        """Go on after the checkpoint that `train.resume` names, or from the start.
 
         Raises:
             ValueError: damaged checkpoints, another configuration, other data, or a finished run without checkpoints.
@@ -276,9 +297,8 @@ class Trainer:
         if found is None:
             if config.train.resume != "none" and folder.is_finished:
                 raise ValueError(f"{folder.path} holds {folder.state().text}, and no checkpoint to go on from: {WAYS}")
-            claim(folder, config, self.parts, self.accelerator, resumed=False)
             return
-        state = found.state
+        self.resumed, state = True, found.state
         saved, now = state.pop("config"), config.model_dump(mode="json")
         if changed := changed_keys(saved, now):
             raise ValueError(f"{found.folder}: cannot resume under another configuration: {described(changed)}")
@@ -294,7 +314,8 @@ class Trainer:
         step = self.progression.step
 
         def drop_later() -> None:
-            folder.cut_log(step)
+            if lost := step - folder.cut_log(step):
+                logger.warning("%s: the entries of %d of %d steps are lost", folder.log, lost, step)
             checkpoint.remove_after(folder.checkpoints, step)
 
         from_main(self.accelerator, drop_later)
@@ -331,9 +352,18 @@ class Trainer:
 
 
 def _finish(
-    config: RunConfig, model: OrdinalModel, parts: Parts, evaluator: Evaluator, folder: RunFolder, done: dict[str, Any]
+    config: RunConfig,
+    model: OrdinalModel,
+    parts: Parts,
+    evaluator: Evaluator,
+    folder: RunFolder,
+    done: dict[str, Any],
+    begin: Callable[[], None] = lambda: None,
 ) -> Finished:
     """Evaluate the chosen model; write predictions.parquet, model/ and, last, metrics.json.
+
+    Args:
+        begin: done before anything is written.
 
     Raises:
         Diverged: what was made of the weights in the end (their average, merged adapters, prototypes) is not finite.
@@ -363,5 +393,6 @@ def _finish(
         folder.write_model(deployed)
         folder.write_metrics(metrics)
 
+    begin()
     from_main(evaluator.accelerator, write)
     return Finished(metrics, deployed, parts)

@@ -294,7 +294,7 @@ def _(folder):
     return ["make-gauges", "mine", "--quiet"]
 
 
-@case("make-gauges below a file", r"Not a directory: 'mine/below'")
+@case("make-gauges below a file", r"mine/below: Not a directory")
 def _(folder):
     Path("mine").write_text("mine")
     return ["make-gauges", "mine/below", "--quiet"]
