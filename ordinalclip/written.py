@@ -81,9 +81,16 @@ def read(data: bytes | str) -> Any:
         raise ValueError(f"character {error.position} is {chr(error.character)!r}, which is no text") from None
 
 
-def dump(content: Any) -> str:
-    """YAML that `read` gives back as it was, keys in their order."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
+def dump(content: Any, inline: bool = False) -> str:
+    """YAML that `read` gives back as it was, keys in their order.
+
+    Args:
+        inline: in a line, without its end, for the value of a key.
+    """
+    if not inline:
+        return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
+    listed = yaml.dump([content], Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=float("inf"))
+    return listed.strip()[1:-1]
 
 
 class _Loader(yaml.SafeLoader):

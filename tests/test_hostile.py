@@ -17,7 +17,7 @@ CASES = load_cases()
         for case in CASES
     ],
 )
-def test_the_user_sees_what_is_right_or_one_clear_error(case, tmp_path, monkeypatch, capsys):
+def test_the_user_sees_what_is_right_or_one_clear_error(case, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     arguments = case.arrange(tmp_path)
@@ -35,7 +35,8 @@ def test_the_user_sees_what_is_right_or_one_clear_error(case, tmp_path, monkeypa
         assert len(error) < 1200, error
         assert re.search(case.says, error), error
     else:
-        assert re.search(case.says, out + err), f"{out}\n{err}"
+        shown = out + err + caplog.text  # pytest takes warnings from standard error
+        assert re.search(case.says, shown), shown
     if case.after is not None:
         case.after(tmp_path)
 

@@ -21,6 +21,7 @@ from ordinalclip.quoting import printable
 from ordinalclip.signals import INTERRUPTED, Preempted, leave, listening
 
 COMMANDS = {
+    "init": "Look at pictures and labels of yours and print a configuration that explains itself.",
     "train": "Train one model as a configuration file says.",
     "evaluate": "Score a run's model on its test part and print the metrics.",
     "predict": "Predict images with a saved model; one line per image.",

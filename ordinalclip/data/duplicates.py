@@ -116,15 +116,28 @@ def repeated(parts: Sequence[Part], ids: np.ndarray) -> list[Repeated]:
     return found
 
 
+class RepeatedPictures(ValueError):
+    """The same picture in two parts or with two labels.
+
+    Attributes:
+        number: of such pictures.
+        labels_differ: whether one of them has two labels.
+    """
+
+    def __init__(self, found: Sequence[Repeated], cure: str):
+        first = next((each for each in found if each.labels_differ), found[0])
+        self.number, self.labels_differ = len(found), first.labels_differ
+        super().__init__(
+            f"the same picture {'with two labels' if first.labels_differ else 'in two parts'}: {first}; {len(found)} "
+            f"pictures are. Take copies out{cure}, or let them be with data.duplicates=allow"
+        )
+
+
 def refuse_repeated(parts: Sequence[Part], ids: np.ndarray, cure: str) -> None:
     """Raises:
-    ValueError: pictures in two parts or with two labels, the first of them by name."""
+    RepeatedPictures: with the first of them by name."""
     if found := repeated(parts, ids):
-        what = "with two labels" if found[0].labels_differ else "in two parts"
-        raise ValueError(
-            f"the same picture {what}: {found[0]}; {len(found)} pictures are. Take copies out{cure}, or let them be "
-            "with data.duplicates=allow"
-        )
+        raise RepeatedPictures(found, cure)
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:

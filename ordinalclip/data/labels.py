@@ -88,8 +88,7 @@ def read_labels(
         ValueError: a label that is missing, no number, infinite, or a word without a place in an order: with table,
             row and what was allowed.
     """
-    decimal = config.decimal or _decimal(tables, config)
-    columns = {part: _column(table, config, decimal, ranks) for part, table in tables.items()}
+    columns = label_columns(tables, config, ranks)
     columns = {part: _without_missing(column, config) for part, column in columns.items()}
     worded = any(len(column.odd) for column in columns.values())
     if worded and ranks.names is not None:
@@ -102,6 +101,16 @@ def read_labels(
         if len(large := np.flatnonzero(~(np.abs(values[part]) <= LARGEST))):
             raise ValueError(f"{column.table.place(large[0])}: label {values[part][large[0]]:g} is beyond float32")
     return {part: column.table for part, column in columns.items()}, values, ranks
+
+
+def label_columns(tables: Mapping[str, Table], config: DataConfig, ranks: RanksConfig) -> dict[str, Column]:
+    """The labels of all parts, as they stand there.
+
+    Raises:
+        ValueError: no such column, one of lists or pictures, or an infinite number.
+    """
+    decimal = config.decimal or _decimal(tables, config)
+    return {part: _column(table, config, decimal, ranks) for part, table in tables.items()}
 
 
 def _column(table: Table, config: DataConfig, decimal: str, ranks: RanksConfig) -> Column:

@@ -66,7 +66,7 @@ def _shared(
     if not stratified:
         _, groups = np.unique(groups, return_inverse=True)
         return [np.flatnonzero(np.isin(groups, chunk)) for chunk in _cut(rng.permutation(groups.max() + 1), shares)]
-    number = min(FINENESS, len(np.unique(groups)))
+    number = min(FINENESS, len(np.unique(groups)), int(np.bincount(strata).max()))
     folds = _folds(strata, groups, number, seed, True)
     return [np.flatnonzero(np.isin(folds, chunk)) for chunk in _cut(rng.permutation(number), shares)]
 

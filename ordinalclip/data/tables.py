@@ -37,6 +37,7 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 EXCEL, DELIMITED, PARQUET, JSON_LINES = (".xlsx", ".xlsm"), (".csv", ".tsv"), (".parquet", ".pq"), (".jsonl", ".ndjson")
+TABLES = (*DELIMITED, *EXCEL, *PARQUET, *JSON_LINES)
 LISTS = ("", ".txt", ".lst", ".list")
 CHUNK = 50_000  # rows that are Python objects at a time
 LONGEST_CELL = 1 << 20  # characters; more is a quote that was never closed
@@ -106,7 +107,7 @@ def read_table(path: Path, config: DataConfig) -> Table:
         return _of_records(path, *_delimited_records(path, config))
     if ending in LISTS:
         return _of_records(path, [config.image_column, config.label_column], _list_records(path, config))
-    known = ", ".join([*DELIMITED, *EXCEL, *PARQUET, *JSON_LINES, *LISTS[1:]])
+    known = ", ".join([*TABLES, *LISTS[1:]])
     raise ValueError(f"{path}: tables end in {known}; this ends in {ending!r}")
 
 

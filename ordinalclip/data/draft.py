@@ -1,0 +1,357 @@
+"""A first configuration for a folder of pictures: what `ordinalclip init` writes, and why it says what it says."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ordinalclip.config import DataConfig, RanksConfig, parse_config, read_overrides
+from ordinalclip.data.duplicates import RepeatedPictures
+from ordinalclip.data.labels import MOST_WORDS, known_scale, label_columns
+from ordinalclip.data.loading import load_parts
+from ordinalclip.data.parts import PARTS
+from ordinalclip.data.sources import read_tables
+from ordinalclip.data.tables import TABLES, plain_number
+from ordinalclip.images import IMAGE_ENDINGS
+from ordinalclip.quoting import printable
+from ordinalclip.written import dump, read
+
+LOOKED_AT = 50  # rows by which columns of paths are known
+MOST_LISTED = 20  # labels that are ranks each, with their counts in a comment
+MOST_RANKS = 101  # of a scale that is made
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in re.split(r"[\W_]+", name) if word]
+
+
+LABELS = _words(
+    "label age grade score rating value level stage severity class target category decade year reading degree quality "
+    "count bmi weight height size amount rank y"
+)
+GROUPS = _words("patient subject person participant identity individual animal donor family user site slide")
+NO_LABELS = {*GROUPS, *_words("id index idx uuid file filename path name url date split fold part")}
+UNITS = {unit: unit for unit in (*_words("years months weeks days hours minutes kg g mg km m cm mm"), "°C", "%")}
+UNITS |= {"age": "years", "percent": "%", "pct": "%", "percentage": "%", "celsius": "°C"}
+
+
+class Draft(NamedTuple):
+    """A configuration as text, and what has to be mended or said before it runs; "" if it runs as it is."""
+
+    text: str
+    problem: str
+
+
+def draft(pictures: str, table: str = "", overrides: Sequence[str] = (), file: str = "mine.yaml") -> Draft:
+    """Look at pictures and labels, and write the configuration of a first training.
+
+    Args:
+        pictures: folder with the pictures.
+        table: file with the labels; default: the only table in the folder, else a folder for every label.
+        overrides: "key=value" of data and ranks, taken as they are.
+        file: what the configuration is going to be called.
+
+    Raises:
+        FileNotFoundError: no such folder or table; ValueError: nothing says the labels, no column names the pictures,
+            another override, or what the reader of tables refuses.
+    """
+    said = read_overrides(overrides)
+    if foreign := sorted(said.keys() - {"data", "ranks"}):
+        raise ValueError(f"{foreign[0]}: init takes keys of data and ranks; change others in the file that it writes")
+    folder = Path(pictures)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{pictures}: {'a file; name its folder' if folder.exists() else 'no such folder'}")
+    found, why = _source(folder, table)
+    content = {**said, "data": {**found, **said.get("data", {})}}
+    given = parse_config(content, "the command line")
+    survey = Survey(given.data, given.ranks, set(said.get("data", {})), why)
+    template = _environment().get_template("config.yaml")
+    text = template.render(file=printable(file), **survey.choices())
+    try:
+        return Draft(text, _problem(text, file))
+    except RepeatedPictures as error:
+        if error.labels_differ or survey.data.split_column or "all" not in survey.tables:
+            return Draft(text, str(error))
+        survey.keep_copies_together(error.number)
+        text = template.render(file=printable(file), **survey.choices())
+        return Draft(text, _problem(text, file))
+
+
+def _source(folder: Path, table: str) -> tuple[dict[str, str], str]:
+    """Keys of data by which labels are found, and why."""
+    root = {"root": str(folder)}
+    if table:
+        path = Path(table) if Path(table).is_file() else folder / table
+        if not path.is_file():
+            raise FileNotFoundError(f"{table}: no such table, neither here nor in {folder}")
+        return {"source": "table", "table": os.path.relpath(path, folder), **root}, "The table is found from root on."
+    tables = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in TABLES and path.is_file())
+    if len(tables) > 1:
+        raise ValueError(f"{folder}: holds {len(tables)} tables ({', '.join(tables[:5])}); name the one to take")
+    if tables:
+        return {"source": "table", "table": tables[0], **root}, f"The only table in the folder is {tables[0]}."
+    if any(path.is_dir() for path in folder.iterdir()):
+        return {"source": "folder", **root}, "A folder for every label, called by it."
+    raise ValueError(
+        f"{folder}: nothing says the labels; name a table, `ordinalclip init {folder} labels.csv`, or sort the "
+        "pictures into a folder for every label"
+    )
+
+
+class Survey:
+    """What is found out about the data, one thing after the other.
+
+    Args:
+        data, ranks: the source, and what the user has said.
+        said: keys of data that the user has said.
+        why: the source is what it is.
+    """
+
+    def __init__(self, data: DataConfig, ranks: RanksConfig, said: set[str], why: str):
+        self.data, self.ranks, self.said = data, ranks, said
+        self.why: dict[str, str] = dict.fromkeys([*DataConfig.model_fields, "ranks", "unit"], "")
+        self.why["source"] = why
+        if data.source == "table":
+            self._find_pictures()
+        self.tables = read_tables(self.data, 0)
+        if data.source == "table":
+            self._find_label()
+            self._find_parts_and_groups()
+        self._count()
+
+    def _choose(self, why: str = "", **values: Any) -> None:
+        """Set keys of data, with the reason for them, that the user has not set."""
+        values = {key: value for key, value in values.items() if key not in self.said}
+        self.data = self.data.model_copy(update=values)
+        self.why.update(dict.fromkeys(values, why))
+
+    def _find_pictures(self) -> None:
+        """Which column names the pictures, from which folder on, and with which ending."""
+        (table,) = read_tables(self.data, 0).values()
+        rows = np.unique(np.linspace(0, len(table.rows) - 1, LOOKED_AT).astype(int))
+        names = [self.data.image_column] if "image_column" in self.said else table.rows.column_names
+        texts = {name: [str(cell).strip() for cell in table.rows.select(rows)[name]] for name in names}
+        roots = dict.fromkeys([self.data.root, os.path.dirname(table.source) or ".", "."])
+        endings = [self.data.suffix] if "suffix" in self.said else ["", *IMAGE_ENDINGS]
+
+        def share(root: str, ending: str, name: str) -> float:
+            return float(np.mean([os.path.isfile(os.path.join(root, text + ending)) for text in texts[name]]))
+
+        ways = ((root, ending, name) for root in roots for ending in endings for name in names)
+        way = next((way for way in ways if share(*way) >= 0.5), None)
+        if way is None:
+            first = ", ".join(f"{name} {cells[0]!r}" for name, cells in texts.items())
+            there = next(
+                (path for path in Path(self.data.root).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS), None
+            )
+            raise ValueError(
+                f"{table.place(0)}: no column names a picture: {first}; "
+                + (f"a picture is {there}" if there else f"there are no pictures in {self.data.root}")
+            )
+        root, ending, name = way
+        place = os.path.relpath(table.source, root)
+        self._choose(root=root, table=place, image_column=name)
+        self._choose("The table names the files without it.", suffix=ending)
+
+    def _find_label(self) -> None:
+        """The column that is most likely the label, by its name and by what is in it."""
+        (table,) = self.tables.values()
+        likely = []
+        for place, name in enumerate(table.rows.column_names):
+            words = _words(name)
+            cells = Counter(str(cell).strip() for cell in table.rows[name])
+            numbers = float(np.mean([_is_number(cell) for cell in cells.elements()]))
+            scale = numbers > 0.5 or len(cells) <= MOST_LISTED
+            if name == self.data.image_column or len(cells) < 2 or set(cells) <= set(PARTS) or not scale:
+                continue
+            rank = next((rank for rank, label in enumerate(LABELS) if label in words), len(LABELS))
+            likely.append((rank == len(LABELS) and bool(NO_LABELS & set(words)), rank, numbers <= 0.5, place, name))
+        if not likely and "label_column" not in self.said:
+            raise ValueError(
+                f"{table.source}: no column beside {self.data.image_column!r} holds labels; it has "
+                f"{', '.join(map(repr, table.rows.column_names))}, and data.label_column=NAME says which"
+            )
+        names = [name for *_, name in sorted(likely)]
+        others = f"Others that could be the label: {', '.join(map(printable, names[1:]))}." if names[1:] else ""
+        self._choose(others, label_column=(names or [""])[0])
+
+    def _find_parts_and_groups(self) -> None:
+        (table,) = self.tables.values()
+        for name in table.rows.column_names:
+            if name in (self.data.image_column, self.data.label_column):
+                continue
+            cells = Counter(str(cell).strip() for cell in table.rows[name])
+            if "train" in cells and set(cells) <= set(PARTS) and not self.said & {"split", "folds"}:
+                counted = ", ".join(f"{part} ({cells[part]})" for part in PARTS if part in cells)
+                self._choose(f"The column that says the part of every row: {counted}.", split_column=name)
+            elif set(_words(name)) & set(GROUPS) and 2 < len(cells) < len(table.rows):
+                self._choose(
+                    f"{len(cells)} of them in {len(table.rows)} rows: rows of one stay in one part.", group=name
+                )
+
+    def _count(self) -> None:
+        """What labels there are, and how often."""
+        columns = label_columns(self.tables, self.data, self.ranks)
+        missing = sum(int(column.missing.sum()) for column in columns.values())
+        if missing:
+            self._choose(f"{missing} rows have no label.", missing="drop")
+        self.worded = any(len(column.odd) for column in columns.values())
+        self.counts: Counter[Any] = Counter()
+        for column in columns.values():
+            present = np.flatnonzero(~column.missing).tolist()
+            self.counts.update([column.text(row) if self.worded else float(column.numbers[row]) for row in present])
+        if len(self.counts) < 2:
+            raise ValueError(
+                f"{next(iter(self.tables.values())).source}: one label only, {next(iter(self.counts), None)}"
+            )
+        if self.worded and len(self.counts) > MOST_WORDS:
+            raise ValueError(
+                f"column {self.data.label_column!r} holds {len(self.counts)} different texts, which is no scale; "
+                "data.label_column=NAME says another column"
+            )
+        divided = "all" in self.tables and not self.data.split_column
+        if divided and self.data.source == "table" and len(self.counts) <= MOST_LISTED:
+            self._choose("Every part gets the same share of every label.", stratify=[self.data.label_column])
+
+    def keep_copies_together(self, number: int) -> None:
+        """After the pictures have been compared."""
+        self._choose(f"{number} pictures are there more than once: copies stay in one part.", duplicates="together")
+
+    # ---- for the template
+
+    def choices(self) -> dict[str, Any]:
+        """What the template is filled with."""
+        data, columned = self.data, self.data.source == "table"
+        label = data.label_column if columned else "label"
+        ranks, num_ranks = self._ranks()
+        num_rows = sum(len(table.rows) for table in self.tables.values())
+        shown = {"source", "root", "table", "image_column", "label_column", "split", "license", "augment"}
+        unit, self.why["unit"] = _unit(label, self.ranks.unit)
+        name = re.sub(r"\W+", "-", Path(data.root).resolve().name).strip("-") or "mine"
+        first = next(iter(self.counts))
+        return {
+            "title": f"{num_rows} pictures with {len(self.counts)} different labels in {printable(data.root)}.",
+            "output_dir": f"runs/{name}",
+            "prompt": f"the {' '.join(_words(label))} is",
+            "example": printable(first if self.worded else f"{first:g}"),
+            "num_base_ranks": min(num_ranks, max(3, round(num_ranks / 10) + 1)),
+            "num_ranks": num_ranks,
+            "data": data,
+            "more": {
+                key: value
+                for key, value in data.model_dump().items()
+                if key not in shown and value != DataConfig.model_fields[key].default
+            },
+            "divided": "all" in self.tables and not data.split_column,
+            "ranks": ranks,
+            "unit": unit,
+            "open_order": self.worded and self.ranks.names is None and known_scale(list(self.counts)) is None,
+            "max_steps": int(np.clip(100 * round(10 * num_rows / 32 / 100), 200, 1000)),
+            "num_rows": num_rows,
+            "why": self.why,
+        }
+
+    def _ranks(self) -> tuple[dict[str, Any], int]:
+        """Keys of ranks, and how many ranks they make."""
+        said = self.ranks.model_dump(exclude_unset=True, exclude={"unit"})
+        values = self.ranks.given_values()
+        if self.worded:
+            known = known_scale(list(self.counts))
+            names = self.ranks.names or known or sorted(self.counts)
+            counted = ", ".join(f"{printable(name)} ({self.counts[name]})" for name in names)
+            order = "as you said" if self.ranks.names else "the usual one of these words: is it yours?"
+            if not (self.ranks.names or known):
+                order = "yours to say: put the names into it, and take the # away."
+            self.why["ranks"] = f"The labels, with their pictures: {counted}. Their order, lowest first, is {order}"
+            return {**said, "names": names}, len(names)
+        labels = sorted(self.counts)
+        if values is not None:
+            self.why["ranks"] = f"As you said; the labels go from {labels[0]:g} to {labels[-1]:g}."
+            return said, len(values)
+        whole = all(label.is_integer() for label in labels)
+        if len(labels) <= MOST_LISTED:
+            counted = ", ".join(f"{label:g} ({self.counts[label]})" for label in labels)
+            self.why["ranks"] = f"The labels, with their pictures: {counted}."
+            return {**said, "values": [_plain(label) for label in labels]}, len(labels)
+        step = _nice_step((labels[-1] - labels[0]) / (MOST_RANKS - 1), whole)
+        low, high = math.floor(labels[0] / step + 1e-9) * step, math.ceil(labels[-1] / step - 1e-9) * step
+        number = round((high - low) / step) + 1
+        counts, edges = np.histogram(list(self.counts.elements()), 5)
+        spread = ", ".join(
+            f"{low:.4g} to {high:.4g} ({n})" for low, high, n in zip(edges, edges[1:], counts, strict=False)
+        )
+        self.why["ranks"] = (
+            f"The labels, with their pictures: {spread}. A rank every {step:g}; a label takes the nearest one. Where "
+            "pictures are few, fewer ranks are learnt better."
+        )
+        return {**said, "low": _plain(low), "high": _plain(high), "num": number}, number
+
+
+def _problem(text: str, file: str) -> str:
+    """Why a training by this configuration would not start; "" if it would."""
+    try:
+        config = parse_config(read(text), file)
+        load_parts(config.data, config.ranks, config.seed)
+    except RepeatedPictures:
+        raise
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("ordinalclip", "assets/init"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(yaml=lambda value: dump(value, inline=True), comment=_comment)
+    return environment
+
+
+def _comment(text: str, indent: int = 0) -> str:
+    """Lines of a comment; nothing where there is no text."""
+    begin = " " * indent + "# "
+    lines = textwrap.wrap(printable(text.strip()), 100, break_long_words=False)
+    return "".join(f"{begin}{line}\n" for line in lines)
+
+
+def _is_number(text: str) -> bool:
+    return plain_number(text.replace(",", ".", 1)) is not None
+
+
+def _unit(label: str, said: str) -> tuple[str, str]:
+    """The unit of the label, and why."""
+    if said:
+        return said, ""
+    found = next((UNITS[part] for part in re.split(r"[\s_()\[\]]+", label) if part in UNITS), "")
+    found = found or next((UNITS[word] for word in _words(label) if word in UNITS), "")
+    why = (
+        f"As the column is called {printable(label)}: right?"
+        if found
+        else "Such as years, kg or points: shown with every answer."
+    )
+    return found, why
+
+
+def _plain(value: float) -> float | int:
+    value = round(value, 10)
+    return int(value) if float(value).is_integer() else value
+
+
+def _nice_step(least: float, whole: bool) -> float:
+    """The smallest of 1, 2, 5, 10, 20, ... (and 0.5, 0.2, ... unless labels are whole) that is no smaller."""
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least * (1 - 1e-9))
+    return max(step, 1.0) if whole else step
