@@ -28,7 +28,8 @@ LONG = ("method=l1", "train.max_steps=100000", "train.eval_every=100000", "data.
 
 
 def train(folder, *more):
-    return ["train", "default", "-q", f"output_dir={folder}", *QUICK, "train.resume=auto", *more]
+    words = ["train", "default", "-q", f"output_dir={folder}", *QUICK, "train.resume=auto", *more]
+    return list({word.partition("=")[0]: word for word in words}.values())  # of a key the last
 
 
 def start(command, **environment):
@@ -83,16 +84,14 @@ def signalled(monkeypatch, where, number):
         ),
         (["check-data", "default"], "ordinalclip.data.load_parts"),
         (["predict", "x.png", "--model", "run"], "ordinalclip.images.find_images"),
-        (["make-gauges", "out"], "ordinalclip.gauges.make_gauges"),
+        (["make-gauges", "out"], "ordinalclip.gauges.drawn_gauges"),
         (["convert", "a.pt", "out"], "ordinalclip.convert.convert"),
-        (["report", "run"], "ordinalclip.results.record.read_run"),
+        (["report", "run"], "ordinalclip.run_folder.RunFolder.require_finished"),
         (["evaluate", "run"], "ordinalclip.runs.evaluate_run"),
     ],
 )
 def test_a_signal_anywhere_is_one_line(tmp_path, monkeypatch, capsys, command, where, number):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").write_text("")
-    command = ["run.yaml" if word == "default" and command[0] == "check-data" else word for word in command]
     signalled(monkeypatch, where, number)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert main([*command, "-q"]) == (INTERRUPTED if number == signal.SIGINT else PREEMPTED)
@@ -175,7 +174,7 @@ def test_ctrl_c_to_a_terminals_processes_saves_and_goes_on(tmp_path):
     """The workers that decode get the signal, too. What follows is what would have been without it."""
     more = ("method=l1", "train.eval_every=4", "train.max_steps=12", "data.workers=1", "train.log_every=1")
     assert start(train(tmp_path / "whole", *more)).wait(120) == 0
-    process = start(train(tmp_path / "cut", *more, "train.max_steps=12"))
+    process = start(train(tmp_path / "cut", *more))
     wait_for(has_steps(tmp_path / "cut", 2), 60)
     os.killpg(process.pid, signal.SIGINT)
     assert "told to stop after step" in ended(process, INTERRUPTED)

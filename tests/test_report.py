@@ -203,7 +203,7 @@ def test_hostile_names_are_text(table, tmp_path):
     folder = tmp_path / "<b>run"
     names = "['<script>a', '$\\frac$', '\"c\"']"
     ranks = ["ranks.values=[0,1,2]", f"ranks.names={names}", "ranks.unit='<i>$ & %'"]
-    data = ["data.table=''", "data.train_table=labels.csv", "data.test_table=labels.csv"]
+    data = ["data.table=''", "data.train_table=labels.csv", "data.test_table=labels.csv", "data.duplicates=allow"]
     run = train(table(*data, f"output_dir={json.dumps(str(folder))}", *ranks), quiet=True)
     page = page_of(run)
     assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
