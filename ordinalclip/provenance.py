@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +35,7 @@ LIBRARIES = (
     "scipy",
     "pytorch-metric-learning",
 )
+MOST_READ = 1 << 30  # bytes of pictures: seconds
 CHUNK = 100_000  # names of so many rows are in memory at a time
 
 
@@ -71,8 +73,8 @@ def fingerprint(part: Part) -> dict[str, Any]:
     """What tells a part of the data from another: number of rows, columns, two hashes, first and last name.
 
     The first hash is the SHA-256 of the rows' names in order, a line each, and of their labels as float64. Names are
-    paths as the table gives them, so that the folder above them may move. The second is of the pictures: of the sizes
-    of files, which are not read, or of the bytes of pictures that are no files.
+    paths as the table gives them, so that the folder above them may move. The second is of the pictures: of their bytes, beyond
+    `MOST_READ` of their sizes.
     """
     digest = hashlib.sha256()
     for begin in range(0, len(part), CHUNK):
@@ -90,16 +92,33 @@ def fingerprint(part: Part) -> dict[str, Any]:
 
 
 def _pictures(part: Part) -> str:
-    digest = hashlib.sha256()
-    for index in range(len(part)):
-        picture = part.picture(index)
-        if isinstance(picture, dict):
-            picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
-        if isinstance(picture, bytes):
-            digest.update(hashlib.sha256(picture).digest())
-        elif isinstance(picture, str) and os.path.isfile(picture):
-            digest.update(f"{os.stat(picture).st_size}\n".encode())
+    """A hash of the pictures' bytes, up to `MOST_READ` of them, then of their sizes."""
+    digest, left = hashlib.sha256(), MOST_READ
+    for picture in _stored(part):
+        path = picture if isinstance(picture, str) and os.path.isfile(picture) else ""
+        content = picture if isinstance(picture, bytes) else b"" if path else repr(picture).encode()
+        size = os.stat(path).st_size if path else len(content)
+        digest.update(f"{size}\n".encode())
+        if size > left:
+            continue
+        left -= size
+        if path:
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
+        digest.update(content)
     return digest.hexdigest()
+
+
+def _stored(part: Part) -> Iterator[Any]:
+    """The paths or bytes of a part's pictures, without `datasets`' mapping around them."""
+    if part.names.paths is not None:
+        yield from (part.picture(index) for index in range(len(part)))
+        return
+    for batch in part.rows.select_columns(part.image_column).with_format("arrow").iter(CHUNK // 100):
+        for picture in batch[part.image_column].to_pylist():
+            if isinstance(picture, dict):
+                picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
+            yield picture
 
 
 def source() -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ordinalclip.config import RunConfig
+from ordinalclip.config import RunConfig, flat_keys, read_overrides
 from ordinalclip.data import Parts, load_parts
 from ordinalclip.provenance import fingerprints
 from ordinalclip.results.run_report import document_run
@@ -17,6 +17,8 @@ from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.distributed import from_main, held, make_accelerator
 from ordinalclip.training.evaluation import Evaluator, metrics_of
 from ordinalclip.training.trainer import run_training
+
+EVALUATED = ("data.", "evaluation.", "train.mixed_precision")  # keys that change how a run that is done is scored
 
 
 def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) -> Path:
@@ -70,18 +72,21 @@ def evaluate_run(
     Args:
         folder: the run folder; its metrics.json and predictions.parquet take up the test part.
         parts: the run's data, if it is in memory already.
-        overrides: dotted "key=value" for another place or kind of data; then nothing is written.
+        overrides: dotted "key=value" for another place or kind of data, or another way to score; then nothing is
+            written.
         config: evaluate as this configuration of the same experiment says, which becomes the run's.
 
     Returns:
         the run's metrics with those of the test part.
 
     Raises:
-        FileNotFoundError: no finished run there; ValueError: no test part, or, without overrides, other data than
-            that of the run; FolderInUse: another job writes to it.
+        FileNotFoundError: no finished run there; ValueError: no test part, an override without effect, or, without
+            overrides, other data than that of the run; FolderInUse: another job writes to it.
     """
     run, kept = RunFolder(folder), not overrides
     run.require_finished()
+    if idle := [key for key in flat_keys(read_overrides(overrides)) if not key.startswith(EVALUATED)]:
+        raise ValueError(f"{idle[0]}: of no effect on a run that is done; allowed are {', '.join(EVALUATED)}")
     config = config or run.read_config(overrides)
     accelerator = make_accelerator(config.train.mixed_precision)
     with held(run, accelerator) if kept else nullcontext():

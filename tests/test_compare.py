@@ -63,6 +63,7 @@ def test_compare_is_resumable_and_reads_the_test_part_once(comparison, tmp_path,
     assert {file: file.stat().st_mtime_ns for file in files} == times
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_inside_the_run(comparison, tmp_path, monkeypatch):
     """It was stopped after the first checkpoint of its third run: what was done is not done again."""
     from ordinalclip.training.step import Learner
@@ -476,6 +477,7 @@ def test_a_run_that_diverges_is_the_worst_setting_and_a_method_that_does_is_left
         run_plan(load_plan(comparison), quiet=True)
 
 
+@pytest.mark.slow
 def test_new_evaluation_keys_do_not_train_again(comparison, tmp_path):
     run_plan(load_plan(comparison), quiet=True)
     model = tmp_path / "out/runs/l1-0-seed1/model/model.safetensors"

@@ -1,11 +1,10 @@
 """Every hostile or unlucky input is answered rightly, or by one clear error: see `hostile`."""
 
 import re
+from pathlib import Path
 
 import pytest
-from hostile import load_cases
-
-from ordinalclip.cli import main
+from hostile import load_cases, play
 
 CASES = load_cases()
 
@@ -17,25 +16,18 @@ CASES = load_cases()
         for case in CASES
     ],
 )
-def test_the_user_sees_what_is_right_or_one_clear_error(case, tmp_path, monkeypatch, capsys, caplog):
-    monkeypatch.chdir(tmp_path)
+def test_the_user_sees_what_is_right_or_one_clear_error(case, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("COLUMNS", "120")
-    arguments = case.arrange(tmp_path)
-    capsys.readouterr()
-    try:
-        status = main(arguments)
-    except SystemExit as stopped:  # argparse
-        status = stopped.code
-    out, err = capsys.readouterr()
-    assert status == case.status, f"{out}\n{err}"
-    assert "Traceback" not in out + err
+    seen = play(case, tmp_path)
+    shown = f"{seen.out}\n{seen.err}\n{caplog.text}"  # pytest takes warnings from standard error
+    assert seen.status == case.status, shown
+    assert "Traceback" not in shown
     if case.status == 2:
-        *_, error = [line for line in err.splitlines() if line.strip()]
-        assert error.startswith("ordinalclip"), err
+        *_, error = [line for line in seen.err.splitlines() if line.strip()]
+        assert error.startswith("ordinalclip"), shown
         assert len(error) < 1200, error
         assert re.search(case.says, error), error
     else:
-        shown = out + err + caplog.text  # pytest takes warnings from standard error
         assert re.search(case.says, shown), shown
     if case.after is not None:
         case.after(tmp_path)
@@ -44,3 +36,10 @@ def test_the_user_sees_what_is_right_or_one_clear_error(case, tmp_path, monkeypa
 def test_cases_have_names_of_their_own():
     names = [case.what for case in CASES]
     assert len(set(names)) == len(names)
+
+
+def test_the_docs_show_them_all():
+    """docs/bad-input.md is printed by benchmarks/hostile.py."""
+    page = (Path(__file__).parents[1] / "docs" / "bad-input.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (.+?) \| ", page, re.MULTILINE)
+    assert sorted(set(shown) - {"case"}) == sorted(case.what.replace("|", "\\|") for case in CASES)

@@ -1,13 +1,18 @@
-"""Properties that hold of any input: label spaces, configurations, overrides."""
+"""Properties that hold of any input: label spaces, configurations, overrides, tables."""
 
+import csv
 import math
+import re
 import struct
 from itertools import pairwise
 
+import datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ordinalclip.config import RunConfig, load_config, parse_config, read_overrides
+from ordinalclip.config import DataConfig, RanksConfig, RunConfig, load_config, parse_config, read_overrides
+from ordinalclip.data.labels import read_labels
+from ordinalclip.data.tables import Table, read_table
 from ordinalclip.ranks import MAX_VALUE, Ranks
 from ordinalclip.sections import describe
 from ordinalclip.written import dump, read, scalar, values
@@ -132,3 +137,59 @@ def test_what_is_dumped_is_read_back(content):
 def test_any_file_is_read_or_refused_in_a_line(data):
     _, refusal = outcome(read, data)
     assert "\n" not in refusal
+
+
+# ---- tables
+
+cells = (
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8)
+    | tricky
+    | st.sampled_from([",", ";", '"', "a b"])
+)
+
+
+@quickly
+@given(
+    st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=8),
+    st.sampled_from([",", ";", "\t", "|"]),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    st.sampled_from(["\n", "\r\n"]),
+)
+def test_tables_come_back_cell_by_cell(tmp_path_factory, rows, separator, encoding, end):
+    """Whatever `csv` writes, with the row and the line of the file where each row begins."""
+    path = tmp_path_factory.mktemp("table") / "labels.csv"
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.writer(file, delimiter=separator, lineterminator=end)
+        writer.writerows([("image", "label", "more"), *rows])
+    table = read_table(path, DataConfig(source="table", table="labels.csv"))
+    assert [tuple(cell.lstrip() for cell in row) for row in rows] == list(
+        zip(*(table.rows[name] for name in ("image", "label", "more")), strict=True)
+    )
+    assert [table.place(row) for row in range(len(rows))] == [
+        f"{path}, row {row + 1} (line {row + 2})" for row in range(len(rows))
+    ]
+
+
+written_numbers = st.one_of(
+    st.integers(-(10**6), 10**6).map(str),
+    st.floats(-1e6, 1e6).map(repr),
+    st.decimals(-1000, 1000, places=3).map(str),
+    st.sampled_from(["+1", " 2 ", "1e3", ".5", "2."]),
+)
+
+
+@settings(quickly, max_examples=200)
+@given(st.lists(written_numbers, min_size=1, max_size=8), st.none() | words, st.integers(0, 7))
+def test_labels_are_numbers_or_refused_by_row(texts, other, place):
+    """Texts that are numbers by Python's own reading, apart from its syntax of code, are labels; nothing else is."""
+    texts = texts if other is None else [*texts[:place], other, *texts[place:]]
+    table = Table(datasets.Dataset.from_dict({"image": texts, "label": texts}), "labels.csv")
+    plain = [re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", text.strip(), re.IGNORECASE) for text in texts]
+    odd = next((row for row, found in enumerate(plain) if not found), None)
+    read_all, refusal = outcome(read_labels, {"all": table}, DataConfig(), RanksConfig())
+    if odd is None:
+        assert read_all[1]["all"].tolist() == [float(text) for text in texts]
+    elif read_all is None:
+        assert f"row {odd + 1}:" in refusal or "are words" in refusal or "missing" in refusal or "float32" in refusal
+    else:  # a comma in a column of whole numbers
+        assert all(re.fullmatch(r"[+-]?\d+(,\d+)?", text.strip()) for text in texts)

@@ -56,6 +56,7 @@ def test_a_bar_with_rate_and_eta_in_a_terminal(commands, monkeypatch):
         assert re.search(rf"{title}[^\r]*\|[^\r]*{RATE_AND_ETA}", shown), (title, shown)
 
 
+@pytest.mark.slow
 def test_plain_lines_in_a_file(commands, monkeypatch):
     for title, command in commands.items():
         monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
@@ -68,6 +69,7 @@ def test_plain_lines_in_a_file(commands, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_nothing_when_quiet(commands, monkeypatch):
     for command in commands.values():
         monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)

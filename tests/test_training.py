@@ -354,7 +354,16 @@ class Plain(Head):
 
 
 @pytest.mark.parametrize(
-    "method", ["ordinalclip", "coop", "cnn", "coral", "l1", "plc_src", "rm_loss", "arcface", "plain"]
+    "method",
+    [
+        "ordinalclip",
+        "l1",
+        "plain",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("coop", "cnn", "coral", "plc_src", "rm_loss", "arcface")
+        ),
+    ],
 )
 def test_bf16_keeps_logits_in_float32(quick, monkeypatch, method):
     """Autocast is on when the head runs, and yet what the loss gets, and what it gives, is float32."""

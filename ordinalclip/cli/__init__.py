@@ -163,9 +163,16 @@ class _Lines(logging.Formatter):
         return printable(f"{record.levelname} {record.getMessage()}" + (f" ({error})" if error else ""))
 
 
+class _Terminal(logging.Handler):
+    """Standard error, as it is when something is said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def _show_what_is_ours(debug: bool) -> None:
     """Warnings of this package are shown, those of the libraries only for debugging."""
-    handler = logging.StreamHandler()
+    handler = _Terminal()
     handler.setFormatter(_Lines(debug))
     logging.basicConfig(level=logging.WARNING if debug else logging.ERROR, handlers=[handler])
     for name in ("ordinalclip", "baselines"):

@@ -15,7 +15,6 @@ from ordinalclip.gauges import make_gauges
 from ordinalclip.images import IMAGE_ENDINGS
 
 ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
-SMALL_FILES = (".csv", ".jsonl", ".json", ".txt", ".tsv", ".parquet", ".arrow", ".yaml", ".md")
 
 
 def read_tables(config: DataConfig, seed: int) -> dict[str, Table]:
@@ -113,7 +112,9 @@ def _hub(config: DataConfig) -> dict[str, Table]:
     if folder.is_dir():
         if scripts := sorted(path.name for path in folder.glob("*.py")):
             raise ValueError(f"{folder}: holds {scripts[0]}; scripts of data sets are not run: write a table instead")
-        described = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SMALL_FILES and path.is_file())
+        described = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower() not in IMAGE_ENDINGS and path.is_file()
+        )
         names = "\n".join(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")))
         digest = content_digest(described) + names
         options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / "ordinalclip" / hash_text(digest))

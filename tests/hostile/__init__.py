@@ -7,11 +7,15 @@ process, `benchmarks/hostile.py` prints them as the table in docs/bad-input.md. 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from ordinalclip.cli import main
 
 
 class Case(NamedTuple):
@@ -57,3 +61,25 @@ def load_cases() -> list[Case]:
     for module in sorted(found.name for found in pkgutil.iter_modules(__path__)):
         importlib.import_module(f"{__name__}.{module}")
     return CASES
+
+
+class Seen(NamedTuple):
+    """What the user sees of a case."""
+
+    status: int
+    out: str
+    err: str
+
+
+def play(case: Case, folder: Path) -> Seen:
+    """Lay out a case's files in an empty folder, and run its command there."""
+    with contextlib.chdir(folder), tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        words = case.arrange(folder)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = main(words)
+            except SystemExit as stopped:  # argparse
+                status = int(stopped.code or 0)
+        for stream in (out, err):
+            stream.seek(0)
+        return Seen(status, out.read(), err.read())

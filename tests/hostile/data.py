@@ -178,12 +178,12 @@ def _label(what, label, says, status=2, *more):
 
 
 _label("a number as Python writes it", "1_000", r"row 4 \(line 5\): label '1_000' in column 'label' is not a number")
-_label("a hexadecimal number", "0x1F", r"label '0x1F' in column 'label' is not a number")
+_label("a hexadecimal label", "0x1F", r"label '0x1F' in column 'label' is not a number")
 _label("an infinite label", "inf", r"label 'inf' in column 'label' is not a number")
 _label("a label beyond float32", "1e39", r"label 1e\+39 is beyond float32")
 _label("a label with its unit", "3 years", r"label '3 years' in column 'label' is not a number, as 3 of 12 are not")
 _label("a formula", "=1+1", r"label '=1\+1' in column 'label' is not a number")
-_label("digits of another script", "٣", r"label '٣' in column 'label' is not a number")
+_label("a label in digits of another script", "٣", r"label '٣' in column 'label' is not a number")
 _label(
     "a label that is missing",
     "",
