@@ -8,6 +8,7 @@ All cases run in this process, in two to three minutes; `--check` exits with 1 w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -32,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a case is not answered as it says")
     arguments = parser.parse_args()
-    os.environ["COLUMNS"] = "120"
+    os.environ |= {"COLUMNS": "120", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     sys.path.insert(0, str(ROOT / "tests"))
     from hostile import load_cases, play
 
@@ -43,9 +44,12 @@ def main() -> int:
         for case in members:
             with tempfile.TemporaryDirectory() as folder:
                 seen = play(case, Path(folder))
-                answer = answer_of(case, f"{seen.out}\n{seen.err}")
+                answer = answer_of(case, seen)
                 if answer is None or seen.status != case.status:
                     wrong.append(f"{area}, {case.what}: status {seen.status}\n{seen.out}\n{seen.err}")
+                if case.after is not None:
+                    with contextlib.chdir(folder):
+                        case.after(Path(folder))
                 answer = re.sub(re.escape(folder) + "/?", "", answer or "")
             lines.append(f"| {cell(case.what)} | {seen.status} | {shown(answer)} |")
     text = "\n".join(lines) + f"\n\n{len(cases)} cases.\n"
@@ -57,8 +61,10 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def answer_of(case, text: str) -> str | None:
+def answer_of(case, seen) -> str | None:
     """The line of the output by which a case is known, None where there is none."""
+    lines = [line for line in seen.err.splitlines() if line.strip()]
+    text = lines[-1] if case.status == 2 and lines else seen.out + seen.err
     found = re.search(case.says, text)
     if found is None:
         return None

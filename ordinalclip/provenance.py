@@ -73,8 +73,8 @@ def fingerprint(part: Part) -> dict[str, Any]:
     """What tells a part of the data from another: number of rows, columns, two hashes, first and last name.
 
     The first hash is the SHA-256 of the rows' names in order, a line each, and of their labels as float64. Names are
-    paths as the table gives them, so that the folder above them may move. The second is of the pictures: of their bytes, beyond
-    `MOST_READ` of their sizes.
+    paths as the table gives them, so that the folder above them may move. The second is of the pictures: of their
+    bytes, beyond `MOST_READ` of their sizes.
     """
     digest = hashlib.sha256()
     for begin in range(0, len(part), CHUNK):
@@ -114,7 +114,7 @@ def _stored(part: Part) -> Iterator[Any]:
     if part.names.paths is not None:
         yield from (part.picture(index) for index in range(len(part)))
         return
-    for batch in part.rows.select_columns(part.image_column).with_format("arrow").iter(CHUNK // 100):
+    for batch in part.rows.select_columns(part.image_column).with_format("arrow").iter(1000):
         for picture in batch[part.image_column].to_pylist():
             if isinstance(picture, dict):
                 picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")

@@ -19,7 +19,7 @@ CASES = load_cases()
 def test_the_user_sees_what_is_right_or_one_clear_error(case, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("COLUMNS", "120")
     seen = play(case, tmp_path)
-    shown = f"{seen.out}\n{seen.err}\n{caplog.text}"  # pytest takes warnings from standard error
+    shown = seen.out + seen.err + caplog.text  # pytest takes warnings from standard error
     assert seen.status == case.status, shown
     assert "Traceback" not in shown
     if case.status == 2:
