@@ -115,6 +115,15 @@ class Ranks:
     def __len__(self) -> int:
         return len(self.values)
 
+    @property
+    def worded(self) -> bool:
+        """Whether the names are other than the values.
+
+        >>> Ranks((0, 1), ("no", "yes")).worded, Ranks((0, 1)).worded
+        (True, False)
+        """
+        return self.names != tuple(_names_of(self.values))
+
     def name(self, rank: int) -> str:
         """The name of a rank index."""
         assert self.names is not None

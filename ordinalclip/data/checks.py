@@ -11,6 +11,7 @@ from ordinalclip.data.duplicates import THUMBNAIL, copies, near_duplicates, repe
 from ordinalclip.data.parts import PARTS, Part, Parts
 from ordinalclip.images import BrokenImageError
 from ordinalclip.progress import Progress
+from ordinalclip.ranks import Ranks
 
 SHOWN = 5  # of each kind of trouble
 MOST_COMPARED = 20_000  # pictures among which near copies are looked for
@@ -36,8 +37,7 @@ def check(parts: Parts, config: RunConfig, quiet: bool = False) -> Check:
         broken, small = _decoded(given[name], quiet, f"checking {name}")
         thumbnails.append(small)
         problems += len(broken)
-        low, high = given[name].values.min(), given[name].values.max()
-        labels = f"labels {low:g} to {high:g} {parts.ranks.unit}".rstrip()
+        labels = f"labels {_range(given[name], parts.ranks)}"
         lines += [*broken, f"{name}: {len(given[name])} images, {labels}, {len(broken)} broken"]
     if config.data.source != "gauges":
         ids = copies(list(given.values()), read_all=True)
@@ -46,6 +46,14 @@ def check(parts: Parts, config: RunConfig, quiet: bool = False) -> Check:
             _say_near_copies(lines, list(given.values()), ids, np.concatenate(thumbnails))
     _say_ranks(lines, parts)
     return Check(lines, problems)
+
+
+def _range(part: Part, ranks: Ranks) -> str:
+    """The lowest and the highest label; of words, not of the values that they stand for."""
+    low, high = int(part.ranks.min()), int(part.ranks.max())
+    if ranks.worded:
+        return f"{ranks.name(low)} to {ranks.name(high)}"
+    return f"{part.values.min():g} to {part.values.max():g} {ranks.unit}".rstrip()
 
 
 def _decoded(part: Part, quiet: bool, title: str) -> tuple[list[str], np.ndarray]:

@@ -36,7 +36,8 @@ def _words(name: str) -> list[str]:
 
 LABELS = _words(
     "label age grade score rating value level stage severity class target category decade year reading degree quality "
-    "count bmi weight height size amount rank y"
+    "finding diagnosis state status result outcome condition annotation mos count bmi weight height size amount rank y "
+    "alter note stufe grad wert befund niveau valeur"
 )
 GROUPS = _words("patient subject person participant identity individual animal donor family user site slide")
 NO_LABELS = {*GROUPS, *_words("id index idx uuid file filename path name url date split fold part")}
@@ -93,7 +94,11 @@ def _source(folder: Path, table: str) -> tuple[dict[str, str], str]:
         path = Path(table) if Path(table).is_file() else folder / table
         if not path.is_file():
             raise FileNotFoundError(f"{table}: no such table, neither here nor in {folder}")
-        return {"source": "table", "table": os.path.relpath(path, folder), **root}, "The table is found from root on."
+        return {
+            "source": "table",
+            "table": os.path.relpath(path, folder),
+            **root,
+        }, "Paths of pictures, and that of the table, start from root."
     tables = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in TABLES and path.is_file())
     if len(tables) > 1:
         raise ValueError(f"{folder}: holds {len(tables)} tables ({', '.join(tables[:5])}); name the one to take")
@@ -168,21 +173,33 @@ class Survey:
         likely = []
         for place, name in enumerate(table.rows.column_names):
             words = _words(name)
-            cells = Counter(str(cell).strip() for cell in table.rows[name])
-            numbers = float(np.mean([_is_number(cell) for cell in cells.elements()]))
+            cells = Counter(str(cell).strip() for cell in table.rows[name] if cell is not None)
+            numbers = float(np.mean([_is_number(cell) for cell in cells.elements()])) if cells else 0.0
             scale = numbers > 0.5 or len(cells) <= MOST_LISTED
             if name == self.data.image_column or len(cells) < 2 or set(cells) <= set(PARTS) or not scale:
                 continue
+            unnamed = not (self.ranks.names and set(cells) <= {"", *self.ranks.names})
             rank = next((rank for rank, label in enumerate(LABELS) if label in words), len(LABELS))
-            likely.append((rank == len(LABELS) and bool(NO_LABELS & set(words)), rank, numbers <= 0.5, place, name))
-        if not likely and "label_column" not in self.said:
+            foreign = rank == len(LABELS) and bool(NO_LABELS & set(words))
+            shown = ", ".join(printable(cell) for cell in list(cells)[:3])
+            likely.append((unnamed, foreign, rank, numbers <= 0.5, place, name, f"{printable(name)} ({shown}, ...)"))
+        if "label_column" in self.said:
+            return
+        likely.sort()
+        if not likely:
             raise ValueError(
                 f"{table.source}: no column beside {self.data.image_column!r} holds labels; it has "
                 f"{', '.join(map(repr, table.rows.column_names))}, and data.label_column=NAME says which"
             )
-        names = [name for *_, name in sorted(likely)]
+        if len(likely) > 1 and likely[0][:3] == likely[1][:3]:
+            alike = [entry[-1] for entry in likely if entry[:3] == likely[0][:3]]
+            raise ValueError(
+                f"{table.source}: several columns could be the label: {', '.join(alike)}; data.label_column=NAME says "
+                "which"
+            )
+        names = [entry[-2] for entry in likely]
         others = f"Others that could be the label: {', '.join(map(printable, names[1:]))}." if names[1:] else ""
-        self._choose(others, label_column=(names or [""])[0])
+        self._choose(others, label_column=names[0])
 
     def _find_parts_and_groups(self) -> None:
         (table,) = self.tables.values()
@@ -257,8 +274,16 @@ class Survey:
             "open_order": self.worded and self.ranks.names is None and known_scale(list(self.counts)) is None,
             "max_steps": int(np.clip(100 * round(10 * num_rows / 32 / 100), 200, 1000)),
             "num_rows": num_rows,
+            "cs": self._tolerable(),
             "why": self.why,
         }
+
+    def _tolerable(self) -> float | int:
+        """An error that is small: a rank where they are few, else about a tenth of the labels' range."""
+        labels = self.ranks.given_values() or ([0.0, 1.0] if self.worded else sorted(self.counts))
+        if len(labels) <= MOST_LISTED:
+            return _plain(float(np.diff(labels).min()))
+        return _plain(_nice_step((labels[-1] - labels[0]) / 10, whole=False))
 
     def _ranks(self) -> tuple[dict[str, Any], int]:
         """Keys of ranks, and how many ranks they make."""
@@ -268,7 +293,7 @@ class Survey:
             known = known_scale(list(self.counts))
             names = self.ranks.names or known or sorted(self.counts)
             counted = ", ".join(f"{printable(name)} ({self.counts[name]})" for name in names)
-            order = "as you said" if self.ranks.names else "the usual one of these words: is it yours?"
+            order = "as you said." if self.ranks.names else "the usual one of these words: is it yours?"
             if not (self.ranks.names or known):
                 order = "yours to say: put the names into it, and take the # away."
             self.why["ranks"] = f"The labels, with their pictures: {counted}. Their order, lowest first, is {order}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import datasets
@@ -52,7 +53,8 @@ def _under(root: str, name: str) -> Path:
         raise FileNotFoundError(
             f"{path}: no such table; tables are looked for under data.root, write {Path(name).resolve()} for that here"
         )
-    return path
+    plain = Path(os.path.normpath(path))
+    return plain if plain.is_file() and path.is_file() and plain.samefile(path) else path
 
 
 def _gauges(config: DataConfig, seed: int) -> dict[str, Table]:

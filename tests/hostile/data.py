@@ -823,6 +823,24 @@ def _(folder):
     return ["init", "."]
 
 
+@case(
+    "init: two columns that could be the label",
+    r"labels\.csv: several columns could be the label: blue \(0, 1, \.\.\.\), red "
+    r"\(0, 1, \.\.\.\); data\.label_column=NAME says which",
+)
+def _(folder):
+    rows = [f"p{n}.png,{n % 2},{n % 3 % 2}" for n in range(12)]
+    written(folder, "\n".join(["image,blue,red", *rows]) + "\n")
+    return ["init", "."]
+
+
+@case("init: the column of the words that are put in order", r"  label_column: mood\n", status=0)
+def _(folder):
+    rows = [f"p{n}.png,{n % 3},{CLOTHES[n % 4]}" for n in range(12)]
+    written(folder, "\n".join(["image,class,mood", *rows]) + "\n")
+    return ["init", ".", "ranks.names=[S, M, L, XL]"]
+
+
 @case("init: two tables", r"\.: holds 2 tables \(a\.csv, b\.csv\); name the one to take")
 def _(folder):
     for name in ("a.csv", "b.csv"):
