@@ -4,13 +4,17 @@ from decimal import Decimal
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from ordinalclip.config import DataConfig, RanksConfig, RunConfig
 from ordinalclip.data import ImageCache, load_parts, make_parts
 from ordinalclip.data.checks import check
+from ordinalclip.data.duplicates import near_duplicates, thumbnail
 from ordinalclip.images import PixelSpec
+from ordinalclip.run_folder import RunFolder
+from ordinalclip.runs import evaluate_run, train
 
 
 def parts_of(root, ranks=None, seed=1, **options):
@@ -285,3 +289,98 @@ def test_the_cache_keeps_sizes_apart(quick):
     part = load_parts(config.data, config.ranks, config.seed).train
     spec = PixelSpec(16, (0, 0, 0), (1, 1, 1), crop_ratio=1.25)
     assert [part.resized(0, spec, size).size for size in (16, None, 16, 20)] == [(16, 16), (20, 20), (16, 16), (20, 20)]
+
+
+def many(folder, rows, columns="file,grade,subject"):
+    """A picture of its own for every row, and the table."""
+    for number, _ in enumerate(rows):
+        Image.new("RGB", (3, 3), (number % 256, number // 256, 7)).save(folder / f"{number}.png")
+    lines = [",".join([f"{number}.png", *map(str, row)]) for number, row in enumerate(rows)]
+    (folder / "labels.csv").write_text("\n".join([columns, *lines]) + "\n")
+
+
+def test_words_take_the_order_that_was_said(tmp_path):
+    many(tmp_path, [(word, 0) for word in ("low", "high", "mid", "low")])
+    ranks = {"names": ["low", "mid", "high"], "unit": "levels"}
+    parts = parts_of(tmp_path, ranks, table="labels.csv", split=(1, 0, 0))
+    assert parts.train.values.tolist() == [0, 2, 1, 0]
+    assert (parts.ranks.names, parts.ranks.values) == (("low", "mid", "high"), (0, 1, 2))
+    parts = parts_of(tmp_path, {**ranks, "low": 10, "high": 30, "num": 3}, table="labels.csv", split=(1, 0, 0))
+    assert parts.train.values.tolist() == [10, 30, 20, 10]
+
+
+@pytest.mark.parametrize("stratify", [[], ["grade"]])
+def test_folds_take_every_row_for_test_once_and_keep_groups_whole(tmp_path, stratify):
+    rng = np.random.default_rng(0)
+    many(tmp_path, [(number % 4, f"s{rng.integers(30)}") for number in range(240)])
+    options = {"table": "labels.csv", "group": "subject", "folds": 4, "stratify": stratify}
+    seen = []
+    for fold in range(4):
+        parts = parts_of(tmp_path, fold=fold, **options)
+        groups = [set(part.rows["subject"]) for part in (parts.train, parts.validation, parts.test)]
+        assert sum(map(len, groups)) == len(set.union(*groups))
+        assert 0.1 < len(parts.validation) / (len(parts.train) + len(parts.validation)) < 0.3  # asked: 0.2
+        seen += parts.test.names[:]
+    assert sorted(seen) == sorted(f"{number}.png" for number in range(240))
+
+
+def test_groups_and_strata_together(tmp_path):
+    """Each subject has one grade or two; the shares of grades in all parts are about those of the whole."""
+    rng = np.random.default_rng(0)
+    subjects = rng.integers(0, 120, 600)
+    many(tmp_path, [((s + rng.integers(2)) % 3, f"s{s}") for s in subjects])
+    for seed in range(3):
+        parts = parts_of(tmp_path, table="labels.csv", group="subject", stratify=["grade"], seed=seed)
+        groups = [set(part.rows["subject"]) for part in (parts.train, parts.validation, parts.test)]
+        assert sum(map(len, groups)) == len(set.union(*groups))
+        whole = np.bincount(np.concatenate([part.ranks for part in (parts.train, parts.validation, parts.test)])) / 600
+        for part, share in ((parts.train, 0.6), (parts.validation, 0.15), (parts.test, 0.25)):
+            assert len(part) / 600 == pytest.approx(share, abs=0.05)
+            assert np.abs(np.bincount(part.ranks, minlength=3) / len(part) - whole).max() < 0.08
+
+
+def test_copies_are_kept_together(tmp_path):
+    many(tmp_path, [(number % 3, number) for number in range(60)])
+    for number in range(0, 60, 6):  # five groups of copies, under names of their own
+        for copy in (number, number + 3):
+            Image.new("RGB", (5, 5), (number // 12, 0, 0)).save(tmp_path / f"{copy}.png")
+    with pytest.raises(ValueError, match=r"the same picture in two parts: .* data\.duplicates=together"):
+        parts_of(tmp_path, table="labels.csv", duplicates="refuse", seed=4)
+    for seed in range(5):
+        parts = parts_of(tmp_path, table="labels.csv", duplicates="together", seed=seed)
+        owners = {}
+        for part in (parts.train, parts.validation, parts.test):
+            for name in part.names:
+                owners.setdefault((tmp_path / name).read_bytes(), set()).add(id(part))
+        assert max(map(len, owners.values())) == 1
+        assert sum(map(len, owners.values())) == 60 - 15
+
+
+def test_near_copies_are_pairs_of_pictures_that_look_alike():
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((90, 90)) for _ in range(20)]
+    pictures += [pictures[3].resize((60, 60)), Image.new("RGB", (9, 9), "red"), Image.new("RGB", (9, 9), "blue")]
+    small = np.stack([thumbnail(picture) for picture in pictures])
+    assert near_duplicates(small, np.arange(23)) == [(3, 20)]
+    assert near_duplicates(small, np.arange(23), chunk=2) == [(3, 20)]
+    assert near_duplicates(small, np.array([*range(20), 3, 21, 22])) == []  # equal bytes are no near copies
+
+
+def test_frames_with_pictures_in_memory(quick, tmp_path):
+    """A run on them says so, is not taken up on other data, and is scored only where they are handed over again."""
+    pictures = [Image.new("RGB", (20, 20), (9 * number, 0, 0)) for number in range(24)]
+    frame = pd.DataFrame({"image": pictures, "label": ["a", "b", "c"] * 8})
+    config = quick("ranks.low=null", "ranks.high=null", "ranks.num=null", "method=l1", "evaluation.report=true")
+    ranks = config.ranks.model_copy(update={"names": ["a", "b", "c"]})
+    config = config.model_copy(update={"ranks": ranks})
+    parts = make_parts({"all": frame}, config.data, ranks, 1)
+    assert parts.train.image(0).size == (20, 20)
+    folder = RunFolder(train(config, parts, quiet=True))
+    assert folder.read_config().data.source == "memory"
+    assert "data handed over in memory" in (folder.model / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"handed over in memory \(data\.source=memory\)"):
+        evaluate_run(folder.path, quiet=True)
+    assert evaluate_run(folder.path, parts, quiet=True)["test"]["num"] == len(parts.test)
+    other = make_parts({"all": frame.assign(image=pictures[::-1])}, config.data, ranks, 1)
+    with pytest.raises(ValueError, match=r"this is not the data of the run: .*pictures differ"):
+        evaluate_run(folder.path, other, quiet=True)
