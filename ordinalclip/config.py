@@ -601,17 +601,14 @@ def _override_value(text: str) -> Any:
         return text
 
 
-def refuse_repeated(overrides: Sequence[str]) -> None:
-    """For a command line, on which one of two values would go unheard.
-
-    Raises:
-        ValueError: a key with two values.
-    """
+def say_repeated(overrides: Sequence[str]) -> None:
+    """Warn of keys with two values on a command line, of which the last counts: scripts add to what they were given."""
     given: dict[str, str] = {}
     for override in overrides:
         key, _, value = (part.strip() for part in override.partition("="))
-        if given.setdefault(key, value) != value:
-            raise ValueError(f"{key} is given twice, as {given[key]} and as {value}")
+        if given.get(key, value) != value:
+            logger.warning("%s is given twice, as %s and as %s: the last counts", key, given[key], value)
+        given[key] = value
 
 
 def flat_keys(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

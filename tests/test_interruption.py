@@ -28,8 +28,7 @@ LONG = ("method=l1", "train.max_steps=100000", "train.eval_every=100000", "data.
 
 
 def train(folder, *more):
-    words = ["train", "default", "-q", f"output_dir={folder}", *QUICK, "train.resume=auto", *more]
-    return list({word.partition("=")[0]: word for word in words}.values())  # of a key the last
+    return ["train", "default", "-q", f"output_dir={folder}", *QUICK, "train.resume=auto", *more]
 
 
 def start(command, **environment):

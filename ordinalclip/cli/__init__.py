@@ -97,10 +97,10 @@ def _run(given: list[str]) -> int:
     _show_what_is_ours(arguments.debug)
     show_library_bars(arguments.quiet)
     try:
-        if getattr(arguments, "overrides", None):
-            from ordinalclip.config import refuse_repeated
+        if getattr(arguments, "overrides", None) and os.environ.get("RANK", "0") == "0":
+            from ordinalclip.config import say_repeated
 
-            refuse_repeated(arguments.overrides)
+            say_repeated(arguments.overrides)
         status = command.run(arguments)
         sys.stdout.flush()
         return status

@@ -32,7 +32,13 @@ def untouched(folder):
 
 refused("a key that does not exist", r"train\.lrr is not a key; .*train\.lr\b", "train.lrr=1")
 refused("a key with an empty part", r"'train\.\.lr' is no key: write names with single dots", "train..lr=1")
-refused("a key given twice with two values", r"train\.lr is given twice, as 1 and as 2", "train.lr=1", "train.lr=2")
+
+
+@case("a key given twice with two values", r"train\.lr is given twice, as 1 and as 2: the last counts", status=0)
+def _(folder):
+    return ["check-data", "default", "-q", *SMALL, "train.lr=1", "train.lr=2"]
+
+
 refused("a key below a value", r"train\.lr\.x lies below a key that is given a value", "train.lr=1", "train.lr.x=2")
 refused("a section given a number", r"train: a section of keys is wanted, such as train\.KEY=VALUE, got '5'", "train=5")
 refused("an option of another method", r"head\.outliers is not a key; nearest:", "head.outliers=0.1")

@@ -46,8 +46,7 @@ def _unchanged(folder):
 
 
 def _train(*more):
-    words = {word.partition("=")[0]: word for word in ["train", "default", "output_dir=run", *QUICK, *more]}
-    return list(words.values())
+    return ["train", "default", "output_dir=run", *QUICK, *more]
 
 
 def _zero(path):
