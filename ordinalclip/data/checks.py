@@ -98,7 +98,8 @@ def _say_near_copies(lines: list[str], parts: list[Part], ids: np.ndarray, thumb
 
 def _say_ranks(lines: list[str], parts: Parts) -> None:
     ranks, counts = parts.ranks, np.bincount(parts.train.ranks, minlength=len(parts.ranks))
-    lines.append(f"ranks: {len(ranks)}, {ranks.name(0)} to {ranks.name(len(ranks) - 1)}")
+    first, last = (f"{ranks.name(r)} = {ranks.values[r]:g}" if ranks.worded else ranks.name(r) for r in (0, -1))
+    lines.append(f"ranks: {len(ranks)}, {first} to {last}")
     if len(ranks) <= 20:
         lines.append("training images: " + ", ".join(f"{ranks.name(r)} ({n})" for r, n in enumerate(counts.tolist())))
     elif empty := int((counts == 0).sum()):
