@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -26,6 +27,7 @@ MAX_STEPS = 10**9
 MAX_RATE = 100.0
 MAX_SEED = 2**32 - 1
 MAX_ROWS = 10**9
+LEADING_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 MAX_WORKERS = 1024
 MOST_DERIVED = 200  # distinct labels that become ranks by themselves
 MOST_BROKEN = 40  # where some are no whole numbers: measurements, rather than steps of a scale
@@ -76,7 +78,9 @@ class RanksConfig(Section):
     num: int | None = Field(None, ge=2, le=MAX_RANKS, description="number of evenly spaced ranks from low to high")
     unit: str = Field("", description="unit of the values, e.g. years")
     edges: list[float] | None = Field(None, description="bin edges; default: a label takes the nearest rank value")
-    tolerance: float | None = Field(None, ge=0, description="how far outside the ranks a label may lie")
+    tolerance: float | None = Field(
+        None, ge=0, description="how far outside the ranks a label may lie; default: half a step at the ends"
+    )
     unused: bool = Field(False, description="allow ranks of which the training labels cover less than a fifth")
 
     @model_validator(mode="after")
@@ -125,8 +129,14 @@ class RanksConfig(Section):
         spelled = Ranks(tuple(values)).names or ()
         if names and names != spelled and sorted(names) == sorted(spelled):
             raise ValueError(f"ranks.names are the rank values in another order: {', '.join(names)}; values ascend")
+        read = [float(found[0]) for name in names or () if (found := LEADING_NUMBER.match(name))]
+        if names and len(read) == len(names) and read != sorted(read):
+            logger.warning("ranks.names are numbers that do not ascend, as the values do: %s", ", ".join(names[:10]))
         edges = tuple(self.edges) if self.edges else None
-        return Ranks(tuple(values), names, self.unit, edges, self.tolerance)
+        tolerance = self.tolerance
+        if tolerance is None and edges is None and len(values) > 1:  # what is nearer to the next step is none of these
+            tolerance = min(values[1] - values[0], values[-1] - values[-2]) / 2
+        return Ranks(tuple(values), names, self.unit, edges, tolerance)
 
 
 class DataConfig(Section):
@@ -184,7 +194,7 @@ class DataConfig(Section):
         1.0, gt=0, le=1, description="share of the training images of every rank that is kept, at least one"
     )
     license: str = Field("", description="licence of the pictures, for the model card")
-    kinds: list[str] = Field(["thermometer"], description="gauges: kinds of instrument")
+    kinds: list[str] = Field(["thermometer"], min_length=1, description="gauges: kinds of instrument")
     num_train: Rows = Field(64, description="gauges: training images")
     num_validation: Rows = Field(100, description="gauges: validation images")
     num_test: Rows = Field(500, description="gauges: test images")
@@ -225,10 +235,17 @@ class DataConfig(Section):
             raise ValueError("source hub needs data.hub")
         if self.source == "gauges" and (self.root or self.hub):
             raise ValueError("data.root or data.hub is given, but source is gauges; set data.source")
-        if self.folds is not None and (self.fold >= self.folds or self.split_column):
-            raise ValueError(
-                f"data.fold={self.fold} of data.folds={self.folds}: folds count from 0, without split_column"
-            )
+        given = "split_column" if self.split_column else "train_table" if self.train_table else ""
+        if given and (self.folds is not None or self.stratify):
+            raise ValueError(f"{given} says the parts: folds and stratify have no effect beside it")
+        if self.fold >= (self.folds or 1):
+            raise ValueError(f"data.fold={self.fold} of data.folds={self.folds}: folds count from 0")
+        if (
+            self.source != "hub"
+            and self.source != "memory"
+            and (self.hub_config or self.hub_split or self.hub_revision)
+        ):
+            raise ValueError(f"keys of the hub are given, but source is {self.source}; set data.source=hub")
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6 or self.split[0] == 0:
             raise ValueError(f"split must be three shares that add up to 1, the first above 0, got {self.split}")
         return self
@@ -484,7 +501,7 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: not valid YAML: {error}") from None
     if content is None or (isinstance(content, Written) and content.value is None):
-        return {}
+        raise ValueError(f"{file}: holds nothing; a configuration has keys, `ordinalclip init` writes one")
     if not isinstance(content, dict):
         kind = "a list" if isinstance(content, list) else "one value"
         raise ValueError(f"{file}: a configuration is a mapping of keys to values, got {kind}")

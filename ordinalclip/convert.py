@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 from ordinalclip.backbones import load_backbone
 from ordinalclip.backbones.open_clip_models import CONFIG_FILE, WEIGHT_FILES
 from ordinalclip.config import RunConfig
-from ordinalclip.files import whole
+from ordinalclip.files import content_digest, read_json_object, whole, write_json
 from ordinalclip.images import PixelSpec
 from ordinalclip.model import TOKENIZER_FOLDER, WEIGHTS, Form, OrdinalModel
 from ordinalclip.processing import NAME as PROCESSOR_FILE
@@ -35,12 +36,19 @@ from ordinalclip.weights import fault, read_weights
 
 # How the published configuration (configs/default.yaml of xk-huang/OrdinalCLIP) prepares its pictures.
 PUBLISHED_PIXELS = PixelSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", "squash", 256 / 224)
+MARK = "converted.json"  # says which weights were written, so that no others are replaced
 MODEL_FILES = ("config.json", WEIGHTS, PROCESSOR_FILE, TOKENIZER_FOLDER)
 LEARNER, TEXT = "module.prompt_learner.", "module.text_encoder."
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI keeps among the weights
 
 
-def convert(file: str | Path, out: str | Path, config: RunConfig | None = None, form: Form = "deployed") -> str:
+def convert(
+    file: str | Path,
+    out: str | Path,
+    config: RunConfig | None = None,
+    form: Form = "deployed",
+    overwrite: bool = False,
+) -> str:
     """Convert an original checkpoint (module docstring); only tensors are read, nothing in it is executed.
 
     Args:
@@ -48,6 +56,7 @@ def convert(file: str | Path, out: str | Path, config: RunConfig | None = None, 
         out: folder to write.
         config: for OrdinalCLIP: `model`, `ranks`, `method` and `head` of the run; the rest is not looked at.
         form: for OrdinalCLIP: see `OrdinalModel.save_pretrained`.
+        overwrite: replace a model in `out` that is not, or no longer, the result of a conversion.
 
     Returns:
         a line that says what was written and how to use it.
@@ -64,15 +73,19 @@ def convert(file: str | Path, out: str | Path, config: RunConfig | None = None, 
     if why := fault({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, masks=True):
         raise ValueError(f"{file}: {why}")
     if LEARNER + "context_embeds" in state:
-        _check_replaceable(Path(out), MODEL_FILES)
-        model = read_ordinalclip(file, state, config or RunConfig())
+        _check_replaceable(Path(out), MODEL_FILES, overwrite)
+        with _named(file):
+            model = read_ordinalclip(file, state, config or RunConfig())
         with whole(_with_parent(Path(out))) as aside:
             model.save_pretrained(aside, form=form)
+            write_json(aside / MARK, {"from": Path(file).name, "weights": content_digest([aside / WEIGHTS])})
         return f"{form} OrdinalModel in {out}: ordinalclip predict IMAGE --model {out}"
     if {"visual.conv1.weight", "text_projection", "token_embedding.weight", "ln_final.weight"} <= state.keys():
-        _check_replaceable(Path(out), (CONFIG_FILE, WEIGHT_FILES[0]))
-        with whole(_with_parent(Path(out))) as aside:
+        _check_replaceable(Path(out), (CONFIG_FILE, WEIGHT_FILES[0]), overwrite)
+        with _named(file), whole(_with_parent(Path(out))) as aside:
             write_open_clip(file, state, aside)
+            weights = content_digest([aside / WEIGHT_FILES[0]])
+            write_json(aside / MARK, {"from": Path(file).name, "weights": weights})
         return f"open_clip folder in {out}: model.backbone=open_clip:{out}"
     if "module.last_project.weight" in state:
         raise ValueError(f"{file}: the repository's Baseline, a linear classifier without prompts, is not converted")
@@ -82,8 +95,21 @@ def convert(file: str | Path, out: str | Path, config: RunConfig | None = None, 
     )
 
 
-def _check_replaceable(out: Path, own: tuple[str, ...]) -> None:
-    """What is there is nothing, an empty folder, or an earlier result: files of these names, the first among them.
+@contextmanager
+def _named(file: str | Path) -> Iterator[None]:
+    """Tensors of other shapes or kinds than the layout's are an error of the file."""
+    try:
+        yield
+    except (AttributeError, TypeError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{file}: its tensors are not of the layout's shapes ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _check_replaceable(out: Path, own: tuple[str, ...], overwrite: bool) -> None:
+    """What is there is nothing, an empty folder, or an earlier result, whose weights are as they were written; or files
+    of the same names that are to be overwritten.
 
     Raises:
         FileExistsError: it is something else.
@@ -93,11 +119,23 @@ def _check_replaceable(out: Path, own: tuple[str, ...]) -> None:
     if not out.is_dir():
         raise FileExistsError(f"{out} is a file; name another folder to write to")
     inside = {path.name for path in out.iterdir()}
-    if inside and (own[0] not in inside or inside - set(own)):
-        other = min(inside - set(own), default=f"no {own[0]}")
+    if inside and (own[0] not in inside or inside - {*own, MARK}):
+        other = min(inside - {*own, MARK}, default=f"no {own[0]}")
         raise FileExistsError(
             f"{out} holds something else than an earlier result of this conversion ({other}); name another folder"
         )
+    if inside and not overwrite and not _is_as_written(out, own):
+        raise FileExistsError(
+            f"{out} holds a model that is not, or no longer, what was converted; --overwrite replaces it, another "
+            "folder leaves it alone"
+        )
+
+
+def _is_as_written(out: Path, own: tuple[str, ...]) -> bool:
+    weights = next((out / name for name in (WEIGHTS, WEIGHT_FILES[0]) if name in own and (out / name).is_file()), None)
+    if weights is None or not (out / MARK).is_file():
+        return False
+    return read_json_object(out / MARK).get("weights") == content_digest([weights])
 
 
 def _with_parent(out: Path) -> Path:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import count
@@ -91,7 +92,30 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+LARGEST_JSON = 64 << 20  # bytes
 CODE_KEYS = ("auto_map", "custom_pipelines")  # by which files of transformers name Python code beside them
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: not JSON, a key twice, or larger than `LARGEST_JSON`.
+    """
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path}: larger than {LARGEST_JSON >> 20} MB, which no file of a model or a run is")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, not valid JSON ({error})") from error
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"key {twice!r} stands in it twice")
+    return found
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -102,10 +126,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged, not valid JSON ({error})") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a JSON {type(content).__name__}, not an object with keys")
     if code := [key for key in CODE_KEYS if content.get(key)]:
@@ -123,6 +144,16 @@ def check_no_code(folder: Path) -> None:
         read_json_object(path)
 
 
+def content_digest(files: Iterable[Path]) -> str:
+    """SHA-256 of the contents of files, with their names."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\n".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _flush(path: Path) -> None:
     """Make sure that a file's content, or a folder's list of names, is on disk."""
     if os.name == "nt":  # which opens no folders
@@ -134,12 +165,16 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def delete(path: Path) -> None:
-    """Delete a file or folder, if it is there; of a link to a folder elsewhere, what is in that folder."""
-    if path.is_symlink() and path.is_dir():
-        for child in path.iterdir():
+def delete(path: Path, through: str = "") -> None:
+    """Delete a file, a folder or a link, if it is there; never what a link leads to.
+
+    Args:
+        through: of a link to a folder elsewhere, what has such names (a pattern) is deleted there, and the link stays.
+    """
+    if path.is_symlink() and path.is_dir() and through:
+        for child in path.glob(through):
             delete(child)
-    elif path.is_dir():
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -194,7 +229,7 @@ def _acquire(path: Path) -> int | None:
         return None
     for attempt in count():
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:  # another job has just left the folder empty and deleted it
             if attempt == 100:  # or it is one that takes no files, as in /proc
                 raise

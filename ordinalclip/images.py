@@ -30,6 +30,7 @@ FOREIGN_ENDINGS = (
     ".nef", ".arw", ".orf", ".rw2", ".raw",
 )
 # fmt: on
+BITS, PHOTOMETRIC = 258, 262  # tags of TIFF: bits per sample; 0 where white is 0
 MAX_PIXELS = 178_956_970
 MAX_RATIO = 200
 
@@ -195,19 +196,25 @@ def _check_size(width: int, height: int) -> None:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB from any mode: EXIF rotation applied, 16 bits scaled to 8, transparent pixels laid on white."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits, negative = tags.get(BITS, (16,))[0], tags.get(PHOTOMETRIC) == 0  # which Pillow heeds in 8 bits alone
     image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # "I;16" and its relatives, or "I" holding 16-bit values
         pixels = np.asarray(image).astype(np.float64)
         if pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"whole-number pixels of {pixels.min():.0f} to {pixels.max():.0f}; allowed are 0 to 65535")
+        if 8 < bits < 16 and pixels.max() < 1 << bits:
+            pixels = pixels * (65535 / ((1 << bits) - 1))
         pixels = pixels / 257 if pixels.max() > 255 or image.mode != "I" else pixels
+        pixels = 255 - pixels if negative else pixels
         return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         pixels = np.asarray(image)
         if not (pixels.min() >= 0 and pixels.max() <= 1):  # so written, NaN fails, too
             raise ValueError("float pixels must lie in [0, 1]")
+        pixels = 1 - pixels if negative else pixels
         return Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -340,6 +347,8 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             read.
     """
     found: list[Path] = []
+    if "" in paths:
+        raise ValueError("a path without a name was given: is a variable of the shell empty?")
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(_files_below(path))

@@ -126,6 +126,8 @@ class OrdinalConfig(PreTrainedConfig):
             raise ValueError(
                 f"logit_scale, the log of a temperature's inverse, must be {allowed}, got {self.logit_scale:g}"
             )
+        if self.mirror and (len(set(self.mirror)) < len(self.mirror) or set(self.mirror) - {"horizontal", "vertical"}):
+            raise ValueError(f"mirror holds horizontal and vertical, each at most once, got {self.mirror[:4]!r}")
         if self.label_std <= 0:
             raise ValueError(f"label_std must be above 0, got {self.label_std:g}")
         if not 0 <= self.dropout < 1:
@@ -148,8 +150,16 @@ class OrdinalConfig(PreTrainedConfig):
     @property
     def label_space(self) -> Ranks:
         """The ranks as an object."""
+        given = self.ranks or {"values": (0, 1)}
+        for key, kind in (("values", int | float), ("edges", int | float), ("names", str)):
+            if not all(isinstance(each, kind) and not isinstance(each, bool) for each in given.get(key) or ()):
+                raise ValueError(f"ranks.{key} holds something else than {'text' if kind is str else 'numbers'}")
+        if not isinstance(given.get("unit", ""), str) or any(
+            isinstance(given.get(key), str) for key in ("names", "edges")
+        ):
+            raise ValueError("ranks: unit is text, names and edges are lists")
         try:
-            return Ranks(**(self.ranks or {"values": (0, 1)}))
+            return Ranks(**given)
         except TypeError as error:
             raise ValueError(f"ranks: {error}") from error
 

@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ordinalclip.config import RunConfig, flat_keys, load_config, read_layers
-from ordinalclip.files import ASIDE, delete, lock, unwritten, whole, write_json, write_text
+from ordinalclip.files import ASIDE, delete, lock, read_json, unwritten, whole, write_json, write_text
 from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import Predictions
 
@@ -156,6 +156,10 @@ class RunFolder:
     def data_difference(self, data: dict[str, Any]) -> str:
         """In what the data is not that of the run, in words; "" if it is the same or not on record."""
         before = self.read_provenance().get("data")
+        if before is not None and not (
+            isinstance(before, dict) and all(isinstance(each, dict) for each in before.values())
+        ):
+            raise ValueError(f"{self.provenance}: damaged, data is no object of objects")
         return "" if before is None else changed_data(before, data)
 
     def check_may_start(self, config: RunConfig) -> None:
@@ -181,9 +185,9 @@ class RunFolder:
 
     def _is_run(self) -> bool:
         """Whether what is there is ours, and not of somebody who has a folder "model" of their own."""
-        if self.provenance.is_file():
-            return True
         try:
+            if {"versions", "data", "processes"} <= self.read_provenance().keys():
+                return True
             self._saved_config()
         except (OSError, ValueError):
             return False
@@ -192,7 +196,7 @@ class RunFolder:
     def clear(self) -> None:
         """Delete the run, what makes it look whole first; files of other names stay."""
         for path in (*self._own, *self.path.glob(f"{ASIDE}*")):
-            delete(path)
+            delete(path, "step-*" if path == self.checkpoints else "")
 
     @property
     def _own(self) -> tuple[Path, ...]:
@@ -264,9 +268,12 @@ class RunFolder:
             ValueError: it is damaged.
         """
         metrics = _read_json(self.metrics)
-        if not isinstance(metrics, dict) or (missing := [key for key in ALWAYS if key not in metrics]):
-            lacks = f"{', '.join(missing)} missing" if isinstance(metrics, dict) else "no JSON object"
-            raise ValueError(f"{self.metrics}: damaged, {lacks}")
+        lacking = [key for key in ALWAYS if key not in metrics]
+        lacking += [
+            f"{part}.mae" for part in ("validation", "test") if part in metrics and not _is_scored(metrics[part])
+        ]
+        if lacking:
+            raise ValueError(f"{self.metrics}: damaged, {', '.join(lacking)} missing")
         return metrics
 
     def read_provenance(self) -> dict[str, Any]:
@@ -397,7 +404,7 @@ def changed_data(before: dict[str, Any], now: dict[str, Any]) -> str:
         if was is None or is_now is None:
             return f"the {name} part was {'not ' * (was is None)}there, now it is{' not' * (is_now is None)}"
         keys = [key for key in was if key not in HASHES and was[key] != is_now.get(key)]
-        hashed = "names or labels differ" if was["sha256"] != is_now["sha256"] else "pictures differ"
+        hashed = "names or labels differ" if was.get("sha256") != is_now["sha256"] else "pictures differ"
         what = "; ".join(f"{key} was {was[key]!r}, is {is_now[key]!r}" for key in keys) or hashed
         return f"the {name} part has changed: {what}"
     return ""
@@ -429,13 +436,14 @@ def _when(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged, not valid JSON ({error})") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: damaged, no JSON object")
     return content
+
+
+def _is_scored(metrics: Any) -> bool:
+    return isinstance(metrics, dict) and "mae" in metrics and isinstance(metrics.get("num"), int)
 
 
 def _log_entry(line: bytes) -> dict[str, Any] | None:

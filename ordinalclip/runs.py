@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ordinalclip.training.distributed import from_main, held, make_accelerator
 from ordinalclip.training.evaluation import Evaluator, metrics_of
 from ordinalclip.training.trainer import run_training
 
+logger = logging.getLogger(__name__)
 EVALUATED = ("data.", "evaluation.", "train.mixed_precision")  # keys that change how a run that is done is scored
 
 
@@ -95,6 +97,11 @@ def evaluate_run(
             raise ValueError(
                 f"{folder}: this is not the data of the run: {changed}. With an override, such as data.root=PATH, "
                 "other data is scored and nothing is written"
+            )
+        drawn = config.data.source in ("table", "folder") and not (config.data.train_table or config.data.split_column)
+        if not kept and drawn and accelerator.is_main_process:
+            logger.warning(
+                "the test part is drawn anew: pictures that the run was trained on may be in it, if this data has them"
             )
         if parts.test is None:
             raise ValueError(f"{folder}: the configuration has no test part")

@@ -111,6 +111,8 @@ def fault(tensors: Mapping[str, Tensor], masks: bool = False) -> str:
     """
     for name, tensor in tensors.items():
         last = name.rpartition(".")[2]
+        if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_meta:
+            return f"{name} holds complex numbers, or is stored in a way that no model is"
         if not tensor.is_floating_point() or (masks and last == "attn_mask"):
             continue
         if tensor.dtype not in FLOATS:

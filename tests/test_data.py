@@ -39,8 +39,8 @@ def test_csv_with_a_split_column(image_folder):
     assert parts.ranks.values == (0, 1, 2)
     assert parts.test.ranks.tolist() == [1, 2]
     assert np.asarray(parts.test.image(1)).mean() == pytest.approx(160 + 30, abs=4)
-    table.write_text(table.read_text().replace("validation", "dev"))
-    with pytest.raises(ValueError, match=r"row 4 \(line 5\): column 'part' .*says 'dev'; allowed are train"):
+    table.write_text(table.read_text().replace("validation", "holdout"))
+    with pytest.raises(ValueError, match=r"row 4 \(line 5\): column 'part' .*says 'holdout'; allowed are train"):
         parts_of(image_folder, table="labels.csv", split_column="part")
 
 
@@ -120,7 +120,8 @@ def test_draws_are_random_rows_of_a_rank():
 
 
 def test_groups_stay_whole(image_folder):
-    parts = parts_of(image_folder, table="labels.csv", group="subject", split=(1 / 3, 1 / 3, 1 / 3))
+    ranks = {"values": [0, 1, 2]}
+    parts = parts_of(image_folder, ranks, table="labels.csv", group="subject", split=(1 / 3, 1 / 3, 1 / 3))
     groups = [set(part.rows["subject"]) for part in (parts.train, parts.validation, parts.test)]
     assert sorted(len(group) for group in groups) == [1, 1, 1]
     assert len(set.union(*groups)) == 3

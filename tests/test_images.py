@@ -263,3 +263,20 @@ def test_an_option_leaves_the_draws_of_the_others_alone():
     for option in ({"flip": True}, {"flip_vertical": True}, {"quarter_turns": True}, {"shift": 0.2}):
         views = views_of(replace(brighter, **option), grey, 8)
         assert all(torch.equal(one, other) for one, other in zip(views, expected, strict=True)), option
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_a_tiff_whose_white_is_0_is_no_negative(tmp_path, dtype):
+    """As X-rays are exported; Pillow heeds the tag in 8 bits alone."""
+    ramp = np.linspace(0, 1, 32).repeat(8).reshape(32, 8).T
+    largest = 1 if dtype == np.float32 else np.iinfo(dtype).max
+    picture = Image.fromarray((ramp * largest).astype(dtype))
+    picture.save(tmp_path / "a.tif", tiffinfo={262: 0})
+    shown = np.asarray(load_image(tmp_path / "a.tif"))[..., 0].astype(int)
+    assert shown[0, 0] > 250
+    assert shown[0, -1] < 5
+
+
+def test_transparent_black_is_white_in_rgb_too(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", transparency=(0, 0, 0))
+    assert load_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)

@@ -20,7 +20,9 @@ from typing import Any
 from ordinalclip.backbones import hf_models, open_clip_models, timm_models
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.backbones.open_clip_models import TINY_FOLDER
-from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault
+from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault, limited_memory
+
+MOST_MEMORY = 32 << 30  # bytes of an encoder and its text tower: eight billion weights
 
 __all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "Request", "load_backbone"]
 
@@ -58,7 +60,12 @@ def load_backbone(
     family, _, name = spec.partition(":")
     if family not in FAMILIES:
         raise ValueError(f"backbone {spec!r}: family {family!r} is unknown; choices: {', '.join(FAMILIES)}")
-    backbone = FAMILIES[family](name, Request(load_weights, architecture or {}, image_size, with_text, tokenizer))
+    request = Request(load_weights, architecture or {}, image_size, with_text, tokenizer)
+    try:
+        with limited_memory(MOST_MEMORY, f"backbone {spec}"):
+            backbone = FAMILIES[family](name, request)
+    except (AssertionError, ZeroDivisionError) as error:
+        raise ValueError(f"backbone {spec}: no model can be built as its configuration says ({error!r})") from error
     backbone.spec = spec
     if load_weights:
         for part in (backbone.encoder, backbone.text):

@@ -243,6 +243,8 @@ def _pixels(visual: Any, architecture: dict[str, Any]) -> PixelSpec:
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     stored = architecture.get("preprocess_cfg") or getattr(visual, "preprocess_cfg", None) or {}
+    if stored.get("resize_mode", "shortest") not in ("shortest", "squash"):
+        raise ValueError(f"preprocess_cfg.resize_mode is {stored['resize_mode']!r}; allowed are shortest and squash")
     size = stored.get("size", visual.image_size)
     return PixelSpec(
         size if isinstance(size, int) else size[0],

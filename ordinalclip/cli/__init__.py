@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 where what was asked for is there but not all of it (broken pictures, runs that failed); 2 after an error; 75
     when told to stop; 130 after Ctrl-C.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as we run
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal of few characters shows the others escaped
             stream.reconfigure(errors="backslashreplace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ordinalclip.cli import whole_number
 from ordinalclip.gauges import KINDS, MAX_IMAGES, MAX_SEED, MAX_SIZE, MIN_SIZE
@@ -24,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ordinalclip.files import whole, write_text
+    from ordinalclip.files import ASIDE, write_text
     from ordinalclip.gauges import drawn_gauges
     from ordinalclip.progress import Progress
     from ordinalclip.quoting import printable
 
+    if not arguments.folder:
+        raise ValueError("a folder without a name was given: is a variable of the shell empty?")
     folder = Path(arguments.folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to write to")
@@ -40,15 +43,18 @@ def run(arguments: argparse.Namespace) -> int:
             f"{folder} holds {there[0]}{' and others' if there[1:] else ''} already; --overwrite replaces what has the "
             "names of files to be written, another folder leaves it alone"
         )
-    (folder / TABLE).unlink(missing_ok=True)  # written last: a folder that has it is whole
+    if lasting := [name for name in there if not (folder / name).is_file()]:
+        raise FileExistsError(f"{folder / lasting[0]}: not a file, so it is not replaced")
     lines = ["image,label"]
     gauges = drawn_gauges(arguments.kind, arguments.num, arguments.seed, arguments.size)
-    for name, (picture, value) in zip(
-        Progress(names, "drawing", unit="images", quiet=arguments.quiet), gauges, strict=True
-    ):
-        with whole(folder / name) as aside:
-            picture.save(aside)
-        lines.append(f"{name},{value:.2f}")
+    bar = Progress(names, "drawing", unit="images", quiet=arguments.quiet)
+    with TemporaryDirectory(prefix=ASIDE, dir=folder) as aside:  # what is there stays until all are drawn
+        for name, (picture, value) in zip(bar, gauges, strict=True):
+            picture.save(Path(aside, name))
+            lines.append(f"{name},{value:.2f}")
+        (folder / TABLE).unlink(missing_ok=True)  # written last: a folder that has it is whole
+        for name in names:
+            Path(aside, name).replace(folder / name)
     write_text(folder / TABLE, "\n".join(lines) + "\n")
     print(f"{arguments.num} pictures and {TABLE} in {printable(folder)}")
     return 0

@@ -163,6 +163,10 @@ class Plan:
             raise ValueError(f"{source}: every method needs the same number of settings to try, got {numbers}")
         tuned = {key for settings in self.settings.values() for setting in settings for key in flat_keys(setting)}
         varied = {key for keys in self.config.variants.values() for key in flat_keys(keys)}
+        for name, method in self.config.methods.items():
+            twice = flat_keys(method.base).keys() & {key for each in self.settings[name] for key in flat_keys(each)}
+            if twice:
+                raise ValueError(f"{source}: methods.{name}: {min(twice)} is set by its base and by settings")
         given = set(flat_keys(overrides))
         for first, second, what in (
             (varied, tuned, "by variants and by settings"),

@@ -8,6 +8,7 @@ import numpy as np
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data.duplicates import THUMBNAIL, copies, near_duplicates, repeated, thumbnail
+from ordinalclip.data.labels import sentinel
 from ordinalclip.data.parts import PARTS, Part, Parts
 from ordinalclip.images import BrokenImageError
 from ordinalclip.progress import Progress
@@ -45,6 +46,9 @@ def check(parts: Parts, config: RunConfig, quiet: bool = False) -> Check:
         if len(ids) <= MOST_COMPARED:
             _say_near_copies(lines, list(given.values()), ids, np.concatenate(thumbnails))
     _say_ranks(lines, parts)
+    every = np.concatenate([part.values for part in given.values()])
+    if (odd := sentinel(every)) is not None:
+        lines.append(f"{int((every == odd).sum())} labels are {odd:g}, apart from the others: are they labels?")
     return Check(lines, problems)
 
 

@@ -11,38 +11,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ordinalclip.config import DataConfig, RanksConfig, parse_config, read_overrides
 from ordinalclip.data.duplicates import RepeatedPictures
-from ordinalclip.data.labels import MOST_WORDS, known_scale, label_columns
+from ordinalclip.data.labels import MOST_WORDS, known_scale, label_columns, sentinel
 from ordinalclip.data.loading import load_parts
-from ordinalclip.data.parts import PARTS
+from ordinalclip.data.parts import PARTS, part_called
 from ordinalclip.data.sources import read_tables
 from ordinalclip.data.tables import TABLES, plain_number
 from ordinalclip.images import IMAGE_ENDINGS
 from ordinalclip.quoting import printable
+from ordinalclip.ranks import MAX_VALUE
+from ordinalclip.sections import brief
 from ordinalclip.written import dump, read
 
 LOOKED_AT = 50  # rows by which columns of paths are known
 MOST_LISTED = 20  # labels that are ranks each, with their counts in a comment
-MOST_RANKS = 101  # of a scale that is made
+FEWEST_RANKS, MOST_RANKS = 11, 101  # of a scale that is made
+ENOUGH = 5  # pictures for each of its ranks
 
 
 def _words(name: str) -> list[str]:
-    return [word.lower() for word in re.split(r"[\W_]+", name) if word]
+    """The words of a column's name, in small letters: of `PatientID` patient and id."""
+    return [word.lower() for word in re.split(r"[\W_]+|(?<=[a-zà-ÿ])(?=[A-ZÀ-ß])", name) if word]
 
 
 LABELS = _words(
     "label age grade score rating value level stage severity class target category decade year reading degree quality "
-    "finding diagnosis state status result outcome condition annotation mos count bmi weight height size amount rank y "
+    "finding diagnosis state status result outcome condition annotation mos count bmi weight rank y "
     "alter note stufe grad wert befund niveau valeur"
 )
-GROUPS = _words("patient subject person participant identity individual animal donor family user site slide")
-NO_LABELS = {*GROUPS, *_words("id index idx uuid file filename path name url date split fold part")}
+GROUPS = _words("patient subject person participant proband identity individual animal donor family slide eye user")
+NUMBERED = {*_words("id ids nr no num number code key uid hash pseudonym"), ""}  # what may stand beside such a word
+NO_LABELS = {*GROUPS, *NUMBERED, *_words("index idx uuid file filename path name url date split fold part site")}
 UNITS = {unit: unit for unit in (*_words("years months weeks days hours minutes kg g mg km m cm mm"), "°C", "%")}
-UNITS |= {"age": "years", "percent": "%", "pct": "%", "percentage": "%", "celsius": "°C"}
+UNITS |= {"percent": "%", "pct": "%", "percentage": "%", "celsius": "°C"}
 
 
 class Draft(NamedTuple):
@@ -142,19 +148,24 @@ class Survey:
     def _find_pictures(self) -> None:
         """Which column names the pictures, from which folder on, and with which ending."""
         (table,) = read_tables(self.data, 0).values()
+        held = [name for name, feature in table.rows.features.items() if isinstance(feature, datasets.Image | dict)]
+        if held and "image_column" not in self.said:
+            self._choose("The table holds the pictures.", image_column=held[0])
+            return
         rows = np.unique(np.linspace(0, len(table.rows) - 1, LOOKED_AT).astype(int))
         names = [self.data.image_column] if "image_column" in self.said else table.rows.column_names
         texts = {name: [str(cell).strip() for cell in table.rows.select(rows)[name]] for name in names}
         roots = dict.fromkeys([self.data.root, os.path.dirname(table.source) or ".", "."])
-        endings = [self.data.suffix] if "suffix" in self.said else ["", *IMAGE_ENDINGS]
+        endings = ["", *IMAGE_ENDINGS, *(ending.upper() for ending in IMAGE_ENDINGS)]
+        endings = [self.data.suffix] if "suffix" in self.said else endings
 
         def share(root: str, ending: str, name: str) -> float:
             return float(np.mean([os.path.isfile(os.path.join(root, text + ending)) for text in texts[name]]))
 
-        ways = ((root, ending, name) for root in roots for ending in endings for name in names)
-        way = next((way for way in ways if share(*way) >= 0.5), None)
-        if way is None:
-            first = ", ".join(f"{name} {cells[0]!r}" for name, cells in texts.items())
+        ways = ((root, ending) for root in roots for ending in endings)
+        found = next(((*way, every) for way in ways if (every := [n for n in names if share(*way, n) >= 0.5])), None)
+        if found is None:
+            first = ", ".join(f"{name} {brief(repr(cells[0]))}" for name, cells in texts.items())
             there = next(
                 (path for path in Path(self.data.root).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS), None
             )
@@ -162,7 +173,12 @@ class Survey:
                 f"{table.place(0)}: no column names a picture: {first}; "
                 + (f"a picture is {there}" if there else f"there are no pictures in {self.data.root}")
             )
-        root, ending, name = way
+        root, ending, every = found
+        if len(every) > 1:
+            raise ValueError(
+                f"{table.source}: several columns name pictures: {', '.join(every)}; data.image_column=NAME says which"
+            )
+        name = every[0]
         place = os.path.relpath(table.source, root)
         self._choose(root=root, table=place, image_column=name)
         self._choose("The table names the files without it.", suffix=ending)
@@ -191,11 +207,14 @@ class Survey:
                 f"{table.source}: no column beside {self.data.image_column!r} holds labels; it has "
                 f"{', '.join(map(repr, table.rows.column_names))}, and data.label_column=NAME says which"
             )
-        if len(likely) > 1 and likely[0][:3] == likely[1][:3]:
-            alike = [entry[-1] for entry in likely if entry[:3] == likely[0][:3]]
+        known = len(LABELS)  # of an entry's rank: by its name alone no label
+        alike = [
+            entry[-1] for entry in likely if entry[:2] == likely[0][:2] and (entry[2] < known) == (likely[0][2] < known)
+        ]
+        if len(alike) > 1 and likely[0][2] != 0:
             raise ValueError(
-                f"{table.source}: several columns could be the label: {', '.join(alike)}; data.label_column=NAME says "
-                "which"
+                f"{table.source}: several columns could be the label: {', '.join(alike)}; "
+                "data.label_column=NAME says which"
             )
         names = [entry[-2] for entry in likely]
         others = f"Others that could be the label: {', '.join(map(printable, names[1:]))}." if names[1:] else ""
@@ -203,17 +222,25 @@ class Survey:
 
     def _find_parts_and_groups(self) -> None:
         (table,) = self.tables.values()
+        groups: list[tuple[int, str, str]] = []
         for name in table.rows.column_names:
             if name in (self.data.image_column, self.data.label_column):
                 continue
             cells = Counter(str(cell).strip() for cell in table.rows[name])
-            if "train" in cells and set(cells) <= set(PARTS) and not self.said & {"split", "folds"}:
-                counted = ", ".join(f"{part} ({cells[part]})" for part in PARTS if part in cells)
+            parts = {part_called(cell) for cell in cells}
+            words = _words(name)
+            if "train" in parts and parts <= set(PARTS) and not self.said & {"split", "folds"}:
+                counted = ", ".join(f"{printable(cell)} ({times})" for cell, times in cells.items())
                 self._choose(f"The column that says the part of every row: {counted}.", split_column=name)
-            elif set(_words(name)) & set(GROUPS) and 2 < len(cells) < len(table.rows):
-                self._choose(
-                    f"{len(cells)} of them in {len(table.rows)} rows: rows of one stay in one part.", group=name
-                )
+            elif len(set(words) & set(GROUPS)) == 1 and set(words) <= {*GROUPS, *NUMBERED} and len(cells) > 2:
+                (word,) = set(words) & set(GROUPS)
+                if len(cells) < len(table.rows):
+                    why = f"{len(cells)} of them in {len(table.rows)} rows: rows of one stay in one part."
+                    groups.append((GROUPS.index(word), name, why))
+        if groups:
+            _, name, why = min(groups)
+            others = [printable(other) for _, other, _ in sorted(groups)[1:]]
+            self._choose(why + (f" Others that could be meant: {', '.join(others)}." if others else ""), group=name)
 
     def _count(self) -> None:
         """What labels there are, and how often."""
@@ -226,6 +253,8 @@ class Survey:
         for column in columns.values():
             present = np.flatnonzero(~column.missing).tolist()
             self.counts.update([column.text(row) if self.worded else float(column.numbers[row]) for row in present])
+        if not self.worded and max(map(abs, self.counts), default=0) > MAX_VALUE:
+            raise ValueError(f"column {self.data.label_column!r} holds labels beyond {MAX_VALUE:g}")
         if len(self.counts) < 2:
             raise ValueError(
                 f"{next(iter(self.tables.values())).source}: one label only, {next(iter(self.counts), None)}"
@@ -236,7 +265,9 @@ class Survey:
                 "data.label_column=NAME says another column"
             )
         divided = "all" in self.tables and not self.data.split_column
-        if divided and self.data.source == "table" and len(self.counts) <= MOST_LISTED:
+        if not self.worded and (odd := sentinel(np.asarray(list(self.counts.elements())))) is not None:
+            self.why["label_column"] += f" {odd:g} lies far from the others, or below 0 alone: is it a label?"
+        if divided and len(self.counts) <= MOST_LISTED:
             self._choose("Every part gets the same share of every label.", stratify=[self.data.label_column])
 
     def keep_copies_together(self, number: int) -> None:
@@ -254,12 +285,13 @@ class Survey:
         shown = {"source", "root", "table", "image_column", "label_column", "split", "license", "augment"}
         unit, self.why["unit"] = _unit(label, self.ranks.unit)
         name = re.sub(r"\W+", "-", Path(data.root).resolve().name).strip("-") or "mine"
-        first = next(iter(self.counts))
+        known = known_scale(list(self.counts)) if self.worded else None
+        first = (self.ranks.names or known or sorted(self.counts))[0]
         return {
             "title": f"{num_rows} pictures with {len(self.counts)} different labels in {printable(data.root)}.",
             "output_dir": f"runs/{name}",
             "prompt": f"the {' '.join(_words(label))} is",
-            "example": printable(first if self.worded else f"{first:g}"),
+            "example": printable(first if isinstance(first, str) else f"{first:g}"),
             "num_base_ranks": min(num_ranks, max(3, round(num_ranks / 10) + 1)),
             "num_ranks": num_ranks,
             "data": data,
@@ -295,9 +327,9 @@ class Survey:
             counted = ", ".join(f"{printable(name)} ({self.counts[name]})" for name in names)
             order = "as you said." if self.ranks.names else "the usual one of these words: is it yours?"
             if not (self.ranks.names or known):
-                order = "yours to say: put the names into it, and take the # away."
+                order = "yours to say: write them into names in that order, and take the # away."
             self.why["ranks"] = f"The labels, with their pictures: {counted}. Their order, lowest first, is {order}"
-            return {**said, "names": names}, len(names)
+            return {**said, "names": names if self.ranks.names or known else ["LOWEST", "...", "HIGHEST"]}, len(names)
         labels = sorted(self.counts)
         if values is not None:
             self.why["ranks"] = f"As you said; the labels go from {labels[0]:g} to {labels[-1]:g}."
@@ -307,7 +339,8 @@ class Survey:
             counted = ", ".join(f"{label:g} ({self.counts[label]})" for label in labels)
             self.why["ranks"] = f"The labels, with their pictures: {counted}."
             return {**said, "values": [_plain(label) for label in labels]}, len(labels)
-        step = _nice_step((labels[-1] - labels[0]) / (MOST_RANKS - 1), whole)
+        most = int(np.clip(self.counts.total() // ENOUGH, FEWEST_RANKS, MOST_RANKS))
+        step = _nice_step((labels[-1] - labels[0]) / (most - 1), whole)
         low, high = math.floor(labels[0] / step + 1e-9) * step, math.ceil(labels[-1] / step - 1e-9) * step
         number = round((high - low) / step) + 1
         counts, edges = np.histogram(list(self.counts.elements()), 5)
@@ -357,22 +390,21 @@ def _is_number(text: str) -> bool:
 
 
 def _unit(label: str, said: str) -> tuple[str, str]:
-    """The unit of the label, and why."""
+    """The unit of the label, and why: the one that the column's name says, years for an age alone."""
     if said:
         return said, ""
-    found = next((UNITS[part] for part in re.split(r"[\s_()\[\]]+", label) if part in UNITS), "")
-    found = found or next((UNITS[word] for word in _words(label) if word in UNITS), "")
-    why = (
-        f"As the column is called {printable(label)}: right?"
-        if found
-        else "Such as years, kg or points: shown with every answer."
-    )
-    return found, why
+    parts = [*re.split(r"[\s_()\[\]]+", label), *_words(label)]
+    named = {UNITS[part] for part in parts if part in UNITS}
+    if not named and "age" in _words(label) and set(_words(label)) <= {"age", "patient", "in", "at", "exam", "person"}:
+        named = {"years"}
+    if len(named) != 1:
+        return "", "Such as years, kg or points: shown with every answer."
+    return named.pop(), f"As the column is called {printable(label)}: right?"
 
 
 def _plain(value: float) -> float | int:
-    value = round(value, 10)
-    return int(value) if float(value).is_integer() else value
+    value = float(f"{value:.10g}")
+    return int(value) if value.is_integer() else value
 
 
 def _nice_step(least: float, whole: bool) -> float:

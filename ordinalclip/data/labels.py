@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ordinalclip.config import DataConfig, RanksConfig
-from ordinalclip.data.tables import NUMBER, Table
+from ordinalclip.data.tables import NUMBER, Table, plain_number
 from ordinalclip.suggestions import near_matches
 
 logger = logging.getLogger(__name__)
@@ -156,15 +156,28 @@ def _decimal(tables: Mapping[str, Table], config: DataConfig) -> str:
             return "."
         texts = pc.utf8_trim_whitespace(cells)
         texts = texts.filter(pc.invert(pc.is_in(texts, pa.array(MISSING))))
+        _say_thousands(table, config, texts)
         if not pc.all(pc.match_substring_regex(texts, r"^[+-]?\d+(,\d+)?$")).as_py():
             return "."
-        seen = seen or bool(pc.any(pc.match_substring(texts, ",")).as_py())
-        if pc.all(pc.match_substring_regex(texts, r"^[+-]?(\d{1,3},\d{3}|\d{1,3})$")).as_py():
-            seen = False  # 1,234 may be a thousand
+        broken = texts.filter(pc.match_substring(texts, ","))
+        seen = seen or len(broken) > 0
+        if len(broken) and pc.all(pc.match_substring_regex(broken, r"^[+-]?\d{1,3},\d{3}$")).as_py():
+            return "."  # 1,234 may be a thousand
     if seen:
         sources = ", ".join(table.source for table in tables.values())
         say(f"{sources}: labels in column {config.label_column!r} are read with a decimal comma (data.decimal=',')")
     return "," if seen else "."
+
+
+def _say_thousands(table: Table, config: DataConfig, texts: pa.ChunkedArray) -> None:
+    """A point before three digits, beside whole numbers, may part thousands; it is read as a decimal point."""
+    pointed = texts.filter(pc.match_substring(texts, "."))
+    whole = pc.any(pc.match_substring_regex(texts, r"^[+-]?\d+$")).as_py()
+    if len(pointed) and whole and pc.all(pc.match_substring_regex(pointed, r"^[+-]?[1-9]\d{0,2}\.\d{3}$")).as_py():
+        say(
+            f"{table.source}: {pointed[0]} in column {config.label_column!r} is read as {float(pointed[0].as_py()):g}; "
+            "write it without the point if that parts thousands"
+        )
 
 
 def _without_missing(column: Column, config: DataConfig) -> Column:
@@ -179,6 +192,10 @@ def _without_missing(column: Column, config: DataConfig) -> Column:
         )
     say(f"{table.source}: {count} have no label in column {column.name!r} and are left out (data.missing=drop)")
     kept = np.flatnonzero(~column.missing)
+    if not len(kept):
+        raise ValueError(
+            f"{table.source}: no row has a label in column {column.name!r}; formulas have to be calculated"
+        )
     texts = None if column.texts is None else column.texts.take(pa.array(kept))
     return Column(table.select(kept), column.name, column.numbers[kept], texts, column.missing[kept])
 
@@ -186,7 +203,14 @@ def _without_missing(column: Column, config: DataConfig) -> Column:
 def _by_names(columns: Mapping[str, Column], ranks: RanksConfig) -> tuple[RanksConfig, dict[str, np.ndarray]]:
     """Words by the order that `ranks.names` gives them."""
     names = [str(name).strip() for name in ranks.names or ()]
-    given = ranks.given_values() or [float(rank) for rank in range(len(names))]
+    given = ranks.given_values()
+    if given is None:
+        given = [float(rank) for rank in range(len(names))]
+        if odd := [name for rank, name in enumerate(names) if plain_number(name) not in (None, float(rank))]:
+            raise ValueError(
+                f"ranks.names has {odd[0]!r}, which is a number, for the value {names.index(odd[0])}; "
+                "ranks.values=[...] says the values of the names"
+            )
     if len(given) != len(names):
         raise ValueError(f"ranks.names has {len(names)} names for {len(given)} rank values")
     values = {}
@@ -226,10 +250,11 @@ def _refuse_words(columns: Mapping[str, Column]) -> None:
 
 
 def suggested_names(words: Mapping[str, int] | list[str]) -> str:
-    """`ranks.names=[...]` for some words: in the order of a known scale, to be confirmed, else as they come."""
-    known = known_scale(list(words))
-    names = ", ".join(_quoted(word) for word in known or sorted(words))
-    return f"ranks.names='[{names}]'" + (" (the usual order of these words; is it yours?)" if known else " in order")
+    """`ranks.names=[...]` for some words: in the order of a known scale, to be confirmed, else a place for them."""
+    if known := known_scale(list(words)):
+        names = ", ".join(_quoted(word) for word in known)
+        return f"ranks.names='[{names}]' (the usual order of these words; is it yours?)"
+    return f"ranks.names='[LOWEST, ..., HIGHEST]' of {', '.join(_quoted(word) for word in sorted(words))}"
 
 
 def known_scale(words: list[str]) -> list[str] | None:
@@ -247,6 +272,17 @@ def _quoted(word: str) -> str:
         ["y", "n", "yes", "no", "on", "off", "true", "false", "null"]
     )
     return word if plain else '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def sentinel(values: np.ndarray) -> float | None:
+    """A label that may stand for "not known": -1, -9, 99, 999 and their like, alone on their side of the others."""
+    distinct = np.unique(values)
+    if len(distinct) < 3:
+        return None
+    low, second, before, high = distinct[0], distinct[1], distinct[-2], distinct[-1]
+    if low in (-1, -9, -99, -999, -9999) and second >= 0:
+        return float(low)
+    return float(high) if high in (99, 999, 9999) and high - before > before - low else None
 
 
 def arrow_column(rows: datasets.Dataset, column: str) -> pa.ChunkedArray:

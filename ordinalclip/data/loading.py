@@ -11,16 +11,18 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from ordinalclip.config import DataConfig, RanksConfig
 from ordinalclip.data.duplicates import copies, refuse_repeated
-from ordinalclip.data.labels import arrow_column, read_labels
+from ordinalclip.data.labels import arrow_column, read_labels, say
 from ordinalclip.data.parts import PARTS, ImageCache, Part, Parts, RowNames
 from ordinalclip.data.sources import read_tables, root_of
-from ordinalclip.data.splits import few_shot, label_shift, split_rows, thinned
+from ordinalclip.data.splits import check_groups, few_shot, group_names, label_shift, split_rows, thinned
 from ordinalclip.data.tables import Table
-from ordinalclip.images import IMAGE_ENDINGS, read_formats
+from ordinalclip.images import IMAGE_ENDINGS, load_image, read_formats
 from ordinalclip.ranks import Ranks
 
 NARROWEST = 0.2  # share of the ranks' range that training labels cover
@@ -62,19 +64,44 @@ def make_parts(
         raise ValueError("give either all, to be split, or train, validation and test")
     config = config.model_copy(update={"source": "memory"})
     seed = seed if config.split_seed is None else config.split_seed
-    tables = {name: Table(_rows_of(rows, config), f"{name} part") for name, rows in raw.items()}
+    tables = {name: Table(_rows_of(rows, config, f"{name} part"), f"{name} part") for name, rows in raw.items()}
     return replace(_assemble(tables, config, ranks, seed), in_memory=True)
 
 
-def _rows_of(rows: datasets.Dataset | pd.DataFrame, config: DataConfig) -> datasets.Dataset:
-    """A data set of a frame, with its PIL pictures or arrays encoded."""
+def _rows_of(rows: datasets.Dataset | pd.DataFrame, config: DataConfig, name: str) -> datasets.Dataset:
+    """A data set as it is stored, or one of a frame, with its PIL pictures or arrays encoded.
+
+    Raises:
+        ValueError: neither of them, or columns that are no table, with the part's name.
+    """
+    if isinstance(rows, datasets.Dataset):
+        return rows.with_format(None)
     if not isinstance(rows, pd.DataFrame):
-        return rows
-    columns: dict[str, Any] = {str(name): rows[name].tolist() for name in rows.columns}
+        raise ValueError(f"{name}: a {type(rows).__name__}; allowed are datasets.Dataset and pandas.DataFrame")
+    if not rows.columns.is_unique:
+        raise ValueError(f"{name}: a column stands in it twice: {rows.columns[rows.columns.duplicated()][0]!r}")
+    try:
+        return _of_frame(rows, config)
+    except (pa.ArrowException, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{name}: the frame cannot be read as a table ({str(error).splitlines()[0]})") from error
+
+
+def _of_frame(rows: pd.DataFrame, config: DataConfig) -> datasets.Dataset:
+    columns: dict[str, Any] = {
+        str(name): rows[name].astype(object).where(rows[name].notna(), None).tolist()
+        if name != config.image_column
+        else rows[name].tolist()
+        for name in rows.columns
+    }
+    columns = {
+        name: [str(each) if isinstance(each, os.PathLike) else each for each in cells]
+        for name, cells in columns.items()
+    }
     pictures = columns.get(config.image_column, [])
     if pictures and isinstance(pictures[0], Image.Image | np.ndarray):
+        decoded = [load_image(picture, f"row {number}") for number, picture in enumerate(pictures, 1)]
         encoded = datasets.Dataset.from_dict(
-            {config.image_column: pictures}, datasets.Features({config.image_column: datasets.Image()})
+            {config.image_column: decoded}, datasets.Features({config.image_column: datasets.Image()})
         )
         rest = {name: cells for name, cells in columns.items() if name != config.image_column}
         others = datasets.Dataset.from_dict(rest)
@@ -86,7 +113,10 @@ def _assemble(tables: dict[str, Table], config: DataConfig, ranks: RanksConfig, 
     root = root_of(config)
     tables, values, ranks = read_labels(tables, config, ranks)
     loose = {name: _part(table, values[name], config, root) for name, table in tables.items()}
+    if config.group and "all" not in tables:
+        check_groups({name: group_names(table, config) for name, table in tables.items()}, config.group)
     loose = _divided(loose, tables, config, seed)
+    _say_empty(loose, config)
     if "train" not in loose or len(loose["train"]) == 0:
         raise ValueError(f"no training rows; parts found: { {name: len(part) for name, part in loose.items()} }")
     if config.source == "gauges" and ranks.given_values() is None:
@@ -123,6 +153,18 @@ def _divided(loose: dict[str, Part], tables: dict[str, Table], config: DataConfi
     return loose
 
 
+def _say_empty(parts: Mapping[str, Part], config: DataConfig) -> None:
+    """A part that was to be drawn and got no row."""
+    if config.split_column or not set(parts) >= set(PARTS):
+        return
+    for name, share in zip(PARTS, config.split, strict=True):
+        if share and not len(parts[name]):
+            say(
+                f"{parts['train'].source}: the {name} part is empty, too few rows or groups for "
+                f"data.split={list(config.split)}"
+            )
+
+
 def _label_space(train: Part, ranks: RanksConfig) -> Ranks:
     """The ranks, which the training labels make use of.
 
@@ -147,15 +189,23 @@ def _label_space(train: Part, ranks: RanksConfig) -> Ranks:
 
 def _ranks_of(part: Part, space: Ranks, ranks: RanksConfig) -> np.ndarray:
     try:
-        return space.rank_of(part.values, part.row_names()).numpy()
+        found = space.rank_of(part.values, part.row_names()).numpy()
     except ValueError as error:
         if ranks.given_values() is not None:
             raise
-        low, high = part.values.min(), part.values.max()
-        raise ValueError(
-            f"{error}; the ranks are the distinct training labels, ranks.low, high and num (to {low:g} to {high:g} "
-            "and beyond), ranks.values or ranks.tolerance say others"
-        ) from None
+        every = np.union1d(part.values, space.values)
+        cure = f"ranks.low, high and num, such as from {every[0]:g} to {every[-1]:g},"
+        if len(every) <= 30:
+            cure = f"ranks.values=[{', '.join(f'{value:g}' for value in every)}]"
+        raise ValueError(f"{error}; the ranks are the distinct training labels, {cure} says others") from None
+    moved = np.flatnonzero(~np.isin(part.values, space.values))
+    if ranks.given_values() is None and len(moved):
+        first = moved[0]
+        say(
+            f"{part.place(int(first))}: label {part.values[first]:g} is none of the training labels and takes the "
+            f"nearest, {space.name(int(found[first]))}, as {len(moved)} of {len(part)} do; ranks.values says others"
+        )
+    return found
 
 
 def _part(table: Table, values: np.ndarray, config: DataConfig, root: str) -> Part:
@@ -164,9 +214,15 @@ def _part(table: Table, values: np.ndarray, config: DataConfig, root: str) -> Pa
     feature = rows.features[column]
     if isinstance(feature, datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    names = RowNames(np.arange(len(rows)), lines=table.lines)
+    names = RowNames(np.arange(len(rows)), lines=table.lines, places=table.places)
+    if (
+        isinstance(feature, datasets.Image | dict)
+        and config.source == "table"
+        and (paths := _stored_paths(table, rows, column))
+    ):
+        names = RowNames(names.numbers, paths, config.suffix, table.lines, table.places)
     if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-        names = RowNames(names.numbers, arrow_column(rows, column), config.suffix, table.lines)
+        names = RowNames(names.numbers, arrow_column(rows, column), config.suffix, table.lines, table.places)
     cache = ImageCache(config.cache_mb << 20, len(rows))
     ranks = np.zeros(len(rows), dtype=np.int64)
     formats = read_formats(config.extra_formats)
@@ -174,6 +230,22 @@ def _part(table: Table, values: np.ndarray, config: DataConfig, root: str) -> Pa
     if names.paths is not None and int(os.environ.get("RANK", "0")) == 0:  # a million look-ups take seconds
         _check_paths(part, config)
     return part
+
+
+def _stored_paths(table: Table, rows: datasets.Dataset, column: str) -> pa.ChunkedArray | None:
+    """The paths of a column of pictures that holds no bytes; None where it holds them.
+
+    Raises:
+        ValueError: some rows have bytes, and some none.
+    """
+    cells = arrow_column(rows, column)
+    if not (pa.types.is_struct(cells.type) and {"bytes", "path"} <= {field.name for field in cells.type}):
+        return None
+    lacking = pc.is_null(pc.struct_field(cells, "bytes")).to_numpy(zero_copy_only=False).astype(bool)
+    if lacking.any() and not lacking.all():
+        row = int(np.flatnonzero(lacking)[0])
+        raise ValueError(f"{table.place(row)}: column {column!r} holds no picture, only its path, unlike others")
+    return pc.struct_field(cells, "path") if lacking.any() else None
 
 
 def _check_paths(part: Part, config: DataConfig) -> None:
@@ -211,5 +283,6 @@ def _check_paths(part: Part, config: DataConfig) -> None:
 def _near(part: Part, missing: list[int]) -> str:
     """A hint where the files are there with an ending that the table leaves out."""
     path = os.path.join(part.root, part.names[missing[0]])
-    found = [ending for ending in IMAGE_ENDINGS if os.path.isfile(path + ending)]
+    endings = [*IMAGE_ENDINGS, *(ending.upper() for ending in IMAGE_ENDINGS)]
+    found = [ending for ending in endings if os.path.isfile(path + ending)]
     return f"; data.suffix={found[0]} would find them" if found else ""

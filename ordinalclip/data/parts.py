@@ -16,6 +16,17 @@ from ordinalclip.images import FORMATS, PixelSpec, load_image, resize
 from ordinalclip.ranks import Ranks
 
 PARTS = ("train", "validation", "test")
+ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
+
+
+def part_called(name: str) -> str:
+    """The part that a word stands for; a word that stands for none as it is.
+
+    >>> part_called("Train"), part_called("val"), part_called("holdout")
+    ('train', 'validation', 'holdout')
+    """
+    plain = name.strip().lower()
+    return ALIASES.get(plain, plain if plain in PARTS else name.strip())
 
 
 class ImageCache:
@@ -50,6 +61,7 @@ class RowNames(Sequence[str]):
         paths: the table's column of paths, or None.
         suffix: added to paths that do not end with it.
         lines: line of every row of the original table in its file, or None.
+        places: row of every row of the original table in its file, from 0, where some were left out.
     """
 
     def __init__(
@@ -58,8 +70,9 @@ class RowNames(Sequence[str]):
         paths: pa.ChunkedArray | None = None,
         suffix: str = "",
         lines: np.ndarray | None = None,
+        places: np.ndarray | None = None,
     ):
-        self.numbers, self.paths, self.suffix, self.lines = numbers, paths, suffix, lines
+        self.numbers, self.paths, self.suffix, self.lines, self.places = numbers, paths, suffix, lines, places
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -68,10 +81,13 @@ class RowNames(Sequence[str]):
         if isinstance(index, slice):
             numbers = self.numbers[index]
             if self.paths is None:
-                return [f"row {n + 1}" for n in numbers.tolist()]
+                return [self._row(n) for n in numbers.tolist()]
             return [self._path(str(path)) for path in self.paths.take(pa.array(numbers)).to_pylist()]
         number = int(self.numbers[index])
-        return f"row {number + 1}" if self.paths is None else self._path(str(self.paths[number].as_py()))
+        return self._row(number) if self.paths is None else self._path(str(self.paths[number].as_py()))
+
+    def _row(self, number: int) -> str:
+        return f"row {(number if self.places is None else self.places[number]) + 1}"
 
     def _path(self, path: str) -> str:
         return path if path.endswith(self.suffix) else path + self.suffix
@@ -80,11 +96,11 @@ class RowNames(Sequence[str]):
         """Row, line and path of a row, for errors."""
         number = int(self.numbers[index])
         line = "" if self.lines is None else f" (line {self.lines[number]})"
-        return f"row {number + 1}{line}" + ("" if self.paths is None else f", {self[index]}")
+        return f"{self._row(number)}{line}" + ("" if self.paths is None else f", {self[index]}")
 
     def select(self, indices: np.ndarray) -> RowNames:
         """The names of the given rows."""
-        return RowNames(self.numbers[indices], self.paths, self.suffix, self.lines)
+        return RowNames(self.numbers[indices], self.paths, self.suffix, self.lines, self.places)
 
 
 @dataclass(frozen=True)

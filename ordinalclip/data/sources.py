@@ -7,15 +7,15 @@ import os
 from pathlib import Path
 
 import datasets
+import datasets.packaged_modules
 import numpy as np
 
 from ordinalclip.config import DataConfig
-from ordinalclip.data.parts import PARTS
-from ordinalclip.data.tables import Table, content_digest, read_table
+from ordinalclip.data.parts import ALIASES, PARTS, part_called
+from ordinalclip.data.tables import Table, read_table
+from ordinalclip.files import content_digest
 from ordinalclip.gauges import make_gauges
-from ordinalclip.images import IMAGE_ENDINGS
-
-ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
+from ordinalclip.images import FOREIGN_ENDINGS, IMAGE_ENDINGS
 
 
 def read_tables(config: DataConfig, seed: int) -> dict[str, Table]:
@@ -80,7 +80,7 @@ def _folders(config: DataConfig) -> dict[str, Table]:
     if not root.is_dir():
         raise FileNotFoundError(f"data.root={config.root!r}: no such folder")
     inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    parts = {ALIASES.get(path.name, path.name): path for path in inside}
+    parts = {part_called(path.name): path for path in inside}
     if len(parts) < len(inside):
         raise ValueError(f"{root}: two folders are the same part: {', '.join(path.name for path in inside)}")
     if not (set(parts) <= set(PARTS) and "train" in parts):
@@ -97,7 +97,13 @@ def _labelled_folders(root: Path, folder: Path, config: DataConfig) -> Table:
         )
     rows: dict[str, list[str]] = {config.image_column: [], config.label_column: []}
     for label in labels:
-        files = sorted(path for path in label.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+        below = [path for path in label.iterdir() if path.is_dir() and part_called(path.name) in PARTS]
+        if below:
+            raise ValueError(f"{below[0]}: a part below a label; folders of the parts hold those of the labels")
+        files = sorted(path for path in label.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS + FOREIGN_ENDINGS)
+        for path in files:
+            if not str(path).isprintable() or any("\ud800" <= each <= "\udfff" for each in str(path)):
+                raise ValueError(f"{str(path)!r}: a name with characters that are no text; rename it")
         if not files:
             raise ValueError(f"{label}: no pictures in this folder; endings searched: {', '.join(IMAGE_ENDINGS)}")
         rows[config.image_column] += [path.relative_to(root).as_posix() for path in files]
@@ -111,6 +117,8 @@ def _hub(config: DataConfig) -> dict[str, Table]:
     """What `datasets` loads; of a local folder by its content, and never by running a script in it."""
     options: dict[str, str] = {}
     folder = Path(config.hub)
+    if config.hub in datasets.packaged_modules._PACKAGED_DATASETS_MODULES and not folder.is_dir():
+        raise ValueError(f"data.hub={config.hub} is a kind of file, and no data set; data.source=table reads tables")
     if folder.is_dir():
         if scripts := sorted(path.name for path in folder.glob("*.py")):
             raise ValueError(f"{folder}: holds {scripts[0]}; scripts of data sets are not run: write a table instead")
@@ -125,9 +133,10 @@ def _hub(config: DataConfig) -> dict[str, Table]:
     try:
         loaded = datasets.load_dataset(config.hub, config.hub_config or None, **options)
     except Exception as error:  # of datasets, huggingface_hub, requests, pyarrow
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause: BaseException = error.__cause__ or error  # datasets says what it was doing, its cause what went wrong
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise ValueError(f"data.hub={config.hub}: cannot be loaded ({reason})") from error
-    splits = {ALIASES.get(part, part): rows for part, rows in loaded.items()}
+    splits = {part_called(part): rows for part, rows in loaded.items()}
     if config.hub_split:
         if config.hub_split not in loaded:
             raise ValueError(f"data.hub_split={config.hub_split!r}: {config.hub} has {', '.join(loaded)}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ordinalclip.config import DataConfig
-from ordinalclip.data.parts import PARTS, Part
+from ordinalclip.data.labels import say
+from ordinalclip.data.parts import ALIASES, PARTS, Part, part_called
 from ordinalclip.data.tables import Table
 
 FINENESS = 20  # folds that shares are made of where groups stay whole and strata even
@@ -32,16 +34,23 @@ def split_rows(
         ValueError: a column that is missing or has empty cells, another word than the parts', too few groups.
     """
     if config.split_column:
-        given = np.char.strip(_texts(table, config.split_column, "data.split_column"))
+        texts = _texts(table, config.split_column, "data.split_column")
+        given = np.asarray([part_called(text) for text in texts])
         unknown = np.flatnonzero(~np.isin(given, PARTS))
         if len(unknown):
             raise ValueError(
                 f"{table.place(unknown[0])}: column {config.split_column!r} (data.split_column) says "
-                f"{str(given[unknown[0]])!r}; allowed are {', '.join(PARTS)}"
+                f"{str(given[unknown[0]])!r}; allowed are {', '.join((*PARTS, *ALIASES))}"
             )
-        return {name: np.flatnonzero(given == name) for name in PARTS}
+        rows = {name: np.flatnonzero(given == name) for name in PARTS}
+        if config.group:
+            named = group_names(table, config)
+            check_groups({name: named[of_part] for name, of_part in rows.items()}, config.group)
+        return rows
     strata = _codes(table, config.stratify, "data.stratify")
     groups = _codes(table, [config.group], "data.group") if config.group else None
+    if config.group:
+        _say_alike(table, config.group)
     if together is not None and len(np.unique(together)) < len(together):
         groups = _joined(together, groups)
     if config.folds is not None:
@@ -61,8 +70,13 @@ def _shared(
     """Rows of three parts in the given shares."""
     rng = np.random.default_rng([seed, 0])
     if groups is None:
-        pieces = [_cut(rng.permutation(np.flatnonzero(strata == s)), shares) for s in np.unique(strata)]
-        return [np.sort(np.concatenate([piece[part] for piece in pieces])) for part in range(3)]
+        shuffled = [rng.permutation(np.flatnonzero(strata == s)) for s in np.unique(strata)]
+        pieces = [_cut(rows, shares) for rows in shuffled]
+        parts = [np.sort(np.concatenate([piece[part] for piece in pieces])) for part in range(3)]
+        if all(len(part) or not share for part, share in zip(parts, shares, strict=True)):
+            return parts
+        # Strata of few rows, which are all rounded alike.
+        return _dealt(np.concatenate(shuffled), shares)
     if not stratified:
         _, groups = np.unique(groups, return_inverse=True)
         return [np.flatnonzero(np.isin(groups, chunk)) for chunk in _cut(rng.permutation(groups.max() + 1), shares)]
@@ -109,7 +123,7 @@ def _codes(table: Table, columns: Sequence[str], option: str) -> np.ndarray:
     codes = np.zeros(len(table.rows), dtype=np.int64)
     for column in columns:
         texts = _texts(table, column, option)
-        empty = np.flatnonzero(np.isin(np.char.strip(texts), ("", "None", "nan")))
+        empty = np.flatnonzero(np.isin(texts, ("", "None", "nan")))
         if len(empty):
             raise ValueError(f"{table.place(empty[0])}: column {column!r} ({option}) is empty")
         _, code = np.unique(texts, return_inverse=True)
@@ -118,7 +132,46 @@ def _codes(table: Table, columns: Sequence[str], option: str) -> np.ndarray:
 
 
 def _texts(table: Table, column: str, option: str) -> np.ndarray:
-    return np.asarray([str(value) for value in table.rows[table.column(column, option)]])
+    return np.asarray([str(value).strip() for value in table.rows[table.column(column, option)]])
+
+
+def group_names(table: Table, config: DataConfig) -> np.ndarray:
+    """(N,) the cells of `data.group`."""
+    return _texts(table, config.group, "data.group")
+
+
+def check_groups(groups: Mapping[str, np.ndarray], column: str) -> None:
+    """Raises:
+    ValueError: rows of one group are in two of the parts that were given."""
+    owner: dict[str, str] = {}
+    for part, names in groups.items():
+        for name in np.unique(names).tolist():
+            if owner.setdefault(name, part) != part:
+                raise ValueError(
+                    f"{column} {name!r} (data.group) is in two of the given parts, {owner[name]} and {part}"
+                )
+
+
+def _say_alike(table: Table, column: str) -> None:
+    """Groups whose names are written in two ways would be two groups."""
+    seen: dict[str, str] = {}
+    for name in np.unique(_texts(table, column, "data.group")).tolist():
+        other = seen.setdefault(re.sub(r"^0+(?=\d)|\s", "", name.casefold()), name)
+        if other != name:
+            say(
+                f"{table.source}: {other!r} and {name!r} in column {column!r} (data.group) are two groups; are they "
+                "one?"
+            )
+            return
+
+
+def _dealt(rows: np.ndarray, shares: tuple[float, ...]) -> list[np.ndarray]:
+    """Rows, given stratum by stratum, dealt out to the part that lacks most: even over strata as far as rows allow."""
+    parts: list[list[int]] = [[] for _ in shares]
+    for number, row in enumerate(rows.tolist(), 1):
+        lacking = [share * number - len(part) for share, part in zip(shares, parts, strict=True)]
+        parts[int(np.argmax(lacking))].append(row)
+    return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
 
 
 def _cut(rows: np.ndarray, shares: tuple[float, ...]) -> list[np.ndarray]:

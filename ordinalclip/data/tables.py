@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -24,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from ordinalclip.config import DataConfig
+from ordinalclip.files import content_digest
 from ordinalclip.suggestions import near_matches
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ EXCEL, DELIMITED, PARQUET, JSON_LINES = (".xlsx", ".xlsm"), (".csv", ".tsv"), ("
 TABLES = (*DELIMITED, *EXCEL, *PARQUET, *JSON_LINES)
 LISTS = ("", ".txt", ".lst", ".list")
 CHUNK = 50_000  # rows that are Python objects at a time
+SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n")
 LONGEST_CELL = 1 << 20  # characters; more is a quote that was never closed
 
 Record = tuple[int, list[str | None]]  # line of the file, and its cells
@@ -53,16 +54,18 @@ class Table:
         rows: a `datasets.Dataset`; columns of text files are text.
         source: the file or data set, for errors.
         lines: (N,) line of each row in the file, header included; None where there are none.
+        places: (N,) row of each in the file, counted from 0; None where all are there.
     """
 
     rows: datasets.Dataset
     source: str
     lines: np.ndarray | None = None
+    places: np.ndarray | None = None
 
     def place(self, row: int) -> str:
         """What to call a row, counted from 0, in an error."""
         line = "" if self.lines is None else f" (line {self.lines[row]})"
-        return f"{self.source}, row {row + 1}{line}"
+        return f"{self.source}, row {(row if self.places is None else self.places[row]) + 1}{line}"
 
     def column(self, name: str, option: str) -> str:
         """The name of a column that there is.
@@ -82,7 +85,8 @@ class Table:
 
     def select(self, rows: np.ndarray) -> Table:
         """The given rows."""
-        return Table(self.rows.select(rows), self.source, None if self.lines is None else self.lines[rows])
+        places = rows if self.places is None else self.places[rows]
+        return Table(self.rows.select(rows), self.source, None if self.lines is None else self.lines[rows], places)
 
 
 def read_table(path: Path, config: DataConfig) -> Table:
@@ -97,6 +101,8 @@ def read_table(path: Path, config: DataConfig) -> Table:
         near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f"{path}: {what}" + (f"; {near_matches(path.name, sorted(near))}" if near else ""))
     ending = path.suffix.lower()
+    if config.sheet and ending not in EXCEL:
+        raise ValueError(f"{path}: data.sheet={config.sheet!r} is for tables of Excel")
     if ending in PARQUET:
         return Table(_read_parquet(path), str(path))
     if ending in JSON_LINES:
@@ -154,8 +160,6 @@ def _column_names(path: Path, names: Sequence[str | None]) -> list[str]:
 def _text(path: Path, encoding: str) -> str:
     """The text of a file, in the encoding given or said by its byte-order mark, else UTF-8."""
     content = path.read_bytes()
-    if not content.strip():
-        raise ValueError(f"{path}: the file is empty")
     marked = next((name for mark, name in MARKS.items() if content.startswith(mark)), None)
     chosen = encoding or marked or "utf-8"
     try:
@@ -163,11 +167,17 @@ def _text(path: Path, encoding: str) -> str:
     except LookupError:
         raise ValueError(f"data.encoding={encoding!r} is unknown; such as utf-8, utf-16, latin-1, cp1252") from None
     except UnicodeDecodeError as error:
+        if error.encoding == "undefined":
+            raise ValueError("data.encoding=undefined means nothing") from None
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{path}, line {line}: not {chosen} (byte 0x{content[error.start]:02x}); "
             "data.encoding=cp1252, latin-1 or utf-16 says another encoding"
         ) from None
+    except UnicodeError as error:
+        raise ValueError(f"{path}: not {chosen} ({error}), as data.encoding says") from None
+    if not text.strip("\ufeff \t\r\n\xa0"):
+        raise ValueError(f"{path}: the file is empty")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(f"{path}, line {line}: holds NUL characters; is it text? data.encoding=utf-16 may be missing")
@@ -177,8 +187,12 @@ def _text(path: Path, encoding: str) -> str:
 def _delimited_records(path: Path, config: DataConfig) -> tuple[list[str], Iterator[Record]]:
     text = _text(path, config.encoding)
     lines = io.StringIO(text, newline="")
-    separator = config.separator or _separator(path, text, config)
-    records = _checked(path, csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=True))
+    said = SEPARATOR_LINE.match(text)  # of Excel
+    separator = config.separator or (said[1] if said else _separator(path, text, config))
+    reader = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=True)
+    if said:
+        next(reader)
+    records = _checked(path, reader)
     header = next(records, None)
     if header is None:
         raise ValueError(f"{path}: the file is empty")
@@ -187,6 +201,8 @@ def _delimited_records(path: Path, config: DataConfig) -> tuple[list[str], Itera
 
 def _separator(path: Path, text: str, config: DataConfig) -> str:
     """The one that makes the columns that are asked for out of the header, else most columns."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
     header = next(line for line in text.splitlines() if line.strip())
     wanted = {config.image_column, config.label_column}
     split = {mark: {cell.strip().strip('"') for cell in header.split(mark)} for mark in SEPARATORS}
@@ -197,7 +213,7 @@ def _separator(path: Path, text: str, config: DataConfig) -> str:
 def _checked(path: Path, reader: Any) -> Iterator[Record]:
     """Records without blank lines; errors of the reader say the line."""
     csv.field_size_limit(LONGEST_CELL)
-    begin = 1
+    begin = reader.line_num + 1
     while True:
         try:
             cells = next(reader)
@@ -214,6 +230,7 @@ def _checked(path: Path, reader: Any) -> Iterator[Record]:
 
 def _list_records(path: Path, config: DataConfig) -> Iterator[Record]:
     """`path label [label ...]`: the median of the labels counts."""
+    several = 0
     for number, line in enumerate(_text(path, config.encoding).splitlines(), 1):
         words = line.split()
         if not words:
@@ -224,7 +241,10 @@ def _list_records(path: Path, config: DataConfig) -> Iterator[Record]:
         elif not labels or None in labels:
             raise ValueError(f"{path}, line {number}: write `path label [label ...]`, got {line!r}")
         else:
+            several += 1
             yield number, [words[0], repr(float(np.median(np.asarray(labels, dtype=float))))]
+    if several:
+        logger.warning("%s: %d lines have several labels, of which the median counts", path, several)
 
 
 NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?\s*", re.ASCII)
@@ -245,12 +265,12 @@ def plain_number(text: str) -> float | None:
 def _json_records(path: Path, config: DataConfig) -> tuple[list[str], Iterator[Record]]:
     """An object a line; the first one's keys are the columns, and every other has the same."""
     objects: list[tuple[int, dict[str, Any]]] = []
-    for number, line in enumerate(_text(path, config.encoding).splitlines(), 1):
+    for number, line in enumerate(_text(path, config.encoding).split("\n"), 1):  # JSON allows other line ends in text
         if not line.strip():
             continue
         try:
             found = json.loads(line, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from None
         if not isinstance(found, dict):
             raise ValueError(f"{path}, line {number}: not a JSON object, got {type(found).__name__}")
@@ -290,7 +310,8 @@ def _excel_records(path: Path, config: DataConfig) -> tuple[list[str | None], It
     except ImportError as error:
         raise ImportError(f"{path}: Excel needs openpyxl: pip install 'ordinalclip[excel]'") from error
     try:
-        sheets = pd.read_excel(path, sheet_name=None, header=None, dtype=object, engine="openpyxl")
+        options: dict[str, Any] = {"header": None, "dtype": object, "keep_default_na": False, "engine": "openpyxl"}
+        sheets = pd.read_excel(path, sheet_name=None, **options)
     except Exception as error:  # what openpyxl and zipfile raise at damaged files
         raise ValueError(f"{path}: not a readable Excel file ({error})") from error
     filled = [name for name, cells in sheets.items() if not cells.empty]
@@ -300,7 +321,7 @@ def _excel_records(path: Path, config: DataConfig) -> tuple[list[str | None], It
         raise ValueError(f"{path}: {len(filled)} sheets hold something ({', '.join(filled)}); data.sheet says which")
     cells = sheets[config.sheet or filled[0]]
     rows = [
-        (number, [None if pd.isna(value) else _cell(value) for value in row])
+        (number, [None if pd.isna(value) or value == "" else _cell(value) for value in row])
         for number, row in enumerate(cells.itertuples(index=False), 1)
     ]
     rows = [(number, row) for number, row in rows if any(cell is not None for cell in row)]
@@ -322,13 +343,3 @@ def _read_parquet(path: Path) -> datasets.Dataset:
     if not len(rows):
         raise ValueError(f"{path}: has no rows")
     return rows
-
-
-def content_digest(files: Iterable[Path]) -> str:
-    """SHA-256 of the contents of files, with their names."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\n".encode("utf-8", "surrogateescape"))
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()

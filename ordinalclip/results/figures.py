@@ -23,6 +23,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from ordinalclip.files import whole
 from ordinalclip.metrics import Metric
 from ordinalclip.quoting import printable
 from ordinalclip.ranks import Ranks
@@ -413,8 +414,8 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure on white, as PDF or PNG by the ending of `path`."""
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, facecolor="white", dpi=200)
+    with matplotlib.rc_context(STYLE), whole(path) as aside:
+        figure.savefig(aside, facecolor="white", dpi=200, format=path.suffix[1:])
 
 
 def _figure(height: float, panels: int = 1, **options: Any) -> tuple[Figure, Any]:

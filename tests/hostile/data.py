@@ -78,7 +78,10 @@ def _(folder):
     return sorted_into(folder, DEGREES)
 
 
-@case("a folder for every size, in no known order", r"order is yours to say.*ranks\.names='\[L, M, S, XL\]' in order")
+@case(
+    "a folder for every size, in no known order",
+    r"order is yours to say.*ranks\.names='\[LOWEST, \.\.\., HIGHEST\]' of L, M, S, XL",
+)
 def _(folder):
     return sorted_into(folder, CLOTHES)
 
@@ -110,6 +113,21 @@ def _(folder):
     words = sorted_into(folder, ["1", "2"])
     picture(folder / "all" / "a.png", 99)
     return words
+
+
+@case("a HEIC among the pictures of a label", r"all/2/phone\.HEIC: not a readable image", status=1)
+def _(folder):
+    words = sorted_into(folder, ["1", "2"])
+    (folder / "all/2/phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    return words
+
+
+@case("folders for the parts below those for labels", r"all/1/t\w+: a part below a label")
+def _(folder):
+    for part in ("train", "test"):
+        for name in "12":
+            picture(folder / "all" / name / part / "a.png", hash((part, name)) % 10_000)
+    return ["check-data", "default", "-q", "data.source=folder", "data.root=all"]
 
 
 @case("a folder for a label without pictures", r"all/3: no pictures in this folder; endings searched: \.png")
@@ -199,6 +217,8 @@ _label(
     "data.missing=drop",
 )
 _label("a label outside the ranks", 7, r"label 7 .*outside the ranks 0 to 2", 2, "ranks.values=[0, 1, 2]")
+_label("-1 beside grades", -1, r"label -1 is outside the ranks 0 to 2 \(tolerance 0\.5\)", 2, "ranks.values=[0, 1, 2]")
+_label("999 beside grades", 999, r"3 labels are 999, apart from the others: are they labels\?", 0)
 _label("spaces around labels", " 3 ", r"labels 0 to 3, 0 broken", 0)
 
 
@@ -230,9 +250,7 @@ def _(folder):
     return labelled(folder, [f"{value:.3f}" for value in np.linspace(-11, 43, 90)], number=90)
 
 
-@case(
-    "a label of the test part beyond the ranks of training", r"ranks\.low, high and num .*ranks\.tolerance say others"
-)
+@case("a label of the test part beyond the ranks of training", r"ranks\.values=\[0, 0\.25, .*, 99\] says others")
 def _(folder):
     pictures(folder)
     rows = [f"p{index}.png,{index / 4 if index < 11 else 99},{'train' if index < 8 else 'test'}" for index in range(12)]
@@ -327,6 +345,14 @@ _table(
     r"labels\.csv, row 5 \(line 11\): label 'x'",
 )
 _table(
+    "a cell of two lines, and a bad label below it",
+    lines(header=("image", "label"))
+    .replace("p0.png,0", '"p0.png",0')
+    .replace("p1.png,1", '"p1\n.png",1')
+    .replace("p4.png,1", "p4.png,x"),
+    r"labels\.csv, row 5 \(line 7\): label 'x'",
+)
+_table(
     "labels under another name",
     lines().replace("label", "other"),
     r"column 'label' .*is missing; it has 'image', 'other'",
@@ -335,10 +361,10 @@ _table(
     "a part by another name",
     lines()
     .replace("image,label", "image,label,part")
-    .replace(".png,0", ".png,0,dev")
+    .replace(".png,0", ".png,0,holdout")
     .replace(".png,1", ".png,1,train")
     .replace(".png,2", ".png,2,test"),
-    r"row 1 \(line 2\): column 'part' \(data\.split_column\) says 'dev'; allowed are train, validation, test",
+    r"row 1 \(line 2\): column 'part' \(data\.split_column\) says 'holdout'; allowed are train, validation, test",
     2,
     "data.split_column=part",
 )
@@ -426,6 +452,12 @@ def excel(folder, **sheets):
 def _(folder):
     excel(folder, Sheet1=[0, 1, 2], Sheet2=[])
     return check(table="rows.xlsx")
+
+
+@case("Excel with None as a grade", r"None \(\d\), Mild \(\d\), Severe \(\d\)", status=0)
+def _(folder):
+    excel(folder, grades=["None", "Mild", "Severe"])
+    return check("ranks.names=[None, Mild, Severe]", table="rows.xlsx")
 
 
 @case("Excel with two sheets", r"rows\.xlsx: 2 sheets hold something \(old, new\); data\.sheet says which")
@@ -649,7 +681,52 @@ def _(folder):
     return [word.replace("data.group=patient", "data.group=eye") for word in words]
 
 
+@case(
+    "one patient in two parts that are given",
+    r"patient 's0' \(data\.group\) is in two of the given parts, train and test",
+)
+def _(folder):
+    words = grouped(folder, "data.split_column=part")
+    rows = (folder / "labels.csv").read_text().splitlines()
+    parts = ["part", *(["train", "test"] * 24)]
+    (folder / "labels.csv").write_text("\n".join(f"{row},{part}" for row, part in zip(rows, parts, strict=True)) + "\n")
+    return words
+
+
+@case(
+    "patients whose names differ by a nought",
+    r"'007' and '7' in column 'patient' .* are two groups; are they one\?",
+    status=0,
+)
+def _(folder):
+    words = grouped(folder, who="{0}")
+    text = (folder / "labels.csv").read_text()
+    (folder / "labels.csv").write_text(text.replace("p28.png,1,7", "p28.png,1,007"))
+    return words
+
+
+@case("strata beside parts that are given", r"split_column says the parts: folds and stratify have no effect beside it")
+def _(folder):
+    return grouped(folder, "data.split_column=patient", "data.stratify=[label]")
+
+
+@case("a fold without folds", r"data\.fold=2 of data\.folds=None: folds count from 0")
+def _(folder):
+    return grouped(folder, "data.fold=2")
+
+
+@case("strata of two rows", r"train: \d+ images.*\nvalidation: [1-9]\d* images.*\ntest: [1-9]\d* images", status=0)
+def _(folder):
+    return labelled(folder, range(20), "data.stratify=[label]", "ranks.values=[0, 10, 19]", number=40)
+
+
 # ---- sources
+
+
+@case("an empty configuration", r"c\.yaml: holds nothing; a configuration has keys, `ordinalclip init` writes one")
+def _(folder):
+    (folder / "c.yaml").write_text("# nothing but this\n")
+    return ["check-data", "c.yaml"]
 
 
 @case("the defaults", r"ranks: 101, 0 to 100", status=0)
@@ -769,7 +846,7 @@ def _(folder):
 
 @case(
     "init: a folder for every size, in no known order",
-    r"  # names: \[L, M, S, XL\]\n(.*\n)*ordinalclip: before a training "
+    r"  # names: \[LOWEST, '\.\.\.', HIGHEST\]\n(.*\n)*ordinalclip: before a training "
     r"can start: .*order is yours to say",
     status=1,
 )
@@ -804,7 +881,7 @@ def _(folder):
 
 @case(
     "init: measurements, patients and a column of parts",
-    r"split_column: part\n(.*\n)*  low: 10\n  high: 21\.8\n  num: 60\n",
+    r"split_column: part\n(.*\n)*  low: 10\n  high: 22\n  num: 7\n",
     status=0,
 )
 def _(folder):
@@ -839,6 +916,42 @@ def _(folder):
     rows = [f"p{n}.png,{n % 3},{CLOTHES[n % 4]}" for n in range(12)]
     written(folder, "\n".join(["image,class,mood", *rows]) + "\n")
     return ["init", ".", "ranks.names=[S, M, L, XL]"]
+
+
+@case(
+    "init: a column of parts by other names",
+    r"  # The column that says the part of every row: Train \(6\), val \(3\), Test \(3\)\.\n"
+    r"  split_column: split\n",
+    status=0,
+)
+def _(folder):
+    parts = ["Train", "val", "Train", "Test"]
+    rows = [f"p{n}.png,{n % 3},{parts[n % 4]}" for n in range(12)]
+    written(folder, "\n".join(["image,grade,split", *rows]) + "\n")
+    return ["init", "."]
+
+
+@case("init: patients by number, and what else is about them", r"  group: PatientID\n", status=0)
+def _(folder):
+    rows = [f"p{n}.png,{n % 3},{n // 2},{'mf'[n % 2]},{n % 5}" for n in range(12)]
+    written(folder, "\n".join(["image,grade,PatientID,patient_sex,user", *rows]) + "\n")
+    return ["init", "."]
+
+
+@case("init: an age in months", r"  unit: months\n", status=0)
+def _(folder):
+    written(folder, lines(header=("image", "age_months")))
+    return ["init", "."]
+
+
+@case(
+    "init: two columns of pictures",
+    r"labels\.csv: several columns name pictures: mask, image; data\.image_column=NAME says",
+)
+def _(folder):
+    rows = [f"p{(n + 1) % 12}.png,p{n}.png,{n % 3}" for n in range(12)]
+    written(folder, "\n".join(["mask,image,grade", *rows]) + "\n")
+    return ["init", "."]
 
 
 @case("init: two tables", r"\.: holds 2 tables \(a\.csv, b\.csv\); name the one to take")

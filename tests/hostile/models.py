@@ -334,6 +334,24 @@ def _(folder):
     return unsigned(folder, ranks={"values": list(range(9000))}, id2label=None, label2id=None)
 
 
+@case("a model with 26 mirrors", r"mirror holds horizontal and vertical, each at most once")
+def _(folder):
+    return unsigned(folder, mirror=["horizontal"] * 26)
+
+
+@case("a key twice in config.json", r"model/config\.json: damaged, not valid JSON \(key 'dropout' stands in it twice\)")
+def _(folder):
+    words = weights(folder, lambda tensors: None)
+    file = folder / "model" / "config.json"
+    file.write_text('{"dropout": 0.5, ' + file.read_text().lstrip("{ \n"))
+    return words
+
+
+@case("names of ranks that are a text", r"config\.json: ranks: unit is text, names and edges are lists")
+def _(folder):
+    return unsigned(folder, ranks={"values": list(range(11)), "names": "abcdefghijk"}, id2label=None, label2id=None)
+
+
 # ---- code
 
 
@@ -504,7 +522,17 @@ def _(folder):
     (folder / "out").mkdir()
     (folder / "out/open_clip_model.safetensors").write_bytes(b"good")
     (folder / "out/open_clip_config.json").write_text("{}")
-    return odd_clip(folder)
+    return [*odd_clip(folder), "--overwrite"]
+
+
+@case(
+    "a conversion over a model that was trained since",
+    r"out holds a model that is not, or no longer, what was converted",
+)
+def _(folder):
+    shutil.copytree(saved(), folder / "out")
+    torch.save({"state_dict": {"module.prompt_learner.context_embeds": torch.zeros(1)}}, folder / "best.ckpt")
+    return ["convert", "best.ckpt", "out"]
 
 
 def thesis_is_left(folder):

@@ -306,3 +306,8 @@ if os.geteuid():  # whoever may do everything is refused nothing
     def _(folder):
         Path("mine").mkdir(mode=0o500)
         return ["make-gauges", "mine", "--quiet"]
+
+
+@case("a path of nothing, as of an empty variable", r"a path without a name was given")
+def _(folder):
+    return ["predict", "", "--model", "model"]

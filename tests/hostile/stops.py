@@ -248,7 +248,7 @@ for how, damage in (("empty", _zero), ("cut in half", _cut), ("full of zeros", _
                 damage(run.path / name)
                 return [*command, "run", "--quiet"]
 
-            case(f"{name} {how}, {command[0]}", rf"run/{name}\b.*(damaged|not valid|YAML)")(_broken)
+            case(f"{name} {how}, {command[0]}", rf"run/{name}\b.*(damaged|not valid|YAML|holds nothing)")(_broken)
 
 
 @case("log.jsonl full of zeros, report", r"report\.html", status=0)
@@ -412,3 +412,47 @@ def _(folder):
     assert main(words) == 0
     _zero(folder / "out/runs/constant-0-seed1/metrics.json")
     return words
+
+
+# ---- links, and folders of others
+
+
+def _left(folder):
+    assert (folder / "mine/thesis.tex").read_text() == "all of it"
+
+
+@case("overwrite=true, and model/ is a link to a folder of one's own", r"run folder: run", status=0, after=_left)
+def _(folder):
+    _run(folder)
+    (folder / "mine").mkdir()
+    (folder / "mine/thesis.tex").write_text("all of it")
+    shutil.rmtree(folder / "run/model")
+    (folder / "run/model").symlink_to(folder / "mine")
+    return _train("overwrite=true")
+
+
+@case("a lock that is a link to a file of one's own", r"run: .*cannot be written to", after=_left)
+def _(folder):
+    _run(folder)
+    (folder / "mine").mkdir()
+    (folder / "mine/thesis.tex").write_text("all of it")
+    (folder / "run/run.lock").symlink_to(folder / "mine/thesis.tex")
+    return ["report", "run"]
+
+
+@case(
+    "a comparison in a folder with results of others",
+    r"out holds results\.csv, and no runs of a comparison: it may be yours",
+)
+def _(folder):
+    (folder / "out").mkdir()
+    (folder / "out/results.csv").write_text("mine")
+    (folder / "c.yaml").write_text("output_dir: out\nseeds: [1]\nmethods: {a: {base: {method: l1}}}\n")
+    return ["compare", "c.yaml", "-q"]
+
+
+@case("overwrite=true in a folder with a provenance.json of others", MAY_BE_YOURS)
+def _(folder):
+    (folder / "run/model").mkdir(parents=True)
+    (folder / "run/provenance.json").write_text('{"tool": "dvc"}')
+    return _train("overwrite=true")

@@ -84,7 +84,7 @@ def _(folder):
     return predict("a\x1b[31m.png")
 
 
-@case("names and a unit of marks", r"^a\.png\t[\d.]+ \$ \| \*kg\* <b>\t\(.*<script>a</script> \d+%", status=0)
+@case("names and a unit of marks", r"^a\.png\t.+ \([\d.]+ \$ \| \*kg\* <b>\)\t\(.*<script>a</script> \d+%", status=0)
 def _(folder):
     return hostile_model(UNIT, NAMES)
 
