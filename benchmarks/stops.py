@@ -124,6 +124,7 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=20, help="of each kind for each command (default 20)")
     parser.add_argument("--per-run", type=int, default=5, help="most disturbances of one run (default 5)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("train", "compare"), help="one of the commands")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -141,7 +142,8 @@ def main() -> int:
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
         kinds = ["Ctrl-C", "SIGKILL", *(["full disk"] if mounted else [])]
         try:
-            for command, differ in ((train, differences), (compare, compared)):
+            commands = [(train, differences), (compare, compared)]
+            for command, differ in (each for each in commands if arguments.only in (None, each[0].__name__)):
                 log = Path(temporary) / "whole.log"
                 for number in range(2):  # the first takes longer
                     begun, whole = time.monotonic(), Path(temporary) / f"whole-{command.__name__}-{number}"

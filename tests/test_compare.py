@@ -122,6 +122,7 @@ def grades(comparison, image_folder):
     return comparison
 
 
+@pytest.mark.slow
 def test_runs_on_other_data_are_not_taken_up(grades, image_folder, tmp_path):
     """A label was corrected between two calls: no table is made of both."""
     run_plan(load_plan(grades), quiet=True)
@@ -349,6 +350,7 @@ def test_settings_of_the_comparison_are_those_of_every_method_that_learns(compar
     assert "tried for every method: train.lr=0.1 | train.lr=0.2" in notes(comparison)
 
 
+@pytest.mark.slow
 def test_the_table_against_what_the_runs_left(comparison, tmp_path):
     """Figures of the table, worked out again from predictions, logs and models."""
     rows = {row["method"]: row for row in run_plan(load_plan(comparison), quiet=True).summaries}
