@@ -19,6 +19,7 @@ import torch
 
 from ordinalclip.config import DataConfig, RunConfig
 from ordinalclip.data import PARTS, Part, Parts
+from ordinalclip.data.duplicates import MOST_HASHED
 
 LIBRARIES = (
     "ordinalclip",
@@ -73,8 +74,8 @@ def fingerprint(part: Part) -> dict[str, Any]:
     """What tells a part of the data from another: number of rows, columns, two hashes, first and last name.
 
     The first hash is the SHA-256 of the rows' names in order, a line each, and of their labels as float64. Names are
-    paths as the table gives them, so that the folder above them may move. The second is of the pictures: of their
-    bytes, beyond `MOST_READ` of their sizes.
+    paths as the table gives them, so that the folder above them may move. The second is of the pictures: see
+    `_pictures`.
     """
     digest = hashlib.sha256()
     for begin in range(0, len(part), CHUNK):
@@ -92,8 +93,8 @@ def fingerprint(part: Part) -> dict[str, Any]:
 
 
 def _pictures(part: Part) -> str:
-    """A hash of the pictures' bytes, up to `MOST_READ` of them, then of their sizes."""
-    digest, left = hashlib.sha256(), MOST_READ
+    """A hash of the pictures: of their bytes, up to `MOST_HASHED` and `MOST_READ`; beyond that of file sizes."""
+    digest, left = hashlib.sha256(), MOST_READ if len(part) <= MOST_HASHED else 0
     for picture in _stored(part):
         path = picture if isinstance(picture, str) and os.path.isfile(picture) else ""
         content = picture if isinstance(picture, bytes) else b"" if path else repr(picture).encode()
@@ -110,15 +111,16 @@ def _pictures(part: Part) -> str:
 
 
 def _stored(part: Part) -> Iterator[Any]:
-    """The paths or bytes of a part's pictures, without `datasets`' mapping around them."""
+    """The paths of a part's pictures; or, of `MOST_HASHED` at most, their bytes, without `datasets`' mapping around."""
     if part.names.paths is not None:
-        yield from (part.picture(index) for index in range(len(part)))
-        return
-    for batch in part.rows.select_columns(part.image_column).with_format("arrow").iter(1000):
-        for picture in batch[part.image_column].to_pylist():
-            if isinstance(picture, dict):
-                picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
-            yield picture
+        for begin in range(0, len(part), CHUNK):
+            yield from (os.path.join(part.root, name) for name in part.names[begin : begin + CHUNK])
+    elif len(part) <= MOST_HASHED:
+        for batch in part.rows.select_columns(part.image_column).with_format("arrow").iter(1000):
+            for picture in batch[part.image_column].to_pylist():
+                if isinstance(picture, dict):
+                    picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
+                yield picture
 
 
 def source() -> dict[str, Any] | None:

@@ -28,11 +28,15 @@ def copies(parts: Sequence[Part], read_all: bool = False) -> np.ndarray:
     """
     ids: dict[object, int] = {}
     keys: list[object] = []
+    few = read_all or sum(map(len, parts)) <= MOST_HASHED
+    if not few and all(part.names.paths is None for part in parts):
+        return np.arange(sum(map(len, parts)))
     for part in parts:
-        by_path = part.names.paths is not None
-        for index in range(len(part)):
-            keys.append(os.path.normpath(str(part.picture(index))) if by_path else (id(part), index))
-    if read_all or len(keys) <= MOST_HASHED:
+        if part.names.paths is None:
+            keys += [(id(part), index) for index in range(len(part))]
+        else:
+            keys += [os.path.normpath(os.path.join(part.root, name)) for name in part.names[:]]
+    if few:
         keys = _by_bytes(parts, keys)
     return np.asarray([ids.setdefault(key, len(ids)) for key in keys], dtype=np.int64)
 
@@ -105,6 +109,8 @@ def repeated(parts: Sequence[Part], ids: np.ndarray) -> list[Repeated]:
     Args:
         ids: what `copies` gives for these parts.
     """
+    if len(np.unique(ids)) == len(ids):
+        return []
     places = [(part, index) for part in parts for index in range(len(part))]
     order = np.argsort(ids, kind="stable")
     runs = np.split(order, np.flatnonzero(np.diff(ids[order])) + 1) if len(order) else []

@@ -137,7 +137,10 @@ def _assemble(tables: dict[str, Table], config: DataConfig, ranks: RanksConfig, 
 
 def _divided(loose: dict[str, Part], tables: dict[str, Table], config: DataConfig, seed: int) -> dict[str, Part]:
     """The parts, the same picture being in one of them only, and with one label."""
-    watched = config.source != "gauges" and config.duplicates != "allow"
+    first = int(os.environ.get("RANK", "0")) == 0  # the process that speaks for all, unless all need to know
+    watched = config.source != "gauges" and (
+        config.duplicates == "together" or (config.duplicates == "refuse" and first)
+    )
     ids = copies(list(loose.values())) if watched else np.zeros(0)
     together = config.duplicates == "together"
     if "all" in loose:
