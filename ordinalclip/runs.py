@@ -12,6 +12,7 @@ from typing import Any
 
 from ordinalclip.config import RunConfig, flat_keys, read_overrides
 from ordinalclip.data import Parts, load_parts
+from ordinalclip.heads import head_class
 from ordinalclip.provenance import fingerprints
 from ordinalclip.results.run_report import document_run
 from ordinalclip.run_folder import RunFolder
@@ -90,6 +91,7 @@ def evaluate_run(
     if idle := [key for key in flat_keys(read_overrides(overrides)) if not key.startswith(EVALUATED)]:
         raise ValueError(f"{idle[0]}: of no effect on a run that is done; allowed are {', '.join(EVALUATED)}")
     config = config or run.read_config(overrides)
+    head_class(config.method)  # a method of one's own, which a model's files may not import by themselves
     accelerator = make_accelerator(config.train.mixed_precision)
     with held(run, accelerator) if kept else nullcontext():
         parts = parts or load_parts(config.data, config.ranks, config.seed)

@@ -204,9 +204,9 @@ def test_several_jobs_give_the_same_table(comparison, tmp_path, monkeypatch):
     pools = []
 
     class Pool(execution.ProcessPoolExecutor):
-        def __init__(self, jobs, context):
+        def __init__(self, jobs, *more):
             pools.append(jobs)
-            super().__init__(jobs, context)
+            super().__init__(jobs, *more)
 
     monkeypatch.setattr(execution, "ProcessPoolExecutor", Pool)
     rows = run_plan(load_plan(comparison), quiet=True).summaries

@@ -28,7 +28,8 @@ LONG = ("method=l1", "train.max_steps=100000", "train.eval_every=100000", "data.
 
 
 def train(folder, *more):
-    return ["train", "default", "-q", f"output_dir={folder}", *QUICK, "train.resume=auto", *more]
+    words = ["train", "default", "-q", f"output_dir={folder}", *QUICK, "train.resume=auto", *more]
+    return list({word.partition("=")[0]: word for word in words}.values())  # a key that is given twice would be said
 
 
 def start(command, **environment):

@@ -192,7 +192,8 @@ class Survey:
             cells = Counter(str(cell).strip() for cell in table.rows[name] if cell is not None)
             numbers = float(np.mean([_is_number(cell) for cell in cells.elements()])) if cells else 0.0
             scale = numbers > 0.5 or len(cells) <= MOST_LISTED
-            if name == self.data.image_column or len(cells) < 2 or set(cells) <= set(PARTS) or not scale:
+            parts = {part_called(cell) for cell in cells} <= set(PARTS)
+            if name == self.data.image_column or len(cells) < 2 or parts or not scale:
                 continue
             unnamed = not (self.ranks.names and set(cells) <= {"", *self.ranks.names})
             rank = next((rank for rank, label in enumerate(LABELS) if label in words), len(LABELS))
