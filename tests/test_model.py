@@ -336,10 +336,7 @@ def test_one_changed_value_is_refused_or_changes_nothing(folders, tmp_path):
                 if key in ELSEWHERE:
                     continue
                 for value in others(old):
-                    try:
-                        check_change(folder, before, picture, file, (key,), value, tmp_path / "copy")
-                    except Exception as e:
-                        print("XXX", key, repr(value)[:50], type(e), str(e)[:150].replace(chr(10), " "))
+                    check_change(folder, before, picture, file, (key,), value, tmp_path / "copy")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
