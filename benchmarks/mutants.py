@@ -9,8 +9,8 @@ Prints a table of module, fault, the test that caught it, and seconds. The worki
 first; five times their seconds and a minute more are the time limit, and a fault that makes them hang counts as caught.
 Every test run is forked from a process that has imported the libraries, which saves ten seconds each.
 
-Of the 211 faults in 23 modules every one was caught when it was last planted. All of them take some 20 minutes with one
-process on two busy cores: 2 to 10 s each, but for four that start torchrun and take a minute.
+All of them take some 30 minutes with one process on two busy cores: 2 to 20 s each, but for four that start torchrun
+and take a minute.
 
 Exit status: 0; 1 where a fault survived that is not marked `survives` in the list; 2 where the list or the tests are at
 fault themselves.
