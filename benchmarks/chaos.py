@@ -134,7 +134,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
 
     def log(run: Path) -> list[dict]:
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+        return [{key: value for key, value in row.items() if key not in ("seconds", "processor_ms")} for row in rows]
 
     def figures(run: Path) -> dict:
         return {**json.loads((run / "metrics.json").read_text()), "train_seconds": None}

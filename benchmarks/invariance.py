@@ -56,7 +56,6 @@ OPTIONS = [
     "model.image_size=32",
     "model.dropout=0.1",
     "model.drop_path=0.1",
-    "train.channels_last=true",
     "train.eval_every=1000",
     "evaluation.test=false",
     "evaluation.report=false",

@@ -25,7 +25,6 @@ from ordinalclip.config import load_config
 from ordinalclip.training import train
 
 SWITCHES = {
-    "train.channels_last=true": "",
     "train.fused=false": "",
     "train.compile=true": "",
     "train.activation_checkpointing=true": "",

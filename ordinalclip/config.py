@@ -357,7 +357,6 @@ class TrainConfig(Section):
     exact: bool = Field(
         True, description="refuse what depends on processes or micro-batches (some BatchNorm modes); false: warn"
     )
-    channels_last: bool = Field(False, description="channels-last memory order; faster on some machines")
     fused: bool = Field(True, description="AdamW's update in one kernel")
     compile: bool = Field(False, description="torch.compile the image encoder")
     activation_checkpointing: bool = Field(

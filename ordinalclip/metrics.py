@@ -205,6 +205,70 @@ def mae_by_shots(
     return table
 
 
+def constant_answer(train_counts: ArrayLike, values: ArrayLike) -> float:
+    """The answer with the smallest MAE that does not look at the picture: the median rank of the training labels.
+
+    Args:
+        train_counts: (R,) number of training labels of each rank.
+        values: (R,) of the ranks.
+
+    >>> constant_answer([1, 3, 0, 1], [10, 20, 30, 40])
+    20.0
+    """
+    below = np.cumsum(np.asarray(train_counts, dtype=np.float64))
+    return float(np.asarray(values)[np.searchsorted(below, below[-1] / 2)])
+
+
+def against_constant(predictions: ArrayLike, references: ArrayLike, answer: float) -> dict[str, float | None]:
+    """Predictions beside one answer for every picture.
+
+    Args:
+        answer: see `constant_answer`.
+
+    Returns:
+        "answer"; "mae", its MAE; "p" of the one-tailed paired t-test that the predictions' errors are no smaller, None
+        for a single image; "spread", the standard deviation of the predictions as a share of that of the references,
+        None where these are all equal.
+
+    >>> against_constant([20, 29, 42], [21, 27, 40], 25)
+    {'answer': 25.0, 'mae': 7.0, 'p': 0.18..., 'spread': 1.1...}
+    """
+    predicted, true = _pair(predictions, references)
+    errors, constant = np.abs(predicted - true), np.abs(answer - true)
+    gains, deviation = constant - errors, true.std()
+    if len(gains) < 2:
+        p = None
+    elif np.ptp(gains) == 0:  # the t statistic is 0 / 0, or infinite
+        p = 0.0 if gains[0] > 0 else 1.0
+    else:
+        p = float(stats.ttest_1samp(gains, 0, alternative="greater").pvalue)
+    spread = float(predicted.std() / deviation) if deviation > 0 else None
+    return {"answer": float(answer), "mae": float(constant.mean()), "p": p, "spread": spread}
+
+
+STILL = 0.05  # answers that vary less than this share of the labels' spread are nearly constant
+
+
+def doubt(scores: Mapping[str, Any], unit: str = "") -> str:
+    """Why a model that was scored is no success, in words; "" where nothing speaks against it.
+
+    Args:
+        scores: of a part, as in metrics.json.
+    """
+    beside, mae = scores.get("constant"), scores.get("mae")
+    if beside is None or mae is None:
+        return ""
+    constant = f"always answering {beside['answer']:g} {unit}".rstrip()
+    maes = f"MAE {mae:.4g} against {beside['mae']:.4g}"
+    if beside["spread"] is not None and beside["spread"] < STILL:
+        return f"the answers are nearly the same for every picture, as if {constant} ({maes})"
+    if mae >= beside["mae"]:
+        return f"no better than {constant} ({maes})"
+    if beside["p"] is None or beside["p"] >= 0.05:
+        return f"not shown to be better than {constant}, with {scores['num']} images ({maes})"
+    return ""
+
+
 def ordinality(prototypes: Tensor) -> float:
     """Share of prototype similarities that fall with the distance in rank (OrdinalCLIP, table 6).
 

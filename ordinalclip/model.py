@@ -474,7 +474,8 @@ class Encoder(nn.Module):
 
     def __init__(self, tower: nn.Module, dropout: float = 0.0, mirror: Sequence[str] = ()):
         super().__init__()
-        self.tower = tower
+        # Convolutions are faster so, by 1.1 to 1.7 on CPUs; here, so that what is loaded has it as what was trained.
+        self.tower = tower.to(memory_format=torch.channels_last)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.frozen_statistics = True
         self.mirrors: list[tuple[int, ...]] = [()]  # axes to flip, the picture itself first

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ordinalclip.metrics import Metric, mae_by_shots
+from ordinalclip.metrics import Metric, against_constant, constant_answer, mae_by_shots
 from ordinalclip.ranks import Decoding, Ranks
 
 DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
@@ -67,7 +67,8 @@ class Predictions:
 
         Args:
             metrics: see `metrics_with`; those of prototypes are left to the model.
-            train_counts: number of training labels of each rank; then also the MAE by `metrics.shot_groups`.
+            train_counts: number of training labels of each rank; then also the MAE by `metrics.shot_groups`, and what
+                `metrics.against_constant` says.
             space: (N, E) points of the feature space, for its metrics; without them those are left out.
         """
         by_decoding: dict[str, Any] = {}
@@ -84,6 +85,9 @@ class Predictions:
                 headline[name] = metric.score(columns)
         if train_counts is not None:
             by_decoding["mae_by_shots"] = mae_by_shots(self.values, self.labels, self.label_ranks, train_counts)
+            always = constant_answer(train_counts, ranks.values)
+            if np.isfinite(self.values).all():
+                by_decoding["constant"] = against_constant(self.values, self.labels, always)
         return {**headline, **by_decoding}
 
     def table(self, part: str) -> pa.Table:

@@ -46,7 +46,7 @@ def losses_of(folder):
 
 
 def without_times(rows):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "processor_ms")} for row in rows]
 
 
 def learner_of(config):

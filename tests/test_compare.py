@@ -3,11 +3,11 @@
 import csv
 import json
 import re
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import yaml
+from conftest import log_of
 from scipy import stats
 
 from ordinalclip.cli import main
@@ -368,8 +368,8 @@ def test_the_table_against_what_the_runs_left(comparison, tmp_path):
         if name == "L1":  # the others may answer the same for every picture
             assert row["pearson"] == pytest.approx(np.mean([stats.pearsonr(g.values, g.labels)[0] for g in given]))
         if name != "constant":
-            times = [1000 * t for folder in folders for t in gaps(folder)]
-            assert row["step_ms"] == pytest.approx(np.median(times))
+            times = [step["processor_ms"] for folder in folders for step in log_of(folder)]
+            assert row["processor_ms"] == pytest.approx(np.median(times))
         assert row["model_bytes"] == (folders[0] / "model" / "model.safetensors").stat().st_size
         errors[name] = {}
         for each in given:
@@ -390,11 +390,6 @@ def test_the_table_against_what_the_runs_left(comparison, tmp_path):
             t = stats.ttest_1samp(means[name] - means[best], 0, alternative="greater").pvalue
             assert rows[name]["p"] == pytest.approx(t)
     assert rows[best]["p"] is None
-
-
-def gaps(folder):
-    seconds = [json.loads(line)["seconds"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [after - before for before, after in pairwise(seconds)]
 
 
 def test_paired_test_against_its_formula():

@@ -223,7 +223,6 @@ def load(folder, step):
     "option",
     [
         pytest.param("train.activation_checkpointing=true", marks=pytest.mark.slow),
-        pytest.param("train.channels_last=true", marks=pytest.mark.slow),
         pytest.param("train.fused=false", marks=pytest.mark.slow),
         "data.workers=2",
         pytest.param("data.cache_mb=0", marks=pytest.mark.slow),

@@ -221,6 +221,59 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(quick, monkeypatc
     assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(folder[-1]).weights.values())
 
 
+@pytest.mark.parametrize(("wrong", "log_every"), [("gradient", 10), ("loss", 10), ("gradient", 1)])
+def test_where_a_device_is_not_waited_for_the_weights_are_spared_all_the_same(quick, monkeypatch, wrong, log_every):
+    """As on a GPU: it is noticed a step later, or when the log is written, and neither weights nor log have it."""
+    from baselines.regression import L1
+
+    loss, begin, step = L1.loss, Learner.__init__, Learner.step
+    learners, weights = [], []
+
+    def poisoned(self, outputs, targets):
+        terms = loss(self, outputs, targets)
+        if targets.progress == 5 / 8:
+            self.linear.bias.register_hook(lambda gradient: gradient * float("nan"))
+            return {"loss": terms["loss"] * float("nan")} if wrong == "loss" else terms
+        return terms
+
+    def deferring(self, *arguments):
+        begin(self, *arguments)
+        self.deferred = True
+        learners.append(self)
+
+    def watched(self, *batch):
+        weights.append([parameter.detach().clone() for parameter in self.parameters])
+        return step(self, *batch)
+
+    monkeypatch.setattr(L1, "loss", poisoned)
+    monkeypatch.setattr(Learner, "__init__", deferring)
+    monkeypatch.setattr(Learner, "step", watched)
+    config = quick(*FOUR, "data.num_train=10", "train.batch_size=4", "train.eval_every=4", f"train.log_every={log_every}")
+    what = "the norm of the gradient is nan" if wrong == "gradient" else "loss is nan"
+    with pytest.raises(Diverged, match=f"step 6: {what}; learning rate") as failure:
+        train(config, quiet=True)
+    assert len(weights) == (6 if log_every == 1 else 7)
+    stream, named = Stream(10, config.seed), str(failure.value).partition("rows of the batch: ")[2].split(", ")
+    assert named == [f"row {stream.at(position) + 1}" for position in range(20, 24)]
+    for parameter, before in zip(learners[0].parameters, weights[5], strict=True):
+        assert torch.equal(parameter, before)
+    moments = learners[0].optimizer.optimizer.state_dict()["state"].values()
+    assert all(torch.isfinite(tensor).all() and state["step"] == 5 for state in moments for tensor in state.values())
+    assert [row["step"] for row in log_of(config.output_dir)] == [1, 2, 3, 4, 5]
+
+
+def test_deferring_the_check_changes_no_number(quick, tmp_path, monkeypatch):
+    begin = Learner.__init__
+    plain = train(quick(*FOUR, f"output_dir={tmp_path}/plain"), quiet=True)
+
+    def deferring(self, *arguments):
+        begin(self, *arguments)
+        self.deferred = True
+
+    monkeypatch.setattr(Learner, "__init__", deferring)
+    assert_same_run(plain, train(quick(*FOUR, f"output_dir={tmp_path}/deferred"), quiet=True), 8)
+
+
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
 @pytest.mark.parametrize("average", [(), ("train.ema=0.9",)])
 def test_weights_that_the_last_update_spoils_are_not_saved(quick, monkeypatch, spoilt, average):

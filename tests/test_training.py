@@ -289,7 +289,6 @@ SHOTS = (  # 336 images
     "train.lr=1e-3",
     "train.warmup_steps=10",
     "train.eval_every=25",
-    "train.channels_last=true",
     "evaluation.report=false",
 )
 

@@ -50,9 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.heads import import_by_name
     from ordinalclip.images import BrokenImageError, find_images, load_image, read_formats
+    from ordinalclip.memory import keep_freed_memory
     from ordinalclip.pipeline import load_pipeline
     from ordinalclip.progress import Progress
 
+    keep_freed_memory()
     formats = read_formats(arguments.extra_formats)
     files = find_images(arguments.images)
     inside = RunFolder(arguments.model).model

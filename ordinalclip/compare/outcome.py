@@ -136,7 +136,7 @@ def _notes(plan: Plan, left_out: Sequence[str]) -> list[str]:
         f"Test part, {spread}{errors}; {decodings()}. D5 and RV (residual variance): of the feature space. Smaller is "
         f"better: {falling}. 95 %: bootstrap interval of the MAE over the test images. * larger errors than the first "
         f"row's by the one-tailed paired t-test (p < {LEVEL}, paired by image), ** also after Holm's correction. "
-        "ms / step: median; trained: parameters; MB: of the saved model."
+        "Processor ms / step (on a GPU the device's): median; trained: parameters; MB: of the saved model."
     )
     choice = " ".join(part for part in (_choice(plan), _unequal(plan), *left_out) if part)
     at_once = f"{plan.jobs} runs at a time" if plan.jobs > 1 else "one run at a time"

@@ -22,6 +22,7 @@ from ordinalclip.results.significance import LEVEL, Verdict, errors_by_image, ju
 from ordinalclip.run_folder import RunFolder, local
 
 MEGA = 1e6
+STEP_TIMES = ("processor_ms", "device_ms")  # of log.jsonl: see `training.step.StepClock`
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,13 @@ class Leaderboard:
     def titles(self) -> list[str]:
         """Of the columns after the method's."""
         mae, *others = (metric.title for metric in self.metrics.values())
-        return [mae, "95 %", *others, "ms / step", "trained, M", "MB", "setting chosen"]
+        times = (f"{name.removesuffix('_ms')} ms / step" for name in self.step_times)
+        return [mae, "95 %", *others, *times, "trained, M", "MB", "setting chosen"]
+
+    @cached_property
+    def step_times(self) -> list[str]:
+        """The kinds of time that the steps of these runs have."""
+        return [name for name in STEP_TIMES if any(summary[name] is not None for summary in self.summaries)]
 
     def values_of(self, name: str) -> dict[str, list[float]]:
         """A metric by method, one value per run; methods that lack it in some run are left out."""
@@ -124,7 +131,7 @@ class Leaderboard:
             mae + mark(summary),
             f"{low} to {high}",
             *others,
-            shown(summary["step_ms"], digits=1),
+            *(shown(summary[name], digits=1) for name in self.step_times),
             shown(summary["parameters"] / MEGA, digits=2) if summary["parameters"] else "-",
             shown(summary["model_bytes"] / MEGA, digits=1),
             summary["setting"],
@@ -154,7 +161,10 @@ class Leaderboard:
         summary["difference_low"], summary["difference_high"] = verdict.difference_interval
         summary["p"], summary["p_holm"] = verdict.p, verdict.p_holm
         summary["validation_mae"] = entry.validation_mae
-        summary["step_ms"] = _median_or_none([time for folder in entry.folders for time in step_times(folder)])
+        steps = [step for folder in entry.folders for step in folder.read_log()]
+        for name in STEP_TIMES:
+            times = [step[name] for step in steps if name in step]
+            summary[name] = float(np.median(times)) if times else None
         summary["parameters"] = entry.metrics[0]["parameters"]
         summary["model_bytes"] = (entry.folders[0].model / "model.safetensors").stat().st_size
         return summary
@@ -184,13 +194,3 @@ def mark(summary: dict[str, Any]) -> str:
     """A star where a method is worse than the best by the paired test, two if still so after Holm's correction."""
     stars = sum(summary[key] is not None and summary[key] < LEVEL for key in ("p", "p_holm"))
     return " " + "*" * stars if stars else ""
-
-
-def step_times(folder: RunFolder) -> list[float]:
-    """Milliseconds between the entries of a run's log; those over a validation or an interruption among them."""
-    seconds = [entry["seconds"] for entry in folder.read_log()]
-    return [1000 * gap for gap in np.diff(seconds).tolist() if gap > 0]
-
-
-def _median_or_none(values: list[float]) -> float | None:
-    return float(np.median(values)) if values else None

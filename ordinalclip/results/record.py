@@ -15,7 +15,7 @@ import torch
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Part, Parts, load_parts
 from ordinalclip.images import prepare
-from ordinalclip.metrics import Metric, bootstrap_interval, metrics_with
+from ordinalclip.metrics import Metric, bootstrap_interval, doubt, metrics_with
 from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import Predictions
 from ordinalclip.ranks import Ranks
@@ -112,13 +112,15 @@ class RunRecord:
                 found.append(ShownMetric(name, metric, value, unit, "" if low == "-" else f"{low} to {high}"))
         return found
 
-    def constant_error(self) -> float | None:
-        """MAE of the answer that is best without looking: always the median of the training labels' ranks."""
-        if self.predictions is None:
-            return None
-        below = np.cumsum(self.metrics["train_counts"]) / sum(self.metrics["train_counts"])
-        median = self.ranks.values[int(np.searchsorted(below, 0.5))]
-        return float(np.abs(self.predictions.labels - median).mean())
+    @property
+    def constant(self) -> dict[str, Any] | None:
+        """What `metrics.against_constant` says of the part that is shown."""
+        return self.scores.get("constant")
+
+    @property
+    def doubt(self) -> str:
+        """Why this model is no success: see `metrics.doubt`."""
+        return doubt(self.scores, self.ranks.unit)
 
 
 def read_run(folder: str | Path, parts: Parts | None = None, model: OrdinalModel | None = None) -> RunRecord:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -137,6 +138,18 @@ def load_weights(model: OrdinalModel, average: WeightAverage | None, weights: di
         for name, tensor in average.average.items():
             tensor.copy_(weights[f"average.{name}"])
     model.load_state_dict({n: tensor for n, tensor in weights.items() if not n.startswith("average.")}, strict=False)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up the state of an optimiser, each tensor in its weight's memory order.
+
+    Files hold none of it, and the fused updates pair the elements of weight and moments as they lie in memory.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _rebuilt(model: OrdinalModel) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ordinalclip.heads import Outputs
 from ordinalclip.losses import at_least_float32
+from ordinalclip.memory import keep_freed_memory
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.sampling import SampleNoise, portable
 
@@ -41,7 +42,7 @@ def make_accelerator(
 ) -> Accelerator:
     """An Accelerator; a single process may make several, one after the other, with different settings.
 
-    The process group, once there, serves all of them and is left when the process ends.
+    On a CPU this process keeps the memory that it frees: see `keep_freed_memory`. The process group, once there, serves all of them and is left when the process ends.
 
     Args:
         timeout: seconds after which processes give up waiting for one that is lost.
@@ -50,6 +51,7 @@ def make_accelerator(
         ValueError: fp16 without a GPU, or a tracker that is not installed.
     """
     if not torch.cuda.is_available():
+        keep_freed_memory()
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that torchrun's CPU processes find each other
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -49,9 +49,13 @@ class Interruption:
         return int(flag.item())
 
 
-def not_finite(terms: dict[str, Tensor], model: nn.Module) -> list[str]:
-    """Which terms of a loss are not finite, or else the gradients of which parameters, three at most."""
+def not_finite(terms: dict[str, Tensor], model: nn.Module | None = None) -> list[str]:
+    """Which terms of a loss are not finite, or else the gradients of which parameters of a model, three at most."""
     if wrong := [f"{name} is {term.item()}" for name, term in terms.items() if not torch.isfinite(term).all()]:
         return wrong
-    spoilt = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    spoilt = [
+        name
+        for name, p in (model.named_parameters() if model is not None else ())
+        if p.grad is not None and not torch.isfinite(p.grad).all()
+    ]
     return [f"the gradient of {name} is not finite (loss {terms['loss'].item():g})" for name in spoilt[:3]]

@@ -83,8 +83,6 @@ def prepare_model(
 
     if options.activation_checkpointing:
         checkpoint_activations(encoder.tower)
-    if options.channels_last:
-        encoder.to(memory_format=torch.channels_last)
     if options.compile:
         encoder.tower.compile()
     return noises, head_noises

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,7 @@ class Learner:
     Attributes:
         total: number of optimiser steps of the whole run.
         average: the running average of the weights, or None.
+        deferred: whether numbers that went wrong in a step are noticed in the next one: see `_check_finite`.
     """
 
     def __init__(self, model: OrdinalModel, parts: Parts, config: RunConfig, accelerator: Accelerator):
@@ -50,6 +52,9 @@ class Learner:
         self.weights = sample_weights(train.ranks, len(parts.ranks), options.weighting, options.lds_sigma)
         self.average = WeightAverage(model, options.ema) if options.ema else None
         self.optimizer = accelerator.prepare(make_optimizer(model, options))
+        fused = options.optimizer == "adamw" and options.fused
+        self.deferred = fused and accelerator.device.type == "cuda" and accelerator.scaler is None
+        self.unchecked: _Unchecked | None = None
         encoder, self.head = (
             accelerator.prepare(module) if any(p.requires_grad for p in module.parameters()) else module
             for module in (model.encoder, model.head)
@@ -100,8 +105,7 @@ class Learner:
         self.model.encoder.train()
         self.model.head.train()
 
-        order = torch.channels_last if options.channels_last else torch.contiguous_format
-        pixels = pixels.to(getattr(torch, options.precision), memory_format=order)
+        pixels = pixels.to(getattr(torch, options.precision))
         features = self.micro_batches.encode(pixels, positions)
         for noise in self.head_noises:
             noise.positions = positions
@@ -135,15 +139,105 @@ class Learner:
     def _check_finite(self, number: int, terms: dict[str, Tensor], norm: Tensor, lr: float) -> None:
         """Stop before the update that would spoil the weights. With fp16 the scaler skips steps of infinite gradients.
 
+        To ask a GPU whether its numbers are finite is to wait for it. There the update itself is told, on the device,
+        to leave the weights alone, and so are all after it; the answer is read when the next step is on its way.
+
         Raises:
             Diverged: with step, what is not finite, learning rate and the rows of the batch.
         """
         checked = [*terms.values(), *([norm] if self.accelerator.scaler is None else [])]
-        if bool(torch.isfinite(torch.stack([value.detach().to(norm) for value in checked])).all()):
+        finite = torch.isfinite(torch.stack([value.detach().to(norm) for value in checked])).all()
+        if not self.deferred:
+            if not finite:
+                raise self._diverged(number, not_finite(terms, self.model), lr)
             return
+        spoilt = (~finite).float()
+        before = self.unchecked
+        if before is not None:
+            spoilt = torch.maximum(spoilt, before.spoilt)
+        self.optimizer.optimizer.found_inf = spoilt
+        self.unchecked = _Unchecked(number, {name: term.detach() for name, term in terms.items()}, norm, lr, spoilt)
+        if before is not None:
+            self._read(before)
+
+    def settle(self) -> None:
+        """What is deferred is read now, before weights are judged or numbers written.
+
+        Raises:
+            Diverged: see `step`.
+        """
+        if self.unchecked is not None:
+            self._read(self.unchecked)
+
+    def _read(self, unchecked: _Unchecked) -> None:
+        if not unchecked.spoilt.item():
+            return
+        what = not_finite(unchecked.terms) or [f"the norm of the gradient is {unchecked.norm.item()}"]
+        raise self._diverged(unchecked.number, what, unchecked.lr)
+
+    def _diverged(self, number: int, what: list[str], lr: float) -> Diverged:
         rows = ", ".join(self.train.names[row] for row in dict.fromkeys(self.rows_of(number)))
-        what = "; ".join(not_finite(terms, self.model))
-        raise Diverged(f"step {number + 1}: {what}; learning rate {lr:g}; rows of the batch: {rows}")
+        return Diverged(f"step {number + 1}: {'; '.join(what)}; learning rate {lr:g}; rows of the batch: {rows}")
+
+
+class _Unchecked(NamedTuple):
+    """Numbers of a step that are still on their device.
+
+    Attributes:
+        spoilt: 1 where any of them, or of an earlier step, is not finite.
+    """
+
+    number: int
+    terms: dict[str, Tensor]
+    norm: Tensor
+    lr: float
+    spoilt: Tensor
+
+
+class StepClock:
+    """What a step costs: processor time on a CPU, decoding in this process included; the device's time on a GPU.
+
+    Unlike the time on the wall both stay what they are while the machine does other things.
+
+    Attributes:
+        name: of the entry in log.jsonl, in milliseconds.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_device = device.type == "cuda"
+        self.name = "device_ms" if self.on_device else "processor_ms"
+        self.restart()
+
+    def restart(self) -> None:
+        """What was done since the last step belongs to none."""
+        self.begun = time.process_time()
+
+    def __enter__(self) -> StepClock:
+        if self.on_device:
+            self.first, self.last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.first.record()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.on_device:
+            self.last.record()
+        self.ended = time.process_time()
+
+    @property
+    def spent(self) -> float | _DeviceTime:
+        """Milliseconds of the step within the last `with` block, to be read later."""
+        return _DeviceTime(self.first, self.last) if self.on_device else 1000 * (self.ended - self.begun)
+
+
+class _DeviceTime(NamedTuple):
+    """Between two events on a GPU; waits for them when it is asked for."""
+
+    first: Any
+    last: Any
+
+    def item(self) -> float:
+        self.last.synchronize()
+        return self.first.elapsed_time(self.last)
 
 
 def num_steps(config: RunConfig, parts: Parts) -> int:

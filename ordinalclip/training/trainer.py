@@ -15,10 +15,10 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Parts, load_parts
@@ -33,7 +33,7 @@ from ordinalclip.training.evaluation import Evaluator, metrics_of, model_metrics
 from ordinalclip.training.interruption import Diverged, Interruption
 from ordinalclip.training.optimization import lr_factor
 from ordinalclip.training.preparation import build_model, merge_adapters, use_precision
-from ordinalclip.training.step import Learner, num_steps
+from ordinalclip.training.step import Learner, StepClock, num_steps
 from ordinalclip.weights import fault
 
 logger = logging.getLogger(__name__)
@@ -176,28 +176,30 @@ class Trainer:
         started, first = time.monotonic(), progression.step
         learner = self.learner
         with Interruption(self.accelerator.num_processes) as interruption, learner.batches(first) as batches:
-            told = 0
+            told, clock = 0, StepClock(self.accelerator.device)
             for pixels, positions in batches:
                 try:
-                    logged = learner.step(progression.step, pixels, positions)
+                    with clock:
+                        logged = learner.step(progression.step, pixels, positions)
+                    if progression.step == first:
+                        self._begin()
+                    progression.step += 1
+                    cost = {clock.name: clock.spent, "seconds": time.monotonic() - started}
+                    entries.append({"step": progression.step, **logged, **cost})
+                    due = progression.step % every == 0 or progression.step == total
+                    told = interruption.requested()
+                    if told or due or progression.step % options.log_every == 0:
+                        learner.settle()
+                    if due:
+                        self._check_weights()
                 except Diverged:  # numbers that went wrong: what led there is worth keeping
                     if progression.step == first:
                         self._begin()
-                    self._write_log(entries)
+                    self._write_log(list(takewhile(_is_finite, entries)))
                     raise
-                if progression.step == first:
-                    self._begin()
-                progression.step += 1
-                entries.append({"step": progression.step, **logged, "seconds": time.monotonic() - started})
-                due = progression.step % every == 0 or progression.step == total
                 if due:
-                    try:
-                        self._check_weights()
-                    except Diverged:
-                        self._write_log(entries)
-                        raise
                     entries[-1].update(self._validate())
-                told = interruption.requested()
+                    told = told or interruption.requested()
                 stop = told > 0 or self._is_stale()
                 if progression.step % options.log_every == 0 or due or stop:
                     self._write_log(entries)
@@ -208,6 +210,7 @@ class Trainer:
                 progress.advance(options.batch_size)
                 if stop:
                     break
+                clock.restart()
             told = told or interruption.requested()  # while the last checkpoint was written
         progress.close()
         if told:
@@ -244,7 +247,7 @@ class Trainer:
     def _write_log(self, entries: list[dict[str, Any]]) -> None:
         """Append entries to log.jsonl and the trackers; this is where the device is waited for."""
         for entry in entries:
-            entry.update((name, value.item()) for name, value in entry.items() if isinstance(value, Tensor))
+            entry.update((name, value.item()) for name, value in entry.items() if hasattr(value, "item"))
         from_main(self.accelerator, lambda: self.folder.add_log(entries))
         if self.config.train.trackers:
             for entry in entries:
@@ -303,7 +306,7 @@ class Trainer:
         if changed := changed_keys(saved, now):
             raise ValueError(f"{found.folder}: cannot resume under another configuration: {described(changed)}")
         checkpoint.load_weights(learner.model, learner.average, found.weights)
-        learner.optimizer.optimizer.load_state_dict(found.optimizer)
+        checkpoint.load_optimizer(learner.optimizer.optimizer, found.optimizer)
         scaler = state.pop("scaler")
         if scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler)
@@ -349,6 +352,11 @@ class Trainer:
             "parameters": sum(parameter.numel() for parameter in self.learner.parameters),
             "train_seconds": self.progression.train_seconds,
         }
+
+
+def _is_finite(entry: dict[str, Any]) -> bool:
+    """Whether an entry of the log holds numbers: the last ones before a divergence was noticed may not."""
+    return all(math.isfinite(float(entry[name])) for name in ("loss", "grad_norm"))
 
 
 def _finish(
