@@ -27,8 +27,8 @@ COMMANDS = {
     "predict": "Predict images with a saved model; one line per image.",
     "check-data": "Read labels and decode every image of a configuration's data; list what is broken.",
     "compare": "Run methods x settings x seeds and print one table.",
-    "report": "Write report.html and the model card of finished runs again.",
-    "plot": "Write the figures of a finished run's report as files.",
+    "report": "Write report.html again, of finished runs (and their model cards) and comparisons.",
+    "plot": "Write the figures of the report of a finished run or comparison as files.",
     "make-gauges": "Write generated gauge pictures and their labels.csv to a folder.",
     "convert": "Turn an original OrdinalCLIP or OpenAI CLIP checkpoint into a folder.",
 }
