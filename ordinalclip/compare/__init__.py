@@ -74,7 +74,11 @@ def run_plan(plan: Plan, quiet: bool = False) -> Outcome:
             raise FolderOccupied(
                 f"{folder.path} is the folder of {folder.state().text}; give the comparison another one"
             )
-        theirs = [name for name in ("results.csv", "table.md", "report.html", "comparison.json", "model") if (folder.path / name).exists()]
+        theirs = [
+            name
+            for name in ("results.csv", "table.md", "report.html", "comparison.json", "model")
+            if (folder.path / name).exists()
+        ]
         if theirs and not (folder.path / "runs").is_dir():
             raise FolderOccupied(
                 f"{folder.path} holds {theirs[0]}, and no runs of a comparison: it may be yours; give the comparison "

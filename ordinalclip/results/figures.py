@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,7 @@ def confusion(label_ranks: np.ndarray, ranks: np.ndarray, names: Sequence[str]) 
     lines = np.arange(len(names) + 1) - 0.5
     axes.hlines(lines, -0.5, len(names) - 0.5, color=GRID, linewidth=0.6)
     axes.vlines(lines, -0.5, len(names) - 0.5, color=GRID, linewidth=0.6)
-    _name_ticks(axes, range(len(names)), names)
+    _name_ticks(axes, range(len(names)), names, room=34)
     axes.set(xlabel="predicted rank", ylabel="true rank", aspect="equal")
     axes.set(xlim=(-0.52, len(names) - 0.48), ylim=(len(names) - 0.48, -0.52))
     _bare(axes)
@@ -157,7 +159,7 @@ def similarity(prototypes: np.ndarray, ranks: Ranks) -> Figure:
     unit = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)
     picture = axes.imshow(unit @ unit.T, cmap="viridis", interpolation="none")
     named = _some(ranks)
-    _name_ticks(axes, named, [ranks.name(rank) for rank in named])
+    _name_ticks(axes, named, [ranks.name(rank) for rank in named], room=26)
     what = "rank" if ranks.worded else _label("rank", ranks.unit)
     axes.set(xlabel=what, ylabel=what)
     _bare(axes)
@@ -177,7 +179,7 @@ def feature_map(
         images: N square thumbnails; as many are drawn as fit without overlap, dots for the rest.
         thumbnail: side of a thumbnail as a share of the height.
     """
-    figure, (axes, bar) = _figure(4.6, panels=2, height_ratios=(32, 1))
+    figure, (axes, bar) = _figure(5.3, panels=2, height_ratios=(36, 1))
     points, explained = principal_components(features)
     first, second = explained
     axes.set(xlabel=f"first component, {first:.0%} of the variance", ylabel=f"second component, {second:.0%}")
@@ -214,7 +216,7 @@ def feature_map(
 def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, unit: str = "") -> Figure:
     """Training loss and validation MAE of the entries of log.jsonl; the best step is marked."""
     validated = [entry for entry in log if "validation_mae" in entry]
-    figure, axes = _figure(2.8, panels=2 if validated else 1, sharex=True)
+    figure, axes = _figure(3, panels=2 if validated else 1, sharex=True)
     top = axes[0] if validated else axes
     steps, loss = np.asarray([entry["step"] for entry in log]), np.asarray([entry["loss"] for entry in log])
     window = max(1, len(loss) // 40)
@@ -232,11 +234,13 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
             axes[1].axvline(best_step, color=MUTED, linewidth=1, **chosen)
             _legend(axes[1])
         axes[1].set_ylabel(_label("validation MAE", unit))
-        axes[1].set_ylim(bottom=0)
+        axes[1].set_ylim(0, 1.1 * max(filter(math.isfinite, errors), default=1) or 1)
         figure.align_ylabels()
     below = axes[1] if validated else axes
     below.set_xlabel("step")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for panel in {top, below}:
+        panel.yaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 
@@ -533,11 +537,19 @@ def _some(ranks: Ranks) -> list[int]:
     return np.linspace(0, len(ranks) - 1, number).round().astype(int).tolist()
 
 
-def _name_ticks(axes: Axes, ticks: Sequence[float] | np.ndarray, names: Sequence[str], sides: str = "xy") -> None:
-    """Names along one side or both, slanted below the axes when they would touch."""
+def _name_ticks(
+    axes: Axes, ticks: Sequence[float] | np.ndarray, names: Sequence[str], sides: str = "xy", room: int = 38
+) -> None:
+    """Names along one side or both; below the axes in several lines, or slanted, when they would touch.
+
+    Args:
+        room: characters that fit below the axes side by side.
+    """
     shortened = [_short(name) for name in names]
-    slanted = len(names) * max(map(len, shortened)) > 36
-    axes.set_xticks(ticks, shortened, rotation=40 if slanted else 0, ha="right" if slanted else "center")
+    lines = [textwrap.wrap(name, max(1, room // len(names)), break_long_words=False) for name in shortened]
+    slanted = len(names) * max(len(line) for each in lines for line in each) > room
+    below = shortened if slanted else ["\n".join(each) for each in lines]
+    axes.set_xticks(ticks, below, rotation=40 if slanted else 0, ha="right" if slanted else "center")
     if slanted:
         for text in axes.get_xticklabels():
             text.set_rotation_mode("anchor")  # the end of the name below its tick, not the end of its box

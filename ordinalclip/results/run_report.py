@@ -107,9 +107,7 @@ def run_figures(record: RunRecord) -> Figures:
         drawn["error_by_value"] = (
             figures.error_by_value(given.labels, record.answers, ranks, record.metrics["train_counts"]),
             "Where the errors are: mean absolute error with its 95 % interval and bias (predicted minus true) by true "
-            "rank, above the number of training images."
-            if ranks.worded
-            else "value, above the number of training images.",
+            f"{'rank' if ranks.worded else 'value'}, above the number of training images.",
         )
         if record.images is not None and len(record.images) > 1:
             drawn["feature_map"] = _feature_map(record)
