@@ -50,6 +50,8 @@ STYLE: Any = {
     "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.limits": (-4, 8),
+    "axes.formatter.useoffset": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
@@ -78,7 +80,7 @@ styled = matplotlib.rc_context(STYLE)
 @styled
 def agreement(labels: np.ndarray, values: np.ndarray, ranks: Ranks) -> Figure:
     """Predicted against true values, (N,) each, with the identity line; hexagons when there are many points."""
-    figure, axes = _figure(3.1)
+    figure, axes = _square(3.1)
     low, high = min(labels.min(), values.min()), max(labels.max(), values.max())
     margin = 0.04 * (high - low or 1)
     bounds = (low - margin, high + margin)
@@ -92,14 +94,17 @@ def agreement(labels: np.ndarray, values: np.ndarray, ranks: Ranks) -> Figure:
     axes.set(xlabel=_label("true value", ranks.unit), ylabel=_label("predicted value", ranks.unit))
     if ranks.worded:
         named = _some(ranks)
-        _name_ticks(axes, [ranks.values[rank] for rank in named], [ranks.name(rank) for rank in named])
+        _name_ticks(axes, [ranks.values[rank] for rank in named], [ranks.name(rank) for rank in named], room=26)
+    else:
+        axes.xaxis.set_major_locator(_locator(ranks))
+        axes.yaxis.set_major_locator(_locator(ranks))
     return figure
 
 
 @styled
 def confusion(label_ranks: np.ndarray, ranks: np.ndarray, names: Sequence[str]) -> Figure:
     """Confusion matrix of ranks, (N,) each: numbers of images, shaded by their share of the true rank."""
-    figure, axes = _figure(3.1)
+    figure, axes = _square(3.1)
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (label_ranks, ranks), 1)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -155,7 +160,7 @@ def error_by_value(labels: np.ndarray, values: np.ndarray, ranks: Ranks, train_c
 @styled
 def similarity(prototypes: np.ndarray, ranks: Ranks) -> Figure:
     """Cosine similarity of the rank prototypes, (R, D), as a matrix."""
-    figure, axes = _figure(2.8)
+    figure, axes = _square(2.8)
     unit = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)
     picture = axes.imshow(unit @ unit.T, cmap="viridis", interpolation="none")
     named = _some(ranks)
@@ -233,7 +238,7 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
             chosen = {"linestyle": (0, (4, 3)), "label": f"model: step {best_step}"}
             axes[1].axvline(best_step, color=MUTED, linewidth=1, **chosen)
             _legend(axes[1])
-        axes[1].set_ylabel(_label("validation MAE", unit))
+        axes[1].set_ylabel(_label("validation\nMAE", unit))
         axes[1].set_ylim(0, 1.1 * max(filter(math.isfinite, errors), default=1) or 1)
         figure.align_ylabels()
     below = axes[1] if validated else axes
@@ -306,7 +311,7 @@ def mae_by_variant(errors: Mapping[str, Sequence[Sequence[float]]], variants: Se
     Args:
         errors: by method, for every variant the MAE of each seed.
     """
-    figure, axes = _figure(2.6)
+    figure, axes = _figure(2.5)
     means = {name: np.asarray([np.mean(maes) for maes in each]) for name, each in errors.items()}
     order = sorted(errors, key=lambda name: float(np.nanmean(means[name])))
     places = np.arange(len(variants))
@@ -339,7 +344,7 @@ def error_by_method(
     Args:
         answers: by method, best first: (N,) true and (N,) predicted values, those of all seeds one after the other.
     """
-    figure, axes = _figure(2.8)
+    figure, axes = _figure(2.5)
     bins = Bins(ranks)
     limit = _limit([float(np.abs(values - labels).mean()) for labels, values in answers.values()])
     for number, (name, (labels, values)) in enumerate(answers.items()):
@@ -449,6 +454,8 @@ class Bins:
             named = _some(ranks)
             places = named if self.few else [ranks.values[rank] for rank in named]
             _name_ticks(axes, places, [ranks.name(rank) for rank in named], sides="x")
+        else:
+            axes.xaxis.set_major_locator(_locator(ranks))
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
@@ -500,6 +507,12 @@ def _figure(height: float, panels: int = 1, **options: Any) -> tuple[Figure, Any
     return figure, figure.subplots(panels, 1, height_ratios=ratios, **options)
 
 
+def _square(height: float) -> tuple[Figure, Any]:
+    """A figure of one axes whose sides are to be equal."""
+    figure = Figure(figsize=(WIDTH, height), layout="compressed")
+    return figure, figure.subplots()
+
+
 def _limit(errors: Sequence[float]) -> float:
     """Where an axis ends when some methods are so far off that the others could not be told apart."""
     far = 3 * float(np.median(errors))
@@ -518,9 +531,12 @@ def _height_of(lines: Sequence[str]) -> float:
 
 
 def _legend(axes: Axes) -> None:
-    """Above the axes, where it hides nothing; in two columns where the texts are short enough."""
-    longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
-    columns = 2 if longest <= 20 else 1
+    """A legend above the axes, where it hides nothing; in two columns where the texts are short enough."""
+    texts = axes.get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, texts)) <= 20 else 1
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.set_figheight(figure.get_figheight() + 0.14 * (-(-len(texts) // columns) - 1))  # not at the axes' expense
     above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
     axes.legend(ncols=columns, columnspacing=1.2, labelspacing=0.3, **above)
 
@@ -537,8 +553,13 @@ def _some(ranks: Ranks) -> list[int]:
     return np.linspace(0, len(ranks) - 1, number).round().astype(int).tolist()
 
 
+def _locator(ranks: Ranks) -> MaxNLocator:
+    """Of ticks at values: few of long numbers, which would touch."""
+    return MaxNLocator(5 if max(map(abs, ranks.values)) < 1e5 else 4)
+
+
 def _name_ticks(
-    axes: Axes, ticks: Sequence[float] | np.ndarray, names: Sequence[str], sides: str = "xy", room: int = 38
+    axes: Axes, ticks: Sequence[float] | np.ndarray, names: Sequence[str], sides: str = "xy", room: int = 32
 ) -> None:
     """Names along one side or both; below the axes in several lines, or slanted, when they would touch.
 
@@ -549,16 +570,14 @@ def _name_ticks(
     lines = [textwrap.wrap(name, max(1, room // len(names)), break_long_words=False) for name in shortened]
     slanted = len(names) * max(len(line) for each in lines for line in each) > room
     below = shortened if slanted else ["\n".join(each) for each in lines]
-    axes.set_xticks(ticks, below, rotation=40 if slanted else 0, ha="right" if slanted else "center")
-    if slanted:
-        for text in axes.get_xticklabels():
-            text.set_rotation_mode("anchor")  # the end of the name below its tick, not the end of its box
+    turned = {"rotation": 40 if len(names) <= 8 else 60, "ha": "right", "rotation_mode": "anchor"}  # ends at the tick
+    axes.set_xticks(ticks, below, **(turned if slanted else {}))
     if "y" in sides:
         axes.set_yticks(ticks, shortened)
 
 
 def _label(what: str, unit: str) -> str:
-    return f"{what} ({printable(unit)})" if unit else what
+    return f"{what} ({_short(unit)})" if unit else what
 
 
 def _short(name: str, longest: int = 16) -> str:
