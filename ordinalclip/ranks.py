@@ -132,7 +132,7 @@ class Ranks:
     def say(self, value: float) -> str:
         """A value as people are told it: by name where ranks have names, else as a number with its unit.
 
-        Between ranks the nearest one's name, and the number. Rank values in all their digits, others in four.
+        Between ranks the nearest one's name, and the number.
 
         >>> Ranks((16, 17), unit="years").say(16.2517), Ranks((0, 1), ("no", "yes")).say(1)
         ('16.25 years', 'yes')

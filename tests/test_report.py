@@ -559,7 +559,7 @@ def test_nothing_in_a_figure_is_cut_off_or_touches():
         drawn = figure.get_tightbbox()
         width, height = figure.get_size_inches()
         assert width in (figures.WIDTH, figures.WIDE), name
-        assert min(drawn.x0, drawn.y0, width - drawn.x1, height - drawn.y1) > -0.02, f"{name}: {drawn}"
+        assert min(drawn.x0, drawn.y0, width - drawn.x1, height - drawn.y1) > 0, f"{name}: {drawn}"
         for axes in figure.axes:
             inside = axes.get_window_extent().padded(1)
             for text in axes.texts:
