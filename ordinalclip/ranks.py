@@ -129,6 +129,25 @@ class Ranks:
         assert self.names is not None
         return self.names[rank]
 
+    def say(self, value: float) -> str:
+        """A value as people are told it: by name where ranks have names, else as a number with its unit.
+
+        Between ranks the nearest one's name, and the number.
+
+        >>> Ranks((16, 17), unit="years").say(16.2517), Ranks((0, 1), ("no", "yes")).say(1)
+        ('16.25 years', 'yes')
+        >>> Ranks((0, 1), ("no", "yes")).say(0.7)
+        'yes (0.7)'
+        """
+        rank = int(self.nearest(torch.tensor([value], dtype=torch.float64)))
+        exact = _as_float32(value) == _as_float32(self.values[rank])  # as models compute
+        if exact and self.worded:
+            return self.name(rank)
+        digits = 4 if abs(value) < 1000 else 7
+        number = self.name(rank) if exact else f"{value:.{digits}g}"
+        number += f" {self.unit}" if self.unit else ""
+        return f"{self.name(rank)} ({number})" if self.worded else number
+
     def tensor(self, device: torch.device | str = "cpu") -> Tensor:
         """The rank values, (R,) float32."""
         return torch.tensor(self.values, dtype=torch.float32, device=device)

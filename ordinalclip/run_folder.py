@@ -256,7 +256,7 @@ class RunFolder:
             if (self.path / "runs").is_dir() and (self.path / "results.csv").is_file():
                 raise FileNotFoundError(
                     f"{self.path}: the folder of a comparison, no run; name one of its runs, below {self.path}/runs "
-                    "(`ordinalclip compare` with its file writes the comparison's table and report again)"
+                    "(`ordinalclip report` and `plot` take the comparison as a whole)"
                 )
             missing = self.metrics if not self.metrics.is_file() else self.config
             raise FileNotFoundError(f"{self.path}: no finished run ({missing.name} is missing)")

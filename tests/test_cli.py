@@ -14,6 +14,8 @@ import yaml
 from ordinalclip.cli import main
 from ordinalclip.config import RunConfig, flat_keys
 from ordinalclip.heads import head_options, head_section
+from ordinalclip.model import OrdinalModel
+from ordinalclip.ranks import Ranks
 from ordinalclip.sections import describe
 
 BASE = {
@@ -47,6 +49,22 @@ def test_train_evaluate_predict(tmp_path, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["file"] == images[0]
     assert len(answer["top"]) == 2
+
+
+@pytest.mark.parametrize("decoding", ["median", "expectation"])
+def test_predict_says_the_names_of_ranks_that_have_them(tmp_path, capsys, decoding):
+    """Alone where the value is that of a rank; between ranks with the value."""
+    torch.manual_seed(0)
+    ranks = Ranks((0, 1, 5), ("whole", "cracked", "broken"), unit="grade")
+    OrdinalModel.build("tiny", ranks, "prototypes", decoding=decoding).save_pretrained(tmp_path / "model")
+    assert main(["make-gauges", str(tmp_path / "pictures"), "--num", "2", "--quiet"]) == 0
+    call = ["predict", str(tmp_path / "pictures"), "--model", str(tmp_path / "model"), "--quiet"]
+    assert main([*call, "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert main(call) == 0
+    said = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
+    between = " ({value:.4g} grade)" if decoding == "expectation" else ""
+    assert said == [answer["name"] + between.format(**answer) for answer in answers]
 
 
 def test_check_data(image_folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import pytest
+import torch
 
 from ordinalclip.ranks import Ranks
 
@@ -22,6 +23,24 @@ def test_bins(edges):
         assert ranks.rank_of([-1e6, 1e6]).tolist() == [0, 2]
     with pytest.raises(ValueError, match=r"label (nan|51) is outside"):
         ranks.rank_of([51.0] if len(edges) == 4 else [float("nan")])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "value", "said"),
+    [
+        (Ranks((0, 1, 2), ("whole", "cracked", "broken"), "grade"), 1.0, "cracked"),
+        (Ranks((0, 1, 2), ("whole", "cracked", "broken"), "grade"), 1.5000001, "broken (1.5 grade)"),
+        (Ranks((0, 1, 2), ("whole", "cracked", "broken")), -7, "whole (-7)"),
+        (Ranks((0.1, 0.2), ("low", "high")), torch.tensor(0.1).item(), "low"),  # as a model answers it
+        (Ranks((0.1, 0.2), unit="mm"), torch.tensor(0.1).item(), "0.1 mm"),
+        (Ranks((16, 17, 18), unit="years"), 17.0, "17 years"),
+        (Ranks((16, 17, 18), unit="years"), 17.26049, "17.26 years"),
+        (Ranks((1_000_000, 2_000_001)), 1_234_567.2, "1234567"),
+        (Ranks((5, 15), ("young", "old"), edges=(6,)), 7, "old (7)"),
+    ],
+)
+def test_a_value_is_said_by_name_or_as_a_number_with_its_unit(ranks, value, said):
+    assert ranks.say(value) == said
 
 
 def test_names_default_to_values_and_round_trip():

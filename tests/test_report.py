@@ -8,11 +8,14 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from ordinalclip.cli import main
@@ -20,6 +23,8 @@ from ordinalclip.compare import load_plan, run_plan
 from ordinalclip.config import load_config, parse_config
 from ordinalclip.data import Parts
 from ordinalclip.heads import available_heads
+from ordinalclip.metrics import METRICS
+from ordinalclip.pipeline import load_pipeline
 from ordinalclip.ranks import Ranks
 from ordinalclip.results import figures, run_report
 from ordinalclip.results.record import read_run, shown
@@ -129,7 +134,7 @@ def test_the_numbers_are_those_of_metrics_json(run):
     assert low <= metrics["test"]["mae"] <= high
     record = read_run(run)
     always = record.ranks.values[int(np.searchsorted(np.cumsum(metrics["train_counts"]), 24 / 2))]
-    assert record.constant_error() == pytest.approx(np.abs(record.predictions.labels - always).mean())
+    assert record.constant["mae"] == pytest.approx(np.abs(record.predictions.labels - always).mean())
 
 
 def test_figures_follow_the_theme_of_the_page(run):
@@ -238,7 +243,7 @@ def test_other_data_than_was_predicted_is_not_shown(run, caplog):
     assert "not that of the predictions" in caplog.text
 
 
-@pytest.mark.parametrize("ending, start", [("pdf", b"%PDF"), ("png", b"\x89PNG")])
+@pytest.mark.parametrize("ending, start", [("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
 def test_plot_writes_files(run, tmp_path, capsys, ending, start):
     assert main(["plot", str(run), "--format", ending, "--out", str(tmp_path / "figures"), "--quiet"]) == 0
     files = sorted((tmp_path / "figures").iterdir())
@@ -251,8 +256,68 @@ def test_plot_writes_files(run, tmp_path, capsys, ending, start):
     ]
     assert all(file.read_bytes().startswith(start) for file in files)
     assert sorted(capsys.readouterr().out.splitlines()) == [str(file) for file in files]
-    assert main(["plot", str(tmp_path)]) == 2
-    assert "no finished run" in capsys.readouterr().err
+    again = ["plot", str(run), "--format", ending, "--out", str(tmp_path / "figures"), "--quiet"]
+    assert main(again) == 0  # its own it replaces
+    files[2].write_bytes(start + b" of mine")
+    before = files[0].stat().st_mtime_ns
+    assert main(again) == 2
+    assert f"{files[2]} is there and no figure of ours" in capsys.readouterr().err
+    assert (files[0].stat().st_mtime_ns, files[2].read_bytes()) == (before, start + b" of mine")
+
+
+@pytest.mark.parametrize("command", ["report", "plot"])
+def test_what_is_neither_a_run_nor_a_comparison_is_refused_by_name(tmp_path, capsys, command):
+    assert main([command, str(tmp_path)]) == 2
+    said = "no finished run (metrics.json is missing), and no finished comparison (comparison.json is missing)"
+    assert capsys.readouterr().err == f"ordinalclip: {tmp_path}: {said}\n"
+    (tmp_path / "runs").mkdir()
+    assert main([command, str(tmp_path)]) == 2
+    assert "a comparison that is not finished (comparison.json is missing)" in capsys.readouterr().err
+    for damaged in (
+        "{}",
+        '{"title": "", "notes": [], "best": "", "boards": [{"variant": "", "entries": [{"folders": []}]}]}',
+    ):
+        (tmp_path / "comparison.json").write_text(damaged)
+        assert main([command, str(tmp_path)]) == 2
+        assert f"{tmp_path}/comparison.json: damaged, or of another version" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "runs"]
+
+
+GRADES = "ranks.names=[whole, hardly cracked, cracked, broken]"
+
+
+@pytest.mark.parametrize("decoding", ["expectation", "argmax"])
+def test_a_report_shows_what_the_model_answers(table, tmp_path, decoding):
+    """Counts, pictures and caption are those of the pipeline; ranks are called by their names."""
+    run = train(
+        table("data.split=[0.5,0,0.5]", GRADES, "ranks.values=[0,1,2,3]", f"evaluation.decoding={decoding}"), quiet=True
+    )
+    record = read_run(run)
+    pipe = load_pipeline(str(run / "model"))
+    answers = pipe([record.images.image(row) for row in range(len(record.images))])
+    assert record.answers == pytest.approx([answer["value"] for answer in answers], abs=1e-4)
+    figure, caption = run_report.run_figures(record)["confusion"]
+    counts = np.zeros((4, 4), dtype=int)
+    for rank, answer in zip(record.predictions.label_ranks, answers, strict=True):
+        counts[rank, answer["rank"]] += 1
+    assert [int(text.get_text()) for text in figure.axes[0].texts] == counts.ravel().tolist()
+    assert {"expectation": "the mean of its distribution", "argmax": "the likeliest rank"}[decoding] in caption
+    page = page_of(run)
+    said = {record.ranks.say(value) for value in record.answers}
+    shown_ones = set(page.texts["predicted"]) - {"the model's answer"}
+    assert shown_ones
+    assert shown_ones <= said
+    assert all(name.startswith(record.ranks.names) for name in said)
+    assert set(page.texts["true"]) <= {"True value", *record.ranks.names}
+
+
+def test_a_confusion_matrix_has_no_colours_but_the_page_s():
+    """A colour of its own, or a picture, would be white in the dark."""
+    drawn = figures.inline_svg(figures.confusion(np.asarray([0, 1, 1]), np.asarray([0, 1, 0]), ["a", "b"]), "c", "c")
+    assert "<image" not in drawn
+    assert not re.findall(r"#[0-9a-f]{6}\b", drawn)
+    assert "var(--blue)" in drawn
+    assert "var(--ink)" in drawn
 
 
 def test_the_card_is_a_hub_card(run, reported):
@@ -316,8 +381,8 @@ def test_a_comparison_has_a_report_with_links_and_its_winner_one_of_its_own(comp
     rows = [[re.sub(r"\\(?=\W)", "", cell).strip(" `") for cell in line] for line in cells]
     texts = page.texts["td"] + page.texts["code"]
     assert len(rows) == 4
-    assert all(cell in texts for row in rows for cell in row[:-1])
-    assert "train.lr=0.001" in texts or "train.lr=1e-05" in texts
+    assert {cell for row in rows for cell in row} - {"-"} <= {text.replace("\u00a0", " ") for text in texts}
+    assert "train.lr=0.001" in page.texts["setting"] or "train.lr=1e-05" in page.texts["setting"]
     assert "b" not in {tag for tag, _ in page.tags}
     assert HOSTILE in texts
     assert any(r"=\<b>zero\</b> \$shot\$ \| \*a\* \[x](javascript:alert(1)) \`c |" in line for line in lines)
@@ -332,6 +397,25 @@ def test_a_comparison_has_a_report_with_links_and_its_winner_one_of_its_own(comp
     assert card == ((compared / own).parent / "model" / "README.md").read_text(encoding="utf-8")
     assert "Over seeds 1, 2: MAE " in card
     assert "Over seeds 1, 2: MAE " in (compared / own).read_text(encoding="utf-8")
+
+
+def test_a_comparison_is_reported_and_plotted_again_from_its_folder(compared, tmp_path, capsys):
+    written = (compared / "report.html").read_text(encoding="utf-8")
+    assert str(compared) not in (compared / "comparison.json").read_text(encoding="utf-8")
+    moved = shutil.copytree(compared, tmp_path / "elsewhere" / "out")
+    (moved / "report.html").unlink()
+    assert main(["report", str(moved), "--quiet"]) == 0
+    assert capsys.readouterr().out == f"{moved}/report.html\n"
+    here, there = (str(folder.parent.name) for folder in (compared, moved))
+    assert (moved / "report.html").read_text(encoding="utf-8").replace(f"{there}/out", f"{here}/out") == written
+    assert main(["plot", str(moved), "--format", "svg", "--quiet"]) == 0
+    files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    drawn = ["mae_by_method", "difference_to_best", "error_by_method", "metrics_by_method"]
+    assert files == [moved / "figures" / f"{name}.svg" for name in drawn]
+    assert all("OrdinalCLIP" in file.read_text(encoding="utf-8") for file in files)
+    shutil.rmtree(next((moved / "runs").iterdir()))
+    assert main(["report", str(moved), "--quiet"]) == 2
+    assert "metrics.json: No such file or directory" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -387,10 +471,14 @@ def test_principal_components_against_the_covariance():
         assert np.isfinite(shares).all()
 
 
-def test_value_bins():
-    few = Ranks((0, 1, 4))
-    assert figures.value_bins(few).tolist() == [-0.5, 0.5, 2.5, 5.5]
-    assert figures.value_bins(Ranks.linear(0, 100, 101)).tolist() == pytest.approx(np.linspace(0, 100, 13))
+def test_bins_are_ranks_where_they_are_few_else_of_equal_width():
+    few = figures.Bins(Ranks((0, 1, 4), edges=(0.2, 1.2)))
+    assert few.places.tolist() == [0, 1, 2]
+    assert [mask.tolist() for mask in few.members(np.asarray([-1.0, 0.2, 1.3]))] == np.eye(3, dtype=bool).tolist()
+    many = figures.Bins(Ranks.linear(0, 120, 121))
+    assert many.places.tolist() == pytest.approx(np.arange(5, 120, 10))
+    values = np.asarray([-7.0, 0, 9.9, 10, 119.9, 120, 130])
+    assert [np.flatnonzero(mask).tolist() for mask in many.members(values)] == [[0, 1, 2], [3], *[[]] * 9, [4, 5, 6]]
 
 
 def test_a_confusion_matrix_counts_and_many_points_become_hexagons():
@@ -399,10 +487,11 @@ def test_a_confusion_matrix_counts_and_many_points_become_hexagons():
     assert [int(text.get_text()) for text in axes.texts] == [1, 1, 0, 0, 1, 0, 1, 0, 0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
     labels = np.random.default_rng(0).uniform(0, 9, 4000)
-    hexagons = figures.agreement(labels, labels, "years")
+    ages = Ranks.linear(0, 9, 91, unit="years")
+    hexagons = figures.agreement(labels, labels, ages)
     assert hexagons.axes[0].get_xlabel() == "true value (years)"
     assert hexagons.axes[0].collections[0].get_array().sum() == 4000
-    assert len(figures.agreement(np.asarray([3.0]), np.asarray([3.0])).axes) == 1
+    assert len(figures.agreement(np.asarray([3.0]), np.asarray([3.0]), ages).axes) == 1
 
 
 def test_methods_far_off_do_not_squeeze_the_others():
@@ -421,3 +510,84 @@ def test_methods_far_off_do_not_squeeze_the_others():
     verdicts["constant"] = Verdict(25, (24, 26), 24, (23, 25), 0, 0)
     (difference,) = figures.difference_to_best(verdicts).axes
     assert [text.get_text() for text in difference.texts] == ["24 →"]
+
+
+LONG = "a method whose name is rather longer than anybody would like it to be"
+
+
+def every_figure():
+    """Each kind of figure of names, units and outliers that ask for room, by name."""
+    rng = np.random.default_rng(0)
+    names = ["whole", "hardly cracked", "cracked", "broken", "gone altogether, nobody knows where"]
+    spaces = {
+        "few": Ranks(range(5), names, unit="points of the association"),
+        "twelve": Ranks(range(12), [f"decade {k}" for k in range(12)]),
+        "named": Ranks(range(40), [f"grade number {k}" for k in range(40)]),
+        "many": Ranks.linear(0, 1e6, 101, unit="km"),
+    }
+    errors = {**{f"{k} {LONG}": [1 + 0.1 * k, 1.2 + 0.1 * k] for k in range(8)}, "constant": [250.0, 260.0]}
+    interval = {
+        name: Verdict(v[0], (0, 9), v[0] - 1, (v[0] - 1.1, v[0] - 0.9), 0.01, 0.02) for name, v in errors.items()
+    }
+    yield "mae_by_method", figures.mae_by_method(errors, "points of the association")
+    yield "difference_to_best", figures.difference_to_best(interval, "km")
+    yield "metrics_by_method", figures.metrics_by_method({n: (m, errors) for n, m in METRICS.items()}, [*errors], "km")
+    variants = ["all of the data", LONG, "a tenth"]
+    yield "mae_by_variant", figures.mae_by_variant({n: [v] * 3 for n, v in errors.items()}, variants, "km")
+    log = [{"step": k, "loss": 1 / k, **({} if k % 9 else {"validation_mae": 9 / k})} for k in range(1, 100)]
+    yield "learning_curves", figures.learning_curves(log, 90, "points of the association")
+    for kind, ranks in spaces.items():
+        labels = rng.choice(ranks.values, 90)
+        values = rng.choice(ranks.values, 90)
+        pictures = [Image.new("RGB", (8, 8))] * 90
+        yield f"agreement, {kind}", figures.agreement(labels, values, ranks)
+        yield f"error_by_value, {kind}", figures.error_by_value(labels, values, ranks, [3000] * len(ranks))
+        yield f"feature_map, {kind}", figures.feature_map(rng.normal(size=(90, 4)), labels, pictures, ranks)
+        yield f"similarity, {kind}", figures.similarity(rng.normal(size=(len(ranks), 4)), ranks)
+        answers = {**{f"{k} {LONG}": (labels, values) for k in range(8)}, "far": (labels, values + 1e7)}
+        yield f"error_by_method, {kind}", figures.error_by_method(answers, ranks)
+        if len(ranks) <= figures.FEW_RANKS:
+            pair = rng.integers(0, len(ranks), (2, 90_000))
+            yield f"confusion, {kind}", figures.confusion(*pair, ranks.names)
+
+
+def test_nothing_in_a_figure_is_cut_off_or_touches():
+    """All that is drawn lies within the figure, texts within an axes within it; no two names below an axes touch."""
+    for name, figure in every_figure():
+        figure.canvas = FigureCanvasAgg(figure)
+        figure.canvas.draw()
+        drawn = figure.get_tightbbox()
+        width, height = figure.get_size_inches()
+        assert width in (figures.WIDTH, figures.WIDE), name
+        assert min(drawn.x0, drawn.y0, width - drawn.x1, height - drawn.y1) > 0, f"{name}: {drawn}"
+        for axes in figure.axes:
+            inside = axes.get_window_extent().padded(1)
+            for text in axes.texts:
+                box = text.get_window_extent()
+                assert inside.x0 <= box.x0 <= box.x1 <= inside.x1, f"{name}: {text.get_text()}"
+                assert inside.y0 <= box.y0 <= box.y1 <= inside.y1, f"{name}: {text.get_text()}"
+            low, high = sorted(axes.get_xlim())
+            labels = [tick.label1 for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+            level = [text for text in labels if text.get_visible() and text.get_text() and not text.get_rotation()]
+            boxes = [text.get_window_extent() for text in level]
+            for one, other in pairwise(boxes):
+                assert one.x1 < other.x0, f"{name}: {[text.get_text() for text in level]}"
+
+
+def test_axes_tick_at_the_ranks_by_their_names():
+    names = ("whole", "hardly cracked", "cracked", "broken")
+    ranks = Ranks((0, 1, 5, 100), names)
+    labels = np.asarray([0.0, 1, 5, 100, 100])
+    by_value = figures.error_by_value(labels, labels + 1, ranks, [1, 2, 3, 4])
+    by_method = figures.error_by_method({"a": (labels, labels)}, ranks)
+    pictures = [Image.new("RGB", (8, 8))] * 5
+    space = figures.feature_map(np.random.default_rng(0).normal(size=(5, 4)), labels, pictures, ranks)
+    for axes in (by_value.axes[1], by_method.axes[0], space.axes[1]):
+        assert [text.get_text().replace("\n", " ") for text in axes.get_xticklabels()] == list(names)
+        assert axes.get_xticks().tolist() == [0, 1, 2, 3]
+        assert axes.get_xlabel() == "true rank"
+    assert [bar.get_x() + bar.get_width() / 2 for bar in by_value.axes[1].patches] == [0, 1, 2, 3]
+    assert [bar.get_height() for bar in by_value.axes[1].patches] == [1, 2, 3, 4]
+    plain = figures.error_by_value(labels, labels, Ranks((0, 1, 5, 100), unit="kg"), [1] * 4).axes[1]
+    assert [text.get_text() for text in plain.get_xticklabels()] == ["0", "1", "5", "100"]
+    assert plain.get_xlabel() == "true value (kg)"

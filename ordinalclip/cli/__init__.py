@@ -27,8 +27,8 @@ COMMANDS = {
     "predict": "Predict images with a saved model; one line per image.",
     "check-data": "Read labels and decode every image of a configuration's data; list what is broken.",
     "compare": "Run methods x settings x seeds and print one table.",
-    "report": "Write report.html and the model card of finished runs again.",
-    "plot": "Write the figures of a finished run's report as files.",
+    "report": "Write report.html again, of finished runs (and their model cards) and comparisons.",
+    "plot": "Write the figures of the report of a finished run or comparison as files.",
     "make-gauges": "Write generated gauge pictures and their labels.csv to a folder.",
     "convert": "Turn an original OrdinalCLIP or OpenAI CLIP checkpoint into a folder.",
 }
@@ -233,12 +233,16 @@ def add_overrides(parser: argparse.ArgumentParser, what: str = "overrides of the
 
 def print_metrics(metrics: dict) -> None:
     """The metrics of a run, a line per part."""
-    from ordinalclip.metrics import METRICS
+    from ordinalclip.metrics import METRICS, doubt
 
     for name in ("validation", "test"):
         if name in metrics:
             shown = {k: v for k, v in metrics[name].items() if not isinstance(v, dict)}
             print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None))
+            if beside := metrics[name].get("constant"):
+                print(f"{name}: MAE of always answering {beside['answer']:g}: {beside['mae']:.4g}")
+            if why := doubt(metrics[name]):
+                print(f"{name}: NO SUCCESS: {why}")
     for name, metric in METRICS.items():
         if "prototypes" in metric.of and metrics.get(name) is not None:
             print(f"{metric.title} of the prototypes: {metrics[name]:.1%}")

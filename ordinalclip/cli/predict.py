@@ -16,6 +16,8 @@ from ordinalclip.run_folder import RunFolder
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ordinalclip.ranks import Ranks
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files; folders with all below them")
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     for module in arguments.imports:
         import_by_name(module, "--import")
     pipe = load_pipeline(str(model))
-    worded = pipe.model.config.label_space.worded
+    ranks = pipe.model.config.label_space
     errors: dict[int, str] = {}
 
     def readable() -> Iterator[Image.Image]:
@@ -82,22 +84,15 @@ def run(arguments: argparse.Namespace) -> int:
             answer = {"error": errors[number]}
         else:
             answer, ahead = ahead, None
-        print(json.dumps({"file": str(file), **answer}) if arguments.json else _line(str(file), answer, worded))
+        print(json.dumps({"file": str(file), **answer}) if arguments.json else _line(str(file), answer, ranks))
     if errors:
         print(f"ordinalclip: {len(errors)} of {len(files)} images could not be read", file=sys.stderr)
     return 1 if errors else 0
 
 
-def _line(file: str, answer: dict[str, Any], worded: bool) -> str:
-    """File, answer and likeliest ranks, between tabs.
-
-    Args:
-        worded: ranks have names of their own, which say more than their values.
-    """
+def _line(file: str, answer: dict[str, Any], ranks: Ranks) -> str:
+    """File, answer and likeliest ranks, between tabs."""
     if "error" in answer:
         return f"{printable(file)}\terror: {printable(answer['error'])}"
     top = ", ".join(f"{printable(entry['name'])} {entry['probability']:.0%}" for entry in answer["top"])
-    value = f"{answer['value']:g} {printable(answer['unit'])}".rstrip()
-    if worded:
-        value = f"{printable(answer['name'])} ({value})"
-    return f"{printable(file)}\t{value}" + (f"\t({top})" if top else "")
+    return f"{printable(file)}\t{printable(ranks.say(answer['value']))}" + (f"\t({top})" if top else "")

@@ -17,6 +17,7 @@ from ordinalclip.files import whole, write_text
 from ordinalclip.metrics import METRICS, decodings
 from ordinalclip.provenance import device
 from ordinalclip.quoting import markdown
+from ordinalclip.results.comparison import Comparison
 from ordinalclip.results.comparison_report import write_comparison_report
 from ordinalclip.results.leaderboard import Entry, Leaderboard, in_words, write_csv
 from ordinalclip.results.pages import never_fatal
@@ -48,7 +49,7 @@ class Outcome:
 
 
 def write_outcome(plan: Plan, execution: Execution) -> Outcome:
-    """Write table.md, results.csv, report.html and model/ into the comparison's folder.
+    """Write table.md, results.csv, comparison.json, report.html and model/ into the comparison's folder.
 
     Raises:
         ValueError: every method of every variant failed.
@@ -60,8 +61,10 @@ def write_outcome(plan: Plan, execution: Execution) -> Outcome:
     write_text(plan.folder / "table.md", table)
     write_csv(plan.folder / "results.csv", summaries)
     best = _keep_best(plan, boards)
+    comparison = Comparison(plan.folder, plan.config.title, boards, notes, best)
+    comparison.write()
     with never_fatal(plan.folder):
-        write_comparison_report(plan.folder, plan.config.title, boards, notes, best)
+        write_comparison_report(comparison)
     return Outcome(execution.num_runs, summaries, left_out, table, list(execution.errors.values()))
 
 

@@ -13,36 +13,28 @@ import numpy as np
 
 from ordinalclip.files import write_text
 from ordinalclip.results import figures
+from ordinalclip.results.comparison import Comparison
 from ordinalclip.results.leaderboard import Leaderboard
 from ordinalclip.results.pages import Figures, inlined, templates
 from ordinalclip.run_folder import RunFolder
 
 
-def write_comparison_report(
-    folder: Path, title: str, boards: Sequence[Leaderboard], notes: Sequence[str], best: str
-) -> Path:
-    """Write `report.html` into a comparison's folder.
-
-    Args:
-        title: a sentence above the tables.
-        boards: one per variant; their runs hold predictions of the test part.
-        notes: what the metrics are, in paragraphs below the tables.
-        best: which method's model the comparison keeps.
-    """
+def write_comparison_report(comparison: Comparison) -> Path:
+    """Write `report.html` into a comparison's folder."""
+    folder, boards = comparison.folder, comparison.boards
     content = (
         templates()
         .get_template("comparison.html")
         .render(
-            title=title,
+            title=comparison.title,
             folder=folder,
             boards=boards,
-            notes=notes,
-            best=best,
+            notes=comparison.notes,
+            best=comparison.best,
             link=lambda run: _link(folder, run),
             overview=inlined(_overview(boards)),
             figures=[
-                inlined(comparison_figures(board), f"-{number}" if number else "")
-                for number, board in enumerate(boards)
+                inlined(board_figures(board), f"-{number}" if number else "") for number, board in enumerate(boards)
             ],
         )
     )
@@ -51,7 +43,16 @@ def write_comparison_report(
     return path
 
 
-def comparison_figures(board: Leaderboard) -> Figures:
+def comparison_figures(comparison: Comparison) -> Figures:
+    """Every figure of the report; where there are variants, with the name of theirs."""
+    drawn = _overview(comparison.boards)
+    for board in comparison.boards:
+        label = board.entries[0].folders[0].path.parent.name if board.variant else ""  # a name that files can have
+        drawn.update({f"{name}-{label}".rstrip("-"): figure for name, figure in board_figures(board).items()})
+    return drawn
+
+
+def board_figures(board: Leaderboard) -> Figures:
     """mae_by_method, difference_to_best, error_by_method and metrics_by_method, each with the sentence below it."""
     ranks = board.ranks
     maes = {entry.name: entry.maes for entry in board.entries}
@@ -77,7 +78,7 @@ def comparison_figures(board: Leaderboard) -> Figures:
         )
     drawn["error_by_method"] = (
         figures.error_by_method(answers, ranks),
-        "Where the errors are: test MAE by true value, over all seeds.",
+        f"Where the errors are: test MAE by true {'rank' if ranks.worded else 'value'}, over all seeds.",
     )
     spread = {name: (board.metrics[name], board.values_of(name)) for name in board.metrics}
     drawn["metrics_by_method"] = (

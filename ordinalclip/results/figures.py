@@ -1,20 +1,24 @@
-"""Figures: pure functions from arrays to matplotlib figures in one style, for reports, PDF and PNG.
+"""Figures: pure functions from arrays to matplotlib figures in one style, for reports, PDF, SVG and PNG.
 
-Colours are safe for colour-blind readers (Okabe & Ito) and readable on white and on black. `inline_svg` turns a
-figure into SVG whose ink follows the page's light or dark theme through the CSS variables in `THEME`.
+They are as wide as a column of a paper, or as two, in 8 pt. Colours are safe for colour-blind readers (Okabe & Ito) and
+readable on white and on black. `inline_svg` turns a figure into SVG whose ink follows the page's light or dark theme
+through the CSS variables in `THEME`.
 """
 
 from __future__ import annotations
 
 import html
 import io
+import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -31,13 +35,14 @@ from ordinalclip.results.significance import LEVEL, Verdict
 
 INK, MUTED, GRID, BLUE, ORANGE = "#1b1f24", "#66707c", "#dfe3e8", "#0072b2", "#e69f00"
 PALETTE = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+WRITER = "ordinalclip plot"  # in the metadata of a figure's file
 MARKERS = "osD^vX"  # with the colours: two blues are one in the dark
 THEME = {INK: "--ink", MUTED: "--muted", GRID: "--grid", BLUE: "--blue"}
 VALUE_COLOURS = LinearSegmentedColormap.from_list("values", matplotlib.colormaps["viridis"](np.linspace(0.2, 0.92, 64)))
 STYLE: Any = {
     "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.labelsize": 10,
+    "font.size": 8,
+    "axes.titlesize": 8,
     "text.color": INK,
     "text.parse_math": False,  # names and units are text, whatever dollars they hold
     "axes.edgecolor": MUTED,
@@ -45,31 +50,37 @@ STYLE: Any = {
     "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.limits": (-4, 8),
+    "axes.formatter.useoffset": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.linewidth": 0.8,
+    "axes.linewidth": 0.6,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "grid.color": GRID,
-    "grid.linewidth": 0.8,
+    "grid.linewidth": 0.6,
     "figure.facecolor": "none",
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
-    "legend.fontsize": 9.5,
+    "legend.fontsize": 7.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
     "svg.fonttype": "none",
     "svg.hashsalt": "ordinalclip",
-    "pdf.fonttype": 42,
+    "pdf.fonttype": 42,  # text that editors and search find
 }
-WIDTH = 5.0  # inches: at this width a figure reads well on a phone and in half a page
+WIDTH, WIDE = 3.5, 7.16  # inches: one column of a paper and two; on a phone, and across a page
+FEW_RANKS = 12  # up to so many, each has a place of its own on an axis and in a confusion matrix
+TICKS = 6  # as many ranks are named on an axis of more
 styled = matplotlib.rc_context(STYLE)
 
 
 @styled
-def agreement(labels: np.ndarray, values: np.ndarray, unit: str = "") -> Figure:
+def agreement(labels: np.ndarray, values: np.ndarray, ranks: Ranks) -> Figure:
     """Predicted against true values, (N,) each, with the identity line; hexagons when there are many points."""
-    figure, axes = _figure(4.4)
+    figure, axes = _square(3.1)
     low, high = min(labels.min(), values.min()), max(labels.max(), values.max())
     margin = 0.04 * (high - low or 1)
     bounds = (low - margin, high + margin)
@@ -78,25 +89,38 @@ def agreement(labels: np.ndarray, values: np.ndarray, unit: str = "") -> Figure:
         cells = axes.hexbin(labels, values, gridsize=36, bins="log", mincnt=1, cmap=VALUE_COLOURS, extent=bounds * 2)
         figure.colorbar(cells, ax=axes, label="images", shrink=0.8).outline.set_visible(False)
     else:
-        axes.scatter(labels, values, s=16, color=BLUE, alpha=0.55, linewidths=0, zorder=2)
+        axes.scatter(labels, values, s=11, color=BLUE, alpha=0.55, linewidths=0, zorder=2)
     axes.set(xlim=bounds, ylim=bounds, aspect="equal")
-    axes.set(xlabel=_label("true value", unit), ylabel=_label("predicted value", unit))
+    axes.set(xlabel=_label("true value", ranks.unit), ylabel=_label("predicted value", ranks.unit))
+    if ranks.worded:
+        named = _some(ranks)
+        _name_ticks(axes, [ranks.values[rank] for rank in named], [ranks.name(rank) for rank in named], room=26)
+    else:
+        axes.xaxis.set_major_locator(_locator(ranks))
+        axes.yaxis.set_major_locator(_locator(ranks))
     return figure
 
 
 @styled
 def confusion(label_ranks: np.ndarray, ranks: np.ndarray, names: Sequence[str]) -> Figure:
     """Confusion matrix of ranks, (N,) each: numbers of images, shaded by their share of the true rank."""
-    figure, axes = _figure(4.4)
+    figure, axes = _square(3.1)
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (label_ranks, ranks), 1)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="none")
+    cell = 160 / len(names)  # points
+    size = min(8, cell / (0.4 + 0.6 * len(str(counts.max()))))  # of a digit, which is 0.6 as wide as high
     for (row, column), count in np.ndenumerate(counts):
-        dark = share[row, column] > 0.55
-        axes.text(column, row, str(count), ha="center", va="center", color="#ffffff" if dark else "#16191d")
-    _name_ticks(axes, range(len(names)), names)
-    axes.set(xlabel="predicted rank", ylabel="true rank")
+        # A veil, not a colour of its own: ink is readable on it on light and on dark pages.
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=BLUE, alpha=0.55 * share[row, column], lw=0))
+        ink = INK if count else MUTED
+        axes.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=size)
+    lines = np.arange(len(names) + 1) - 0.5
+    axes.hlines(lines, -0.5, len(names) - 0.5, color=GRID, linewidth=0.6)
+    axes.vlines(lines, -0.5, len(names) - 0.5, color=GRID, linewidth=0.6)
+    _name_ticks(axes, range(len(names)), names, room=34)
+    axes.set(xlabel="predicted rank", ylabel="true rank", aspect="equal")
+    axes.set(xlim=(-0.52, len(names) - 0.48), ylim=(len(names) - 0.48, -0.52))
     _bare(axes)
     return figure
 
@@ -109,25 +133,26 @@ def error_by_value(labels: np.ndarray, values: np.ndarray, ranks: Ranks, train_c
         labels, values: (N,) true and predicted values.
         train_counts: (R,) number of training labels of each rank.
     """
-    figure, (top, bottom) = _figure(4.4, panels=2, height_ratios=(3, 1), sharex=True)
-    edges = value_bins(ranks)
-    middles, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
-    errors, half, bias = (np.full(len(middles), np.nan) for _ in range(3))
-    for k, chosen in enumerate(_members(labels, edges)):
+    figure, (top, bottom) = _figure(3.1, panels=2, height_ratios=(3, 1), sharex=True)
+    bins = Bins(ranks)
+    errors, half, bias = (np.full(len(bins.places), np.nan) for _ in range(3))
+    for k, chosen in enumerate(bins.members(labels)):
         if chosen.any():
             error = np.abs(values[chosen] - labels[chosen])
             errors[k], bias[k] = error.mean(), (values[chosen] - labels[chosen]).mean()
             half[k] = 1.96 * error.std(ddof=1) / len(error) ** 0.5 if len(error) > 1 else np.nan
-    top.bar(middles, errors, 0.86 * widths, color=BLUE, alpha=0.8, label="mean absolute error")
-    top.errorbar(middles, errors, half, fmt="none", ecolor=INK, elinewidth=1)
-    top.plot(middles, bias, color=ORANGE, marker="o", markersize=4, linewidth=1.4, label="bias")
-    top.axhline(0, color=MUTED, linewidth=0.8)
+    top.bar(bins.places, errors, 0.86 * bins.width, color=BLUE, alpha=0.8, label="mean absolute error")
+    around = [np.minimum(half, errors), half]  # no error is below 0
+    top.errorbar(bins.places, errors, around, fmt="none", ecolor=INK, elinewidth=0.8)
+    top.plot(bins.places, bias, color=ORANGE, marker="o", markersize=3, linewidth=1.2, label="bias")
+    top.axhline(0, color=MUTED, linewidth=0.6)
     top.set_ylabel(_label("error", ranks.unit))
-    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
-    per_bin = [np.asarray(train_counts)[chosen].sum() for chosen in _members(np.asarray(ranks.values), edges)]
-    bottom.bar(middles, per_bin, 0.86 * widths, color=MUTED, alpha=0.6)
+    _legend(top)
+    per_bin = [np.asarray(train_counts)[chosen].sum() for chosen in bins.members(np.asarray(ranks.values))]
+    bottom.bar(bins.places, per_bin, 0.86 * bins.width, color=MUTED, alpha=0.6)
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    bottom.set(xlabel=_label("true value", ranks.unit), ylabel="training\nimages")
+    bottom.set_ylabel("training\nimages")
+    bins.label(bottom)
     figure.align_ylabels()
     return figure
 
@@ -135,12 +160,13 @@ def error_by_value(labels: np.ndarray, values: np.ndarray, ranks: Ranks, train_c
 @styled
 def similarity(prototypes: np.ndarray, ranks: Ranks) -> Figure:
     """Cosine similarity of the rank prototypes, (R, D), as a matrix."""
-    figure, axes = _figure(4.4)
+    figure, axes = _square(2.8)
     unit = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)
     picture = axes.imshow(unit @ unit.T, cmap="viridis", interpolation="none")
-    ticks = np.unique(np.linspace(0, len(ranks) - 1, min(len(ranks), 6)).round().astype(int))
-    _name_ticks(axes, ticks.tolist(), [ranks.name(rank) for rank in ticks])
-    axes.set(xlabel=_label("rank", ranks.unit), ylabel=_label("rank", ranks.unit))
+    named = _some(ranks)
+    _name_ticks(axes, named, [ranks.name(rank) for rank in named], room=26)
+    what = "rank" if ranks.worded else _label("rank", ranks.unit)
+    axes.set(xlabel=what, ylabel=what)
     _bare(axes)
     figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.8).outline.set_visible(False)
     return figure
@@ -148,7 +174,7 @@ def similarity(prototypes: np.ndarray, ranks: Ranks) -> Figure:
 
 @styled
 def feature_map(
-    features: np.ndarray, values: np.ndarray, images: Sequence[Image.Image], ranks: Ranks, thumbnail: float = 0.07
+    features: np.ndarray, values: np.ndarray, images: Sequence[Image.Image], ranks: Ranks, thumbnail: float = 0.065
 ) -> Figure:
     """Features in their two principal components, with thumbnails framed in the colour of their value.
 
@@ -158,14 +184,16 @@ def feature_map(
         images: N square thumbnails; as many are drawn as fit without overlap, dots for the rest.
         thumbnail: side of a thumbnail as a share of the height.
     """
-    figure, (axes, bar) = _figure(4.9, panels=2, height_ratios=(28, 1))
+    figure, (axes, bar) = _figure(5.3, panels=2, height_ratios=(36, 1))
     points, explained = principal_components(features)
     first, second = explained
     axes.set(xlabel=f"first component, {first:.0%} of the variance", ylabel=f"second component, {second:.0%}")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(ranks.values[0], ranks.values[-1]), VALUE_COLOURS)
-    figure.colorbar(scale, cax=bar, orientation="horizontal", label=_label("true value", ranks.unit))
+    bins = Bins(ranks)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*bins.ends), VALUE_COLOURS)
+    figure.colorbar(scale, cax=bar, orientation="horizontal")
+    bins.label(bar)
     bar.spines[:].set_visible(False)
     figure.draw_without_rendering()  # from here on the axes have their final size
     box = axes.get_window_extent()
@@ -173,8 +201,8 @@ def feature_map(
 
     low, high = points.min(axis=0), points.max(axis=0)
     places = (points - low) / np.where(high > low, high - low, 1)
-    colours = VALUE_COLOURS(_share(values, ranks))
-    axes.scatter(*places.T, s=9, c=colours, linewidths=0, alpha=0.9)
+    colours = scale.to_rgba(bins.positions(values))
+    axes.scatter(*places.T, s=6, c=colours, linewidths=0, alpha=0.9)
     drawn: list[np.ndarray] = []
     for place, image, colour in zip(places, images, colours, strict=True):
         if all((np.abs(place - other) / side).max() > 1.25 for other in drawn):
@@ -193,29 +221,31 @@ def feature_map(
 def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, unit: str = "") -> Figure:
     """Training loss and validation MAE of the entries of log.jsonl; the best step is marked."""
     validated = [entry for entry in log if "validation_mae" in entry]
-    figure, axes = _figure(4.4, panels=2 if validated else 1, sharex=True)
+    figure, axes = _figure(3, panels=2 if validated else 1, sharex=True)
     top = axes[0] if validated else axes
     steps, loss = np.asarray([entry["step"] for entry in log]), np.asarray([entry["loss"] for entry in log])
     window = max(1, len(loss) // 40)
     top.plot(steps, loss, color=BLUE, alpha=0.35 if window > 1 else 1, linewidth=1)
     if window > 1:
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-        top.plot(steps[window - 1 :], smooth, color=BLUE, linewidth=1.8, label=f"mean of {window} steps")
-        top.legend(loc="upper right")
+        top.plot(steps[window - 1 :], smooth, color=BLUE, linewidth=1.4, label=f"mean of {window} steps")
+        _legend(top)
     top.set_ylabel("training loss")
     if validated:
         evaluated, errors = [entry["step"] for entry in validated], [entry["validation_mae"] for entry in validated]
-        axes[1].plot(evaluated, errors, color=ORANGE, marker="o", markersize=4, linewidth=1.6)
+        axes[1].plot(evaluated, errors, color=ORANGE, marker="o", markersize=3, linewidth=1.2)
         if best_step in evaluated:
             chosen = {"linestyle": (0, (4, 3)), "label": f"model: step {best_step}"}
             axes[1].axvline(best_step, color=MUTED, linewidth=1, **chosen)
-            axes[1].legend(loc="best")
-        axes[1].set_ylabel(_label("validation MAE", unit))
-        axes[1].set_ylim(bottom=0)
+            _legend(axes[1])
+        axes[1].set_ylabel(_label("validation\nMAE", unit))
+        axes[1].set_ylim(0, 1.1 * max(filter(math.isfinite, errors), default=1) or 1)
         figure.align_ylabels()
     below = axes[1] if validated else axes
     below.set_xlabel("step")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for panel in {top, below}:
+        panel.yaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 
@@ -228,12 +258,12 @@ def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "") -> Figu
     for place, name in enumerate(order):
         maes = np.asarray(errors[name])
         if maes.mean() > limit:
-            _beyond(axes, limit, place, maes.mean())
+            _beyond(axes, place, maes.mean())
             continue
         spread = maes.std(ddof=1) if len(maes) > 1 else 0
-        axes.errorbar(maes.mean(), place, xerr=spread, fmt="o", color=BLUE, markersize=6, capsize=3, linewidth=1.6)
-        axes.scatter(maes, np.full(len(maes), place + 0.24), s=11, color=ORANGE, linewidths=0, zorder=3)
-    axes.set_yticks(range(len(order)), [_short(name, 34) for name in order])
+        axes.errorbar(maes.mean(), place, xerr=spread, fmt="o", color=BLUE, markersize=4.5, capsize=2, linewidth=1.2)
+        axes.scatter(maes, np.full(len(maes), place + 0.27), s=8, color=ORANGE, linewidths=0, zorder=3)
+    axes.set_yticks(range(len(order)), [_short(name, 26) for name in order])
     axes.set(xlabel=_label("test MAE", unit), xlim=(0, min(limit, axes.get_xlim()[1])), ylim=(-0.6, len(order) - 0.4))
     axes.grid(axis="y", visible=False)
     return figure
@@ -249,17 +279,25 @@ def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "") -> Figur
     for place, name in enumerate(order):
         verdict = verdicts[name]
         if verdict.difference > limit:
-            _beyond(axes, limit, place, verdict.difference)
+            _beyond(axes, place, verdict.difference)
             continue
         low, high = verdict.difference_interval
         sure = verdict.p_holm is not None and verdict.p_holm < LEVEL
         around = [[max(0.0, verdict.difference - low)], [max(0.0, high - verdict.difference)]]
-        face = {"markerfacecolor": BLUE if sure else "none", "markeredgewidth": 1.6}
+        face = {"markerfacecolor": BLUE if sure else "none", "markeredgewidth": 1.2}
         axes.errorbar(
-            verdict.difference, place, xerr=around, fmt="o", color=BLUE, markersize=6, capsize=3, linewidth=1.6, **face
+            verdict.difference,
+            place,
+            xerr=around,
+            fmt="o",
+            color=BLUE,
+            markersize=4.5,
+            capsize=2,
+            linewidth=1.2,
+            **face,
         )
     axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_yticks(range(len(order)), [_short(name, 34) for name in order])
+    axes.set_yticks(range(len(order)), [_short(name, 26) for name in order])
     axes.set(xlabel=_label("MAE above the best", unit), ylim=(-0.6, len(order) - 0.4))
     axes.set_xlim(right=min(limit, axes.get_xlim()[1]))
     axes.grid(axis="y", visible=False)
@@ -273,7 +311,7 @@ def mae_by_variant(errors: Mapping[str, Sequence[Sequence[float]]], variants: Se
     Args:
         errors: by method, for every variant the MAE of each seed.
     """
-    figure, axes = _figure(3.6)
+    figure, axes = _figure(2.5)
     means = {name: np.asarray([np.mean(maes) for maes in each]) for name, each in errors.items()}
     order = sorted(errors, key=lambda name: float(np.nanmean(means[name])))
     places = np.arange(len(variants))
@@ -285,15 +323,15 @@ def mae_by_variant(errors: Mapping[str, Sequence[Sequence[float]]], variants: Se
             continue
         if number < len(PALETTE):
             spread = [np.std(maes, ddof=1) if len(maes) > 1 else 0 for maes in errors[name]]
-            bright = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 4.5, "linewidth": 1.6}
+            bright = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 3.5, "linewidth": 1.2}
             shifted = places + 0.02 * (number - (min(len(order), len(PALETTE)) - 1) / 2)  # bars beside each other
-            axes.errorbar(shifted, means[name], spread, label=_short(name, 34), zorder=above, capsize=2, **bright)
+            axes.errorbar(shifted, means[name], spread, label=_short(name, 40), zorder=above, capsize=1.5, **bright)
         else:
             label = "others" if number == len(PALETTE) else None
             axes.plot(places, means[name], label=label, zorder=above, color=MUTED, alpha=0.7, linewidth=1)
-    axes.set_xticks(places, [_short(name) for name in variants])
+    _name_ticks(axes, places, variants, sides="x")
     axes.set(ylabel=_label("test MAE", unit), ylim=(0, min(limit, axes.get_ylim()[1])))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
+    _legend(axes)
     return figure
 
 
@@ -306,23 +344,23 @@ def error_by_method(
     Args:
         answers: by method, best first: (N,) true and (N,) predicted values, those of all seeds one after the other.
     """
-    figure, axes = _figure(3.6)
-    edges = value_bins(ranks)
-    middles = (edges[1:] + edges[:-1]) / 2
+    figure, axes = _figure(2.5)
+    bins = Bins(ranks)
+    limit = _limit([float(np.abs(values - labels).mean()) for labels, values in answers.values()])
     for number, (name, (labels, values)) in enumerate(answers.items()):
         error = np.abs(values - labels)
-        means = [error[chosen].mean() if chosen.any() else np.nan for chosen in _members(labels, edges)]
+        means = [error[chosen].mean() if chosen.any() else np.nan for chosen in bins.members(labels)]
         above = 3 - number / len(answers)  # the better, the higher up
         if number < coloured:
-            bright = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 4.5, "linewidth": 1.6}
-            axes.plot(middles, means, label=_short(name, 34), zorder=above, **bright)
+            bright = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 3.5, "linewidth": 1.2}
+            label = _short(name, 40) if np.nanmin(means) <= limit else f"{_short(name, 20)}, off the scale"
+            axes.plot(bins.places, means, label=label, zorder=above, **bright)
         else:
-            label = (_short(name, 34) if len(answers) == coloured + 1 else "others") if number == coloured else None
-            axes.plot(middles, means, label=label, zorder=above, color=MUTED, alpha=0.7, linewidth=1)
-    limit = _limit([float(np.abs(values - labels).mean()) for labels, values in answers.values()])
-    top = min(limit, axes.get_ylim()[1])
-    axes.set(xlabel=_label("true value", ranks.unit), ylabel=_label("test MAE", ranks.unit), ylim=(0, top))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
+            others = (_short(name, 40) if len(answers) == coloured + 1 else "others") if number == coloured else None
+            axes.plot(bins.places, means, label=others, zorder=above, color=MUTED, alpha=0.7, linewidth=0.8)
+    axes.set(ylabel=_label("test MAE", ranks.unit), ylim=(0, min(limit, axes.get_ylim()[1])))
+    bins.label(axes)
+    _legend(axes)
     return figure
 
 
@@ -339,7 +377,7 @@ def metrics_by_method(
     panels = [(metric, each) for metric, each in values.values() if each]
     across = min(4, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(2 * WIDTH, down * (0.9 + 0.2 * len(methods))), layout=ConstrainedLayoutEngine(h_pad=0.1))
+    figure = Figure(figsize=(WIDE, down * (0.6 + 0.16 * len(methods))), layout=ConstrainedLayoutEngine(h_pad=0.07))
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     for place, axes in enumerate(grid.flat):
         if place >= len(panels):
@@ -351,10 +389,10 @@ def metrics_by_method(
                 known = np.asarray(each[name])
                 spread = known.std(ddof=1) if len(known) > 1 else 0
                 axes.errorbar(
-                    known.mean(), line, xerr=spread, fmt="o", color=BLUE, markersize=4, capsize=2, linewidth=1.2
+                    known.mean(), line, xerr=spread, fmt="o", color=BLUE, markersize=3, capsize=1.5, linewidth=1
                 )
         arrow = "\u2190" if metric.falls else "\u2192"
-        axes.set_title(f"{_label(metric.title, unit if metric.in_unit else '')} {arrow}", fontsize=10)
+        axes.set_title(f"{_label(metric.title, unit if metric.in_unit else '')} {arrow}")
         axes.set_yticks(range(len(methods)), [_short(name, 26) for name in methods])
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.grid(axis="y", visible=False)
@@ -381,13 +419,43 @@ def principal_components(features: np.ndarray) -> tuple[np.ndarray, tuple[float,
     return points, (float(shares[0]), float(shares[1]))
 
 
-def value_bins(ranks: Ranks, most: int = 12) -> np.ndarray:
-    """Edges of bins of true values: one per rank when there are few, else `most` of equal width."""
-    values = np.asarray(ranks.values)
-    if len(values) <= most:
-        middles = (values[1:] + values[:-1]) / 2
-        return np.concatenate([[2 * values[0] - middles[0]], middles, [2 * values[-1] - middles[-1]]])
-    return np.linspace(values[0], values[-1], most + 1)
+class Bins:
+    """Bins of true values along an axis: a rank each, evenly spaced, where there are at most `FEW_RANKS`; else that
+    many of equal width.
+
+    Attributes:
+        places: (K,) the middle of every bin on the axis; width: of each.
+        ends: of the axis, without a margin.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.few = len(ranks) <= FEW_RANKS
+        self.ends = (0, len(ranks) - 1) if self.few else (ranks.values[0], ranks.values[-1])
+        edges = np.linspace(*self.ends, FEW_RANKS + 1)
+        self.places = np.arange(len(ranks)) if self.few else (edges[1:] + edges[:-1]) / 2
+        self.width = 1.0 if self.few else edges[1] - edges[0]
+
+    def positions(self, values: np.ndarray) -> np.ndarray:
+        """(N,) values -> their places on the axis."""
+        return self.ranks.nearest(torch.from_numpy(values)).numpy() if self.few else values
+
+    def members(self, values: np.ndarray) -> list[np.ndarray]:
+        """(N,) masks of the values in each bin; those beyond the ends belong to the outer bins."""
+        bins = np.floor((self.positions(values) - self.places[0]) / self.width + 0.5)
+        bins = np.clip(bins, 0, len(self.places) - 1)
+        return [bins == k for k in range(len(self.places))]
+
+    def label(self, axes: Axes) -> None:
+        """What the horizontal axis shows: names of ranks where they are few or have names, else values."""
+        ranks = self.ranks
+        axes.set_xlabel("true rank" if ranks.worded else _label("true value", ranks.unit))
+        if self.few or ranks.worded:
+            named = _some(ranks)
+            places = named if self.few else [ranks.values[rank] for rank in named]
+            _name_ticks(axes, places, [ranks.name(rank) for rank in named], sides="x")
+        else:
+            axes.xaxis.set_major_locator(_locator(ranks))
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
@@ -413,9 +481,24 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure on white, as PDF or PNG by the ending of `path`."""
+    """Write a figure on white, as PDF, SVG or PNG by the ending of `path`.
+
+    Raises:
+        FileExistsError: there is a file that is none of ours: see `check_free`.
+    """
+    check_free(path)
+    ending = path.suffix[1:]
+    marks = {"Software": WRITER} if ending == "png" else {"Creator": WRITER}
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}[ending]
     with matplotlib.rc_context(STYLE), whole(path) as aside:
-        figure.savefig(aside, facecolor="white", dpi=200, format=path.suffix[1:])
+        figure.savefig(aside, facecolor="white", dpi=300, format=ending, metadata={**marks, **undated})
+
+
+def check_free(path: Path) -> None:
+    """Raises:
+    FileExistsError: what is there was not written by `save_figure`, which marks its files."""
+    if path.exists() and not (path.is_file() and WRITER.encode() in path.read_bytes()):
+        raise FileExistsError(f"{path} is there and no figure of ours: it may be yours; choose another folder")
 
 
 def _figure(height: float, panels: int = 1, **options: Any) -> tuple[Figure, Any]:
@@ -424,20 +507,38 @@ def _figure(height: float, panels: int = 1, **options: Any) -> tuple[Figure, Any
     return figure, figure.subplots(panels, 1, height_ratios=ratios, **options)
 
 
+def _square(height: float) -> tuple[Figure, Any]:
+    """A figure of one axes whose sides are to be equal."""
+    figure = Figure(figsize=(WIDTH, height), layout="compressed")
+    return figure, figure.subplots()
+
+
 def _limit(errors: Sequence[float]) -> float:
     """Where an axis ends when some methods are so far off that the others could not be told apart."""
     far = 3 * float(np.median(errors))
     return far if len(errors) > 4 and max(errors) > far > 0 else np.inf
 
 
-def _beyond(axes: Axes, limit: float, place: int, value: float) -> None:
-    """A value that lies beyond the end of the axis, as text."""
-    axes.text(0.98 * limit, place, f"{value:.3g} \u2192", ha="right", va="center", color=MUTED)
+def _beyond(axes: Axes, place: int, value: float) -> None:
+    """A value that lies beyond the end of the axis, as text at its end, wherever that will be."""
+    end = axes.get_yaxis_transform()
+    axes.text(0.99, place, f"{value:.3g} \u2192", ha="right", va="center", color=MUTED, transform=end)
 
 
 def _height_of(lines: Sequence[str]) -> float:
     """Inches for a line of text each."""
-    return max(2.2, 0.9 + 0.34 * min(len(lines), 8) + 0.22 * max(0, len(lines) - 8))
+    return max(1.6, 0.65 + 0.26 * min(len(lines), 8) + 0.17 * max(0, len(lines) - 8))
+
+
+def _legend(axes: Axes) -> None:
+    """A legend above the axes, where it hides nothing; in two columns where the texts are short enough."""
+    texts = axes.get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, texts)) <= 20 else 1
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.set_figheight(figure.get_figheight() + 0.14 * (-(-len(texts) // columns) - 1))  # not at the axes' expense
+    above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    axes.legend(ncols=columns, columnspacing=1.2, labelspacing=0.3, **above)
 
 
 def _bare(axes: Axes) -> None:
@@ -446,28 +547,39 @@ def _bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _name_ticks(axes: Axes, ticks: Sequence[int], names: Sequence[str]) -> None:
-    """Rank names along both sides of a matrix, slanted below it when they would touch."""
+def _some(ranks: Ranks) -> list[int]:
+    """The ranks that an axis names: all where they are few, else some that are evenly spaced."""
+    number = len(ranks) if len(ranks) <= FEW_RANKS else TICKS
+    return np.linspace(0, len(ranks) - 1, number).round().astype(int).tolist()
+
+
+def _locator(ranks: Ranks) -> MaxNLocator:
+    """Of ticks at values: few of long numbers, which would touch."""
+    return MaxNLocator(5 if max(map(abs, ranks.values)) < 1e5 else 4)
+
+
+def _name_ticks(
+    axes: Axes, ticks: Sequence[float] | np.ndarray, names: Sequence[str], sides: str = "xy", room: int = 32
+) -> None:
+    """Names along one side or both; below the axes in several lines, or slanted, when they would touch.
+
+    Args:
+        room: characters that fit below the axes side by side.
+    """
     shortened = [_short(name) for name in names]
-    slanted = len(names) * max(map(len, shortened)) > 36
-    axes.set_xticks(ticks, shortened, rotation=40 if slanted else 0, ha="right" if slanted else "center")
-    axes.set_yticks(ticks, shortened)
+    lines = [textwrap.wrap(name, max(1, room // len(names)), break_long_words=False) for name in shortened]
+    slanted = len(names) * max(len(line) for each in lines for line in each) > room
+    below = shortened if slanted else ["\n".join(each) for each in lines]
+    turned = {"rotation": 40 if len(names) <= 8 else 60, "ha": "right", "rotation_mode": "anchor"}  # ends at the tick
+    axes.set_xticks(ticks, below, **(turned if slanted else {}))
+    if "y" in sides:
+        axes.set_yticks(ticks, shortened)
 
 
 def _label(what: str, unit: str) -> str:
-    return f"{what} ({printable(unit)})" if unit else what
+    return f"{what} ({_short(unit)})" if unit else what
 
 
 def _short(name: str, longest: int = 16) -> str:
     name = printable(name)
     return name if len(name) <= longest else name[: longest - 1] + "…"
-
-
-def _members(values: np.ndarray, edges: np.ndarray) -> list[np.ndarray]:
-    """(N,) masks of the values in each bin; those beyond the ends belong to the outer bins."""
-    places = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    return [places == k for k in range(len(edges) - 1)]
-
-
-def _share(values: np.ndarray, ranks: Ranks) -> np.ndarray:
-    return (values - ranks.values[0]) / (ranks.values[-1] - ranks.values[0])

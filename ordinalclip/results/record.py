@@ -18,7 +18,7 @@ from ordinalclip.images import prepare
 from ordinalclip.metrics import Metric, bootstrap_interval, doubt, metrics_with
 from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import Predictions
-from ordinalclip.ranks import Ranks
+from ordinalclip.ranks import Decoding, Ranks
 from ordinalclip.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,18 @@ class RunRecord:
     @property
     def ranks(self) -> Ranks:
         return self.model.head.ranks
+
+    @property
+    def decoding(self) -> Decoding | None:
+        """How the model turns its distribution into an answer; None where it gives no distribution."""
+        given = self.predictions
+        return None if given is None or given.probabilities is None else self.model.head.decoding
+
+    @property
+    def answers(self) -> np.ndarray:
+        """(N,) values that the model answers for the part that is shown, as the pipeline does."""
+        assert self.predictions is not None
+        return self.predictions.decoded[self.decoding or "median"]
 
     @property
     def prototypes(self) -> torch.Tensor | None:
@@ -184,11 +196,11 @@ def points_of(model: OrdinalModel, part: Part, rows: np.ndarray, batch_size: int
 def shown(value: float | None, spread: float | None = None, digits: int | None = None) -> str:
     """A number as reports and tables show it: two decimals, three below 1, or `digits`; "-" where there is none.
 
-    >>> shown(4.4051), shown(0.97), shown(4.4051, 0.5811), shown(12.345, digits=1), shown(None)
-    ('4.41', '0.970', '4.41 ± 0.58', '12.3', '-')
+    >>> shown(4.4051), shown(0.97), shown(4.4051, 0.5811), shown(12.345, digits=1), shown(None), shown(-1e-17)
+    ('4.41', '0.970', '4.41 ± 0.58', '12.3', '-', '0.000')
     """
     if value is None or math.isnan(value):
         return "-"
     if digits is None:
         digits = 2 if abs(value) >= 1 else 3
-    return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+    return f"{value:z.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")

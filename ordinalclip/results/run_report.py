@@ -31,8 +31,13 @@ from ordinalclip.results.record import RunRecord, points_of, read_run
 from ordinalclip.run_folder import RunFolder, local
 
 MAP_IMAGES = 300
-FEW_RANKS = 10  # up to so many a confusion matrix says more than a scatter plot
 EXTREMES = 6
+DECODED = {  # how an answer comes about
+    "median": "the median of its distribution over the ranks",
+    "argmax": "the likeliest rank",
+    "expectation": "the mean of its distribution over the ranks",
+    None: "",
+}
 GROUPS = {
     "many": "more than 100",
     "medium": "20 to 100",
@@ -67,7 +72,6 @@ def write_report(record: RunRecord, remark: str = "") -> Path:
             ranks=record.ranks,
             data=local(data_name(config.data)),
             decodings=decodings(),
-            constant=record.constant_error(),
             remark=remark,
             figures=inlined(run_figures(record)),
             groups=_groups(record),
@@ -86,21 +90,23 @@ def run_figures(record: RunRecord) -> Figures:
     drawn: Figures = {}
     ranks, given = record.ranks, record.predictions
     if given is not None:
-        if len(ranks) <= FEW_RANKS:
+        how = f" ({DECODED[record.decoding]})" if record.decoding else ""
+        if len(ranks) <= figures.FEW_RANKS:
+            answered = ranks.nearest(torch.from_numpy(record.answers)).numpy()
             drawn["confusion"] = (
-                figures.confusion(given.label_ranks, given.ranks, ranks.names or ()),
-                "True and predicted ranks, by argmax as the accuracy: numbers of images, shaded by their share of the "
+                figures.confusion(given.label_ranks, answered, ranks.names or ()),
+                f"True ranks and those of the model's answers{how}: numbers of images, shaded by their share of the "
                 "true rank.",
             )
         else:
             drawn["agreement"] = (
-                figures.agreement(given.labels, given.values, ranks.unit),
-                "Predicted against true values. On the dashed line both are equal.",
+                figures.agreement(given.labels, record.answers, ranks),
+                f"The model's answers{how} against true values. On the dashed line both are equal.",
             )
         drawn["error_by_value"] = (
-            figures.error_by_value(given.labels, given.values, ranks, record.metrics["train_counts"]),
+            figures.error_by_value(given.labels, record.answers, ranks, record.metrics["train_counts"]),
             "Where the errors are: mean absolute error with its 95 % interval and bias (predicted minus true) by true "
-            "value, above the number of training images.",
+            f"{'rank' if ranks.worded else 'value'}, above the number of training images.",
         )
         if record.images is not None and len(record.images) > 1:
             drawn["feature_map"] = _feature_map(record)
@@ -160,27 +166,27 @@ def _feature_map(record: RunRecord) -> tuple[Figure, str]:
 
 
 def _extremes(record: RunRecord) -> dict[str, list[dict[str, Any]]]:
-    """The images with the smallest and the largest errors; ties by the probability of the true rank."""
+    """The images with the smallest and the largest errors of the model's answers.
+
+    Ties are broken by the probability of the true rank.
+    """
     given = record.predictions
     if given is None or record.images is None:
         return {}
     probabilities, rows = given.probabilities, np.arange(len(given.labels))
     sure = probabilities[rows, given.label_ranks] if probabilities is not None else np.zeros(len(rows))
-    order = np.lexsort((-sure, given.errors))
+    order = np.lexsort((-sure, np.abs(record.answers - given.labels)))
     few = min(EXTREMES, len(order) // 2)
-    predicted_ranks = record.ranks.nearest(torch.from_numpy(given.values)).numpy()
 
     def entry(row: int) -> dict[str, Any]:
         assert record.images is not None
         return {
             "name": given.names[row],
             "image": _data_uri(_thumbnail(record.images.image(row), 128)),
-            "label": given.labels[row],
-            "value": given.values[row],
-            "error": given.errors[row],
+            "label": record.ranks.say(given.labels[row]),
+            "answer": record.ranks.say(record.answers[row]),
             "outline": None if probabilities is None else _outline(probabilities[row]),
             "label_place": (given.label_ranks[row] + 0.5) / len(record.ranks),
-            "value_place": (predicted_ranks[row] + 0.5) / len(record.ranks),
         }
 
     return {
