@@ -230,8 +230,8 @@ def against_constant(predictions: ArrayLike, references: ArrayLike, answer: floa
         for a single image; "spread", the standard deviation of the predictions as a share of that of the references,
         None where these are all equal.
 
-    >>> against_constant([20, 29, 42], [21, 27, 40], 25)
-    {'answer': 25.0, 'mae': 7.0, 'p': 0.18..., 'spread': 1.1...}
+    >>> against_constant([20, 40], [21, 37], 25)
+    {'answer': 25.0, 'mae': 8.0, 'p': 0.1475836176504332, 'spread': 1.25}
     """
     predicted, true = _pair(predictions, references)
     errors, constant = np.abs(predicted - true), np.abs(answer - true)
@@ -258,15 +258,16 @@ def doubt(scores: Mapping[str, Any], unit: str = "") -> str:
     beside, mae = scores.get("constant"), scores.get("mae")
     if beside is None or mae is None:
         return ""
-    constant = f"always answering {beside['answer']:g} {unit}".rstrip()
-    maes = f"MAE {mae:.4g} against {beside['mae']:.4g}"
     if beside["spread"] is not None and beside["spread"] < STILL:
-        return f"the answers are nearly the same for every picture, as if {constant} ({maes})"
-    if mae >= beside["mae"]:
-        return f"no better than {constant} ({maes})"
-    if beside["p"] is None or beside["p"] >= 0.05:
-        return f"not shown to be better than {constant}, with {scores['num']} images ({maes})"
-    return ""
+        why = "nearly the same answer for every picture"
+    elif mae >= beside["mae"]:
+        why = "no better than one answer for every picture"
+    elif beside["p"] is None or beside["p"] >= 0.05:
+        why = f"not shown to be better than one answer for every picture, with {scores['num']} images"
+    else:
+        return ""
+    constant = f"always answering {beside['answer']:g} {unit}".rstrip()
+    return f"{why} (MAE {mae:.4g}; {constant}: {beside['mae']:.4g})"
 
 
 def ordinality(prototypes: Tensor) -> float:

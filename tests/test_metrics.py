@@ -12,8 +12,11 @@ from ordinalclip.cli import main
 from ordinalclip.metrics import (
     METRICS,
     Metric,
+    against_constant,
     bootstrap_interval,
+    constant_answer,
     cumulative_score,
+    doubt,
     load_metric,
     mae_by_shots,
     metrics_with,
@@ -138,6 +141,50 @@ def test_a_new_metric_is_one_entry(quick, tmp_path, monkeypatch, capsys):
     for name in ("worst", "extent"):
         assert f'data-metric="{name}"' in best.report.read_text()
         assert f"| {name} | " in (best.model / "README.md").read_text()
+
+
+def test_predictions_beside_the_constant():
+    """Against loops: the median of the training labels, its errors, and the t statistic by its formula."""
+    rng = np.random.default_rng(0)
+    counts, ranks = [3, 0, 9, 4, 1], np.array([10.0, 20.0, 30.0, 40.0, 50.0])
+    train = [value for value, count in zip(ranks, counts, strict=True) for _ in range(count)]
+    best = min(ranks, key=lambda answer: sum(abs(answer - label) for label in train))
+    assert constant_answer(counts, ranks) == best == 30
+    labels = rng.choice(ranks, 40)
+    values = labels + rng.normal(0, 5, 40)
+    beside = against_constant(values, labels, best)
+    gains = [abs(best - label) - abs(value - label) for value, label in zip(values, labels, strict=True)]
+    t = np.mean(gains) / (np.std(gains, ddof=1) / np.sqrt(40))
+    assert beside["mae"] == pytest.approx(np.mean([abs(best - label) for label in labels]))
+    assert beside["p"] == pytest.approx(stats.t.sf(t, 39))
+    assert beside["spread"] == pytest.approx(np.std(values) / np.std(labels))
+    assert against_constant(labels, labels, best)["p"] < 1e-6
+    assert against_constant([30.0], [20.0], best)["p"] is None
+    assert against_constant([31.0, 31.0], [20.0, 20.0], best) == {"answer": 30, "mae": 10, "p": 1.0, "spread": None}
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ([30.0] * 40, "nearly the same answer for every picture"),
+        (30 + 0.01 * np.arange(40), "nearly the same answer"),
+        (10 * np.arange(40) % 50, "no better than one answer for every picture"),
+        (None, "not shown to be better than one answer for every picture, with 40 images"),
+        ("labels", ""),
+    ],
+)
+def test_what_speaks_against_a_model(values, why):
+    labels = np.repeat([10.0, 20.0, 30.0, 40.0, 50.0], 8)
+    if values is None:  # one picture a little better than the constant, all others like it but for two that move
+        values = np.where(np.arange(40) == 0, 20.0, 30.0)
+        values[[20, 21]] = [33.0, 28.0]
+    values = labels if isinstance(values, str) else np.asarray(values, dtype=float)
+    scores = {"num": 40, "mae": np.abs(values - labels).mean(), "constant": against_constant(values, labels, 30.0)}
+    found = doubt(scores, "years")
+    assert found.startswith(why) if why else not found
+    if why:
+        assert found.endswith(f"(MAE {scores['mae']:.4g}; always answering 30 years: 12)")
+    assert not doubt({"num": 40, "mae": None, "constant": None})
 
 
 def test_constant_predictions_have_no_correlation():

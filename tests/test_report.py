@@ -174,7 +174,10 @@ def test_a_constant_answer_has_no_correlation(reported):
     assert metrics_of(run)["test"]["spearman"] is None
     assert page.texts["spearman"] == ["-"]
     assert "not defined" in page.texts["interval"]
-    assert "| Spearman |" not in (run / "model" / "README.md").read_text(encoding="utf-8")
+    card = (run / "model" / "README.md").read_text(encoding="utf-8")
+    assert "| Spearman |" not in card
+    for text in (run.joinpath("report.html").read_text(encoding="utf-8"), card):
+        assert "nearly the same answer for every picture" in text
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def print_metrics(metrics: dict) -> None:
             if beside := metrics[name].get("constant"):
                 print(f"{name}: MAE of always answering {beside['answer']:g}: {beside['mae']:.4g}")
             if why := doubt(metrics[name]):
-                print(f"{name}: NO SUCCESS: {why}")
+                print(f"{name}: WARNING: {why}")
     for name, metric in METRICS.items():
         if "prototypes" in metric.of and metrics.get(name) is not None:
             print(f"{metric.title} of the prototypes: {metrics[name]:.1%}")
