@@ -230,8 +230,9 @@ def against_constant(predictions: ArrayLike, references: ArrayLike, answer: floa
         for a single image; "spread", the standard deviation of the predictions as a share of that of the references,
         None where these are all equal.
 
-    >>> against_constant([20, 40], [21, 37], 25)
-    {'answer': 25.0, 'mae': 8.0, 'p': 0.1475836176504332, 'spread': 1.25}
+    >>> beside = against_constant([20, 40], [21, 37], 25)
+    >>> beside["mae"], beside["spread"], round(beside["p"], 3)
+    (8.0, 1.25, 0.148)
     """
     predicted, true = _pair(predictions, references)
     errors, constant = np.abs(predicted - true), np.abs(answer - true)
