@@ -1,4 +1,8 @@
-"""Typed run configuration: YAML files, dotted overrides, and errors that name the key."""
+"""Typed run configuration: YAML files, dotted overrides, and errors that name the key.
+
+The command line prints the keys before anything else is imported, so the modules that need torch are imported where a
+value is checked.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from ordinalclip.heads import checked_options, head_options
-from ordinalclip.images import read_formats
 from ordinalclip.ranks import MAX_RANKS, Decoding, Ranks
 from ordinalclip.sections import Section, brief, parse_section
 from ordinalclip.suggestions import near_matches
@@ -218,7 +220,10 @@ class DataConfig(Section):
     @field_validator("extra_formats")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        read_formats(names)
+        if names:
+            from ordinalclip.images import read_formats
+
+            read_formats(names)
         return names
 
     @model_validator(mode="after")
@@ -411,6 +416,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _head_options(self) -> RunConfig:
+        from ordinalclip.heads import checked_options
+
         self.head = checked_options(self.method, self.head)
         return self
 
@@ -529,6 +536,8 @@ def stack(layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def _options_left(method: Any, merged: dict[str, Any], below: Sequence[Layer]) -> dict[str, Any]:
+    from ordinalclip.heads import head_options
+
     given = merged["head"]
     if not isinstance(method, str) or method == merged.get("method", RunConfig.model_fields["method"].default):
         return given

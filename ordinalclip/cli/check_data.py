@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 
 from ordinalclip.cli import add_configuration
-from ordinalclip.config import load_config
 from ordinalclip.quoting import printable
+
+NEEDS = ("data.checks",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_configuration(parser, "YAML file, or 'default' for the defaults")
+    add_configuration(parser, "configuration")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ordinalclip.config import load_config
     from ordinalclip.data import load_parts
     from ordinalclip.data.checks import check
 
-    config = load_config(None if arguments.config == "default" else arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
     unchecked = config.data.model_copy(update={"duplicates": "allow"}) if config.data.duplicates == "refuse" else None
     report = check(load_parts(unchecked or config.data, config.ranks, config.seed), config, arguments.quiet)
     for line in report.lines:

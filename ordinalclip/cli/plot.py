@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ordinalclip.quoting import printable
-from ordinalclip.run_folder import RunFolder
+
+NEEDS = ("results.run_report",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.results.figures import save_figure
     from ordinalclip.results.record import read_run
     from ordinalclip.results.run_report import run_figures
+    from ordinalclip.run_folder import RunFolder
 
     figures = run_figures(read_run(arguments.run))
     folder = Path(arguments.out or RunFolder(arguments.run).figures)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ordinalclip.cli import whole_number
 from ordinalclip.quoting import printable
-from ordinalclip.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from PIL import Image
+
+NEEDS = ("pipeline", "run_folder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.images import BrokenImageError, find_images, load_image, read_formats
     from ordinalclip.pipeline import load_pipeline
     from ordinalclip.progress import Progress
+    from ordinalclip.run_folder import RunFolder
 
     formats = read_formats(arguments.extra_formats)
     files = find_images(arguments.images)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+NEEDS = ("results.run_report",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
