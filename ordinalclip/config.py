@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
+from ordinalclip import shipped
 from ordinalclip.ranks import MAX_RANKS, Decoding, Ranks
 from ordinalclip.sections import Section, brief, parse_section
 from ordinalclip.suggestions import near_matches
@@ -440,7 +441,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a YAML file, apply dotted overrides, check every key and value.
 
     Args:
-        path: a YAML file, which may extend another (`read_layers`); None for the defaults.
+        path: a YAML file, which may extend another, or the name of a configuration that comes with the package
+            (`read_layers`); None or "default" for the defaults.
         overrides: "key=value" with dotted keys, e.g. "train.lr=1e-3", "data.kinds=[dial, tank]" (`read_overrides`).
 
     Raises:
@@ -460,17 +462,22 @@ def parse_config(content: dict[str, Any], source: str) -> RunConfig:
     return parse_section(content, RunConfig, source)
 
 
-def read_layers(path: str | Path | None) -> list[Layer]:
-    """A YAML file and those it extends, the lowest first; no layers for None.
+def read_layers(path: str | Path | None, places: Sequence[str] = shipped.RUNS) -> list[Layer]:
+    """A YAML file and those it extends, the lowest first; no layers for None and for "default".
 
-    `extends: OTHER.yaml`, a path from the folder of the file that says it, starts from what OTHER.yaml says: keys
-    of the file itself win, mappings are merged key by key, lists are replaced. OTHER.yaml may extend a third.
+    What is no file is the name of a configuration that comes with the package (`ordinalclip.shipped`).
+
+    `extends: OTHER.yaml`, a path from the folder of the file that says it or such a name, starts from what OTHER.yaml
+    says: keys of the file itself win, mappings are merged key by key, lists are replaced. OTHER.yaml may extend a third.
+
+    Args:
+        places: folders of `configs/` in which a name is looked for.
 
     Raises:
         FileNotFoundError: no such file; ValueError: not YAML, not a mapping, or files that extend each other.
     """
     layers: list[Layer] = []
-    file = None if path is None else Path(path)
+    file = None if path in (None, "default") else _file(str(path), places)
     while file is not None:
         content = _read_mapping(file)
         layers.insert(0, Layer(str(file), content))
@@ -491,8 +498,36 @@ def _extended(file: Path, value: Any) -> Path:
         raise ValueError(f"{file}: extends is the path of one file from the folder of this one, got {value or None!r}")
     other = file.parent / value
     if not other.is_file():
+        if (named := shipped.find(value, shipped.RUNS)) is not None:
+            return named
         raise FileNotFoundError(f"{file} extends {other}: no such configuration file{_beside(other)}")
     return other
+
+
+def _file(given: str, places: Sequence[str]) -> Path:
+    """The file that is there, or else that of a name.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    file = Path(given)
+    if file.is_file() or (named := shipped.find(given, places)) is None:
+        named = file
+    if named.exists():
+        return named
+    if file.suffix in (".yaml", ".yml"):
+        of_its_name = shipped.find(file.stem, places)
+        instead = f"; with the package comes {_name(of_its_name)}, without {file.suffix}" if of_its_name else ""
+        raise FileNotFoundError(f"{file}: no such configuration file{_beside(file)}{instead}")
+    known = {name.rpartition("/")[2] for name in shipped.names(places)} | set(shipped.names(places))
+    raise FileNotFoundError(
+        f"{given}: no such configuration file, and none of this name comes with the package; "
+        f"{near_matches(given, sorted(known))} (ordinalclip configs lists them)"
+    )
+
+
+def _name(file: Path) -> str:
+    return file.relative_to(shipped.folder()).with_suffix("").as_posix()
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
