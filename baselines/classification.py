@@ -30,8 +30,8 @@ class CNNHead(Head):
 
     Normalised features times a bias-free linear layer with normalised rows.
 
-    Paper: Li et al., "OrdinalCLIP: Learning Rank Prompts for Language-Guided Ordinal Regression", NeurIPS 2022, table
-    1.
+    Paper: Li et al., "OrdinalCLIP: Learning Rank Prompts for Language-Guided Ordinal Regression", NeurIPS 2022,
+    table 1.
 
     Args:
         scale: factor of the cosine.

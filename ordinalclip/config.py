@@ -519,10 +519,9 @@ def _file(given: str, places: Sequence[str]) -> Path:
         of_its_name = shipped.find(file.stem, places)
         instead = f"; with the package comes {_name(of_its_name)}, without {file.suffix}" if of_its_name else ""
         raise FileNotFoundError(f"{file}: no such configuration file{_beside(file)}{instead}")
-    known = {name.rpartition("/")[2] for name in shipped.names(places)} | set(shipped.names(places))
     raise FileNotFoundError(
         f"{given}: no such configuration file, and none of this name comes with the package; "
-        f"{near_matches(given, sorted(known))} (ordinalclip configs lists them)"
+        f"{near_matches(file.name, dict.fromkeys(shipped.short_names(*places)))} (ordinalclip configs lists them)"
     )
 
 

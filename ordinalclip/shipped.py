@@ -27,6 +27,11 @@ def names(places: Sequence[str] = ("",)) -> list[str]:
     return [file.relative_to(folder()).with_suffix("").as_posix() for file in files]
 
 
+def short_names(*places: str) -> list[str]:
+    """The same without their folders."""
+    return [name.rpartition("/")[2] for name in names(places)]
+
+
 def find(name: str, places: Sequence[str]) -> Path | None:
     """The file of a name, in the first folder that has it; None: there is none of this name."""
     if not all(part.replace("_", "").isalnum() for part in name.split("/")):  # no way out of the folder

@@ -1,7 +1,8 @@
 """The command line. A command is a module beside this one and a line in `COMMANDS`; it is imported when it is called.
 
 Such a module has `add_arguments(parser)` and `run(arguments) -> exit status`. It imports nothing that takes long: its
-help and its completions are there at once. What `run` needs is named in `NEEDS`, modules that are imported before it.
+help is there at once. What `run` needs is named in `NEEDS`, modules that are imported before it; `NAMES` are those that
+shells complete.
 """
 
 from __future__ import annotations
@@ -233,12 +234,28 @@ def _add_manners(parser: argparse.ArgumentParser, default: Any) -> None:
 
 
 class _PrintCompletion(argparse.Action):
-    """Print what a shell needs to complete the whole command line."""
+    """Print what a shell needs to complete the whole command line: commands, options, configurations, files."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, option: str | None = None) -> None:
         import shtab
 
-        print(shtab.complete(_parser(COMMANDS)[0], shell))
+        whole, modules = _parser(COMMANDS)
+        commands = next(action for action in whole._actions if isinstance(action, argparse._SubParsersAction))
+        functions = {"bash": "", "zsh": ""}
+        for command, subparser in commands.choices.items():
+            words = " ".join(getattr(modules[command], "NAMES", ()))
+            own = f"_ordinalclip_{command.replace('-', '_')}_files"  # a name that shtab takes for one that gives files
+            for action in subparser._actions:
+                if action.dest in ("config", "name") and words:
+                    action.complete = {"bash": own, "zsh": own}  # type: ignore[attr-defined]
+                elif not action.option_strings and action.dest != "overrides" and not action.choices:
+                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+                elif action.dest in ("model", "out"):
+                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+            if words:
+                functions["bash"] += f'{own}() {{ compgen -W "{words}" -- "$1"; _shtab_compgen_files "$1"; }}\n'
+                functions["zsh"] += f"{own}() {{ compadd {words}; _files; }}\n"
+        print(shtab.complete(whole, shell, preamble=functions))
         parser.exit()
 
 
@@ -258,9 +275,9 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def add_configuration(parser: argparse.ArgumentParser, what: str) -> None:
+def add_configuration(parser: argparse.ArgumentParser, more: str = "") -> None:
     """The arguments of commands that read a configuration."""
-    parser.add_argument("config", help=what)
+    parser.add_argument("config", help=f"YAML file, or a name that `ordinalclip configs` lists{more}")
     add_overrides(parser)
 
 

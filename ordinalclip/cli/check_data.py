@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from ordinalclip import shipped
 from ordinalclip.cli import add_configuration
 from ordinalclip.quoting import printable
 
 NEEDS = ("data.checks",)
+NAMES = ("default", *shipped.short_names("", "methods"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_configuration(parser, "configuration")
+    add_configuration(parser, "; default: the defaults of `train`")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -29,14 +29,16 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ordinalclip import shipped
 from ordinalclip.cli import add_configuration
 from ordinalclip.quoting import printable
 
 NEEDS = ("compare",)
+NAMES = shipped.short_names("compare")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_configuration(parser, "comparison")
+    add_configuration(parser)
     parser.epilog = (__doc__ or "").partition("\n\n")[2]
 
 

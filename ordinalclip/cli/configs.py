@@ -19,6 +19,7 @@ GROUPS = {  # folders of `configs/`, and what takes the files in them
     LAUNCHER: (("accelerate",), "accelerate launch --config_file FILE -m ordinalclip train NAME"),
 }
 EVERYWHERE = (*shipped.RUNS, "accelerate")
+NAMES = shipped.names(EVERYWHERE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

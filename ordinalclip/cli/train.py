@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 
+from ordinalclip import shipped
 from ordinalclip.cli import add_configuration, is_main_process, print_metrics
 from ordinalclip.config import RunConfig, load_config
 from ordinalclip.quoting import printable
 from ordinalclip.sections import describe
 
 NEEDS = ("runs",)
+NAMES = ("default", *shipped.short_names("", "methods"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_configuration(parser, "configuration")
+    add_configuration(parser, "; default: the defaults below")
     parser.epilog = _documented_keys()
 
 
