@@ -54,10 +54,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Registering needs the classes, hence torch and transformers: whoever imports the package in a program of theirs is about
-# to use these. The command line lies inside the package, so that starting it imports the package, too, and has no use
-# for them until a command runs, which imports the classes itself; they register where they are defined, so that a
-# command finds them in transformers as well. Waiting for the first import of transformers instead would take a hook in
-# Python's import system, which depends on the order of imports inside of transformers.
+# Registering needs the classes, hence torch and transformers: whoever imports the package in a program is about to use
+# these. The command line lies inside the package, so that starting it imports the package, too, and has no use for them
+# until a command runs. A command imports the classes by itself; they register where they are defined. Waiting for the
+# first import of transformers instead would take a hook in Python's import system, and rest on the order in which
+# transformers imports its own modules.
 if not signals.is_command():
     import_module(f"{__name__}.pipeline")

@@ -467,8 +467,8 @@ def read_layers(path: str | Path | None, places: Sequence[str] = shipped.RUNS) -
 
     What is no file is the name of a configuration that comes with the package (`ordinalclip.shipped`).
 
-    `extends: OTHER.yaml`, a path from the folder of the file that says it or such a name, starts from what OTHER.yaml
-    says: keys of the file itself win, mappings are merged key by key, lists are replaced. OTHER.yaml may extend a third.
+    `extends: OTHER.yaml`, a path from the folder of the file that says it, or such a name, starts from what OTHER.yaml
+    says: keys of the file itself win, mappings are merged key by key, lists are replaced. It may extend a third.
 
     Args:
         places: folders of `configs/` in which a name is looked for.

@@ -172,5 +172,7 @@ def _kind(annotation: Any, limits: Sequence[Any] = ()) -> str:
         kind = "mapping"
     else:
         kind = KINDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
-    bounds = [f"{word} {getattr(limit, key):g}" for limit in limits for key, word in BOUNDS.items() if hasattr(limit, key)]
+    bounds = [
+        f"{word} {getattr(limit, key):g}" for limit in limits for key, word in BOUNDS.items() if hasattr(limit, key)
+    ]
     return " ".join([kind, *bounds])

@@ -18,7 +18,7 @@ from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault, limited_memory
 
 MOST_MEMORY = 32 << 30  # bytes of an encoder and its text tower: eight billion weights
 
-__all__ = ["FAMILIES", "Family", "TINY_FOLDER", "Backbone", "Request", "load_backbone"]
+__all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "Family", "Request", "load_backbone"]
 
 
 class Family(NamedTuple):
@@ -59,7 +59,7 @@ FAMILIES = {
     "hf": Family(
         hf_models.load,
         {
-            "hf:NAME": "a CLIP, SigLIP or vision model (DINOv2, ViT, ConvNeXt, Swin, ResNet, ...) of the Hugging Face hub",
+            "hf:NAME": "a CLIP, SigLIP or vision model (DINOv2, ViT, ConvNeXt, ResNet, ...) of the Hugging Face hub",
             "hf:FOLDER": "the same from a folder",
         },
         f"CLIP's, prompts {PACKED}; SigLIP's, prompts one by one at full length; of a vision model none",

@@ -244,18 +244,19 @@ class _PrintCompletion(argparse.Action):
         functions = {"bash": "", "zsh": ""}
         for command, subparser in commands.choices.items():
             words = " ".join(getattr(modules[command], "NAMES", ()))
-            own = f"_ordinalclip_{command.replace('-', '_')}_files"  # a name that shtab takes for one that gives files
+            own = f"_ordinalclip_{command.replace('-', '_')}_files"  # shtab treats what is called so as giving files
             for action in subparser._actions:
-                if action.dest in ("config", "name") and words:
-                    action.complete = {"bash": own, "zsh": own}  # type: ignore[attr-defined]
-                elif not action.option_strings and action.dest != "overrides" and not action.choices:
-                    action.complete = shtab.FILE  # type: ignore[attr-defined]
-                elif action.dest in ("model", "out"):
-                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+                if action.dest in ("config", "name"):
+                    complete: Any = {"bash": own, "zsh": own} if words else {}
+                elif action.dest in ("model", "out") or not (action.option_strings or action.dest == "overrides"):
+                    complete = shtab.FILE
+                else:
+                    continue
+                action.complete = complete
             if words:
                 functions["bash"] += f'{own}() {{ compgen -W "{words}" -- "$1"; _shtab_compgen_files "$1"; }}\n'
                 functions["zsh"] += f"{own}() {{ compadd {words}; _files; }}\n"
-        print(shtab.complete(whole, shell, preamble=functions))
+        print(shtab.complete(whole, shell, preamble=functions[shell]))
         parser.exit()
 
 

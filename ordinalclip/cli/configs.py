@@ -23,8 +23,12 @@ NAMES = shipped.names(EVERYWHERE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", choices=("list", "show"), default="list", help="list (default), or show NAME")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of the one to print, whole, as a file to make your own")
+    parser.add_argument(
+        "what", nargs="?", choices=("list", "show"), default="list", help="list (default), or show NAME"
+    )
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="of the one to print, whole, as a file to make your own"
+    )
     parser.epilog = (
         "ordinalclip configs show ordinalclip > mine.yaml\n\n"
         "The folder of a name may be left out. `extends: NAME` in a file of yours starts from one of these."

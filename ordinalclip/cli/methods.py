@@ -34,7 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
         print("Used as method=NAME head.OPTION=VALUE. `ordinalclip methods NAME` says what the options mean.")
         return 0
     if ":" not in name and name not in known:
-        raise ValueError(f"method {name!r} is unknown; {near_matches(name, known)}, or a head of your own as module:Class")
+        raise ValueError(
+            f"method {name!r} is unknown; {near_matches(name, known)}, or a head of your own as module:Class"
+        )
     print("\n".join(_long(name, class_path(name), head_section(name))))
     return 0
 
