@@ -517,7 +517,7 @@ def _file(given: str, places: Sequence[str]) -> Path:
         return named
     if file.suffix in (".yaml", ".yml"):
         of_its_name = shipped.find(file.stem, places)
-        instead = f"; with the package comes {_name(of_its_name)}, without {file.suffix}" if of_its_name else ""
+        instead = f"; one comes with the package by the name {_name(of_its_name)}" if of_its_name else ""
         raise FileNotFoundError(f"{file}: no such configuration file{_beside(file)}{instead}")
     raise FileNotFoundError(
         f"{given}: no such configuration file, and none of this name comes with the package; "

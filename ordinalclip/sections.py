@@ -147,11 +147,9 @@ KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false
 def allowed(info: FieldInfo) -> str:
     """What a field takes, in words.
 
-    >>> from pydantic import Field
-    >>> class Example(Section):
-    ...     share: Annotated[float, Field(gt=0, le=1)] | None = None
-    ...     form: Literal["a", "b"] = "a"
-    >>> [allowed(info) for info in Example.model_fields.values()]
+    >>> from pydantic import Field, create_model
+    >>> example = create_model("", share=Annotated[float, Field(gt=0, le=1)] | None, form=Literal["a", "b"])
+    >>> [allowed(info) for info in example.model_fields.values()]
     ['number above 0 to 1, or null', 'a or b']
     """
     return _kind(info.annotation, info.metadata)

@@ -260,7 +260,7 @@ def test_names_are_found_where_the_command_wants_them(tmp_path, monkeypatch, cap
             ["train", "coop2"],
             "coop2: no such configuration file, and none of this name comes with the package; nearest: coop,",
         ),
-        (["train", "configs/demo.yaml"], "there is no folder configs; with the package comes demo, without .yaml"),
+        (["train", "configs/demo.yaml"], "there is no folder configs; one comes with the package by the name demo"),
         (["configs", "show", "../pyproject"], "../pyproject: no such configuration file"),
         (["configs", "show"], "of which name?"),
     ):
