@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/ordinalclip compare configs/compare/demo.yaml
+	$(BIN)/ordinalclip compare demo
 	$(BIN)/ordinalclip make-gauges runs/demo-images --kind thermometer --num 10 --overwrite --quiet
 	$(BIN)/ordinalclip predict runs/demo-images --model runs/compare/demo --quiet
 

@@ -59,6 +59,9 @@ class AdaptiveTriplet(EmbeddingHead):
     The triples are a function of the batch's size and the progress of the training, that is of the step, so that a
     run repeats and resumes exactly; which samples meet is up to the order that the run's seed gives them.
 
+    Paper: Zheng et al., "Semi-supervised Learning for Bone Mineral Density Estimation in Hip X-ray Images", MICCAI
+    2021; from memory.
+
     Args:
         triples_per_sample: of a batch of B this many times B triples are drawn, instead of taking all B^3.
     """

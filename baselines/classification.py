@@ -26,9 +26,12 @@ class CrossEntropy(Head):
 
 
 class CNNHead(Head):
-    """The "CNN head" of the OrdinalCLIP paper: cosine classifier, cross-entropy, no text (Li et al. 2022, table 1).
+    """The "CNN head" of the OrdinalCLIP paper: cosine classifier, cross-entropy, no text.
 
     Normalised features times a bias-free linear layer with normalised rows.
+
+    Paper: Li et al., "OrdinalCLIP: Learning Rank Prompts for Language-Guided Ordinal Regression", NeurIPS 2022,
+    table 1.
 
     Args:
         scale: factor of the cosine.

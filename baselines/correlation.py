@@ -154,6 +154,9 @@ class CorrelationHead(Head):
 class PLC(CorrelationHead):
     """Squared error + `plc_loss`, a reconstruction.
 
+    Paper: Chen et al., "Fine-grained Correlation Loss for Regression", MICCAI 2022, arXiv:2207.00347; of which only
+    the abstract was at hand.
+
     Args:
         outliers: share of the batch that counts as outliers, which take no part in the correlation.
     """
@@ -170,6 +173,9 @@ class PLC(CorrelationHead):
 
 class SRC(CorrelationHead):
     """Squared error + `src_loss`, a reconstruction. The fine part's factor rises from 0 to 1 by half of the training.
+
+    Paper: Chen et al., "Fine-grained Correlation Loss for Regression", MICCAI 2022, arXiv:2207.00347; of which only
+    the abstract was at hand.
 
     Args:
         margin: by which cosines are to keep the order of the labels.
@@ -198,4 +204,8 @@ class SRC(CorrelationHead):
 
 
 class PLCSRC(SRC, PLC):
-    """Squared error + `plc_loss` + `src_loss`, reconstructions."""
+    """Squared error + `plc_loss` + `src_loss`, reconstructions.
+
+    Paper: Chen et al., "Fine-grained Correlation Loss for Regression", MICCAI 2022, arXiv:2207.00347; of which only
+    the abstract was at hand.
+    """

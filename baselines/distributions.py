@@ -16,7 +16,9 @@ def soft_cross_entropy(logits: Tensor, distribution: Tensor, weights: Tensor | N
 
 
 class SORD(CrossEntropy):
-    """Soft targets softmax(-sharpness |v_k - y|) over the rank values v_k (Diaz & Marathe, CVPR 2019).
+    """Soft targets softmax(-sharpness |v_k - y|) over the rank values v_k.
+
+    Paper: Diaz and Marathe, "Soft Labels for Ordinal Regression", CVPR 2019.
 
     Args:
         sharpness: of the targets, per unit of the label. Where ranks lie many units apart, 1 makes the targets one-hot.
@@ -33,7 +35,9 @@ class SORD(CrossEntropy):
 
 
 class DLDLv2(CrossEntropy):
-    """Cross-entropy to a Gaussian around the label, plus |expectation - label| (Gao et al., IJCAI 2018).
+    """Cross-entropy to a Gaussian around the label, plus |expectation - label|.
+
+    Paper: Gao et al., "Age Estimation Using Expectation of Label Distribution Learning", IJCAI 2018.
 
     Args:
         std: standard deviation of the Gaussian, in the label's unit.
@@ -58,7 +62,9 @@ class DLDLv2(CrossEntropy):
 
 
 class MeanVariance(CrossEntropy):
-    """Cross-entropy, half the squared error of the expectation, and the variance (Pan et al., CVPR 2018).
+    """Cross-entropy, half the squared error of the expectation, and the variance.
+
+    Paper: Pan et al., "Mean-Variance Loss for Deep Age Estimation from a Face", CVPR 2018.
 
     Args:
         mean_weight: factor of the expectation's error, which is in the label's unit squared.

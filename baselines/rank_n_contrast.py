@@ -48,6 +48,9 @@ def rank_n_contrast_loss(
 class RankNContrast(EmbeddingHead):
     """Rank-N-Contrast on two augmented views of every picture, read out by a linear L1 probe.
 
+    Paper: Zha et al., "Rank-N-Contrast: Learning Continuous Representations for Regression", NeurIPS 2023,
+    arXiv:2210.01189.
+
     Args:
         temperature: of the similarities.
         views: augmented views of every picture, each a row of the batch: B pictures are encoded `views` times.

@@ -48,6 +48,8 @@ class MSE(Regressor):
 class Huber(Regressor):
     """Huber's error of standardised labels: e^2 / 2 up to `delta`, delta (|e| - delta / 2) beyond.
 
+    Paper: Huber, "Robust Estimation of a Location Parameter", Annals of Mathematical Statistics 1964.
+
     Args:
         delta: where the error turns from squared to absolute, in standard deviations of the training labels.
     """

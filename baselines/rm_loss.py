@@ -83,6 +83,9 @@ class RMLoss(nn.Module):
 class RMLossHead(EmbeddingHead):
     """RM-Loss on s * MLP(features), with one learnable scale s; read out by neighbours.
 
+    Paper: Chao et al., "Regression Metric Loss: Learning a Semantic Representation Space for Medical Images", MICCAI
+    2022, arXiv:2207.05231.
+
     Args:
         sigma: width of the neighbourhood that counts most, in standard deviations of the training labels; inf: all
             pairs alike.

@@ -1,4 +1,8 @@
-"""Typed run configuration: YAML files, dotted overrides, and errors that name the key."""
+"""Typed run configuration: YAML files, dotted overrides, and errors that name the key.
+
+The command line prints the keys before anything else is imported, so the modules that need torch are imported where a
+value is checked.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from ordinalclip.heads import checked_options, head_options
-from ordinalclip.images import read_formats
+from ordinalclip import shipped
 from ordinalclip.ranks import MAX_RANKS, Decoding, Ranks
 from ordinalclip.sections import Section, brief, parse_section
 from ordinalclip.suggestions import near_matches
@@ -218,7 +221,10 @@ class DataConfig(Section):
     @field_validator("extra_formats")
     @classmethod
     def _known(cls, names: list[str]) -> list[str]:
-        read_formats(names)
+        if names:
+            from ordinalclip.images import read_formats
+
+            read_formats(names)
         return names
 
     @model_validator(mode="after")
@@ -410,6 +416,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _head_options(self) -> RunConfig:
+        from ordinalclip.heads import checked_options
+
         self.head = checked_options(self.method, self.head)
         return self
 
@@ -432,7 +440,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a YAML file, apply dotted overrides, check every key and value.
 
     Args:
-        path: a YAML file, which may extend another (`read_layers`); None for the defaults.
+        path: a YAML file, which may extend another, or the name of a configuration that comes with the package
+            (`read_layers`); None or "default" for the defaults.
         overrides: "key=value" with dotted keys, e.g. "train.lr=1e-3", "data.kinds=[dial, tank]" (`read_overrides`).
 
     Raises:
@@ -452,17 +461,22 @@ def parse_config(content: dict[str, Any], source: str) -> RunConfig:
     return parse_section(content, RunConfig, source)
 
 
-def read_layers(path: str | Path | None) -> list[Layer]:
-    """A YAML file and those it extends, the lowest first; no layers for None.
+def read_layers(path: str | Path | None, places: Sequence[str] = shipped.RUNS) -> list[Layer]:
+    """A YAML file and those it extends, the lowest first; no layers for None and for "default".
 
-    `extends: OTHER.yaml`, a path from the folder of the file that says it, starts from what OTHER.yaml says: keys
-    of the file itself win, mappings are merged key by key, lists are replaced. OTHER.yaml may extend a third.
+    What is no file is the name of a configuration that comes with the package (`ordinalclip.shipped`).
+
+    `extends: OTHER.yaml`, a path from the folder of the file that says it, or such a name, starts from what OTHER.yaml
+    says: keys of the file itself win, mappings are merged key by key, lists are replaced. It may extend a third.
+
+    Args:
+        places: folders of `configs/` in which a name is looked for.
 
     Raises:
         FileNotFoundError: no such file; ValueError: not YAML, not a mapping, or files that extend each other.
     """
     layers: list[Layer] = []
-    file = None if path is None else Path(path)
+    file = None if path in (None, "default") else _file(str(path), places)
     while file is not None:
         content = _read_mapping(file)
         layers.insert(0, Layer(str(file), content))
@@ -483,8 +497,35 @@ def _extended(file: Path, value: Any) -> Path:
         raise ValueError(f"{file}: extends is the path of one file from the folder of this one, got {value or None!r}")
     other = file.parent / value
     if not other.is_file():
+        if (named := shipped.find(value, shipped.RUNS)) is not None:
+            return named
         raise FileNotFoundError(f"{file} extends {other}: no such configuration file{_beside(other)}")
     return other
+
+
+def _file(given: str, places: Sequence[str]) -> Path:
+    """The file that is there, or else that of a name.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    file = Path(given)
+    if file.is_file() or (named := shipped.find(given, places)) is None:
+        named = file
+    if named.exists():
+        return named
+    if file.suffix in (".yaml", ".yml"):
+        of_its_name = shipped.find(file.stem, places)
+        instead = f"; one comes with the package by the name {_name(of_its_name)}" if of_its_name else ""
+        raise FileNotFoundError(f"{file}: no such configuration file{_beside(file)}{instead}")
+    raise FileNotFoundError(
+        f"{given}: no such configuration file, and none of this name comes with the package; "
+        f"{near_matches(file.name, dict.fromkeys(shipped.short_names(*places)))} (ordinalclip configs lists them)"
+    )
+
+
+def _name(file: Path) -> str:
+    return file.relative_to(shipped.folder()).with_suffix("").as_posix()
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
@@ -528,6 +569,8 @@ def stack(layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def _options_left(method: Any, merged: dict[str, Any], below: Sequence[Layer]) -> dict[str, Any]:
+    from ordinalclip.heads import head_options
+
     given = merged["head"]
     if not isinstance(method, str) or method == merged.get("method", RunConfig.model_fields["method"].default):
         return given

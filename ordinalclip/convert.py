@@ -1,13 +1,6 @@
 """Original checkpoints: OrdinalCLIP's Lightning files and OpenAI's CLIP files, turned into what this package loads.
 
-    ordinalclip convert ViT-B-16.pt clip                              OpenAI's file -> a folder for open_clip:clip
-    ordinalclip convert best.ckpt model model.backbone=open_clip:clip ranks.low=16 ranks.high=77 ranks.num=62
-
-The second needs what the checkpoint does not hold: the CLIP it started from (its frozen token embeddings), the ranks,
-and, where they are not the defaults, head.interpolation and head.rank_position. The number of base ranks, of context
-tokens and of tokens per rank follow from the shapes. An image encoder of another make (torchvision VGG and ResNet) is
-named as model.backbone=timm:vgg16 with model.text=open_clip:clip. Files of open_clip's own training look like OpenAI's
-but have another activation; they need no conversion: open_clip:NAME/FILE.
+Which files, and what has to be said of them: `ordinalclip convert --help`.
 """
 
 from __future__ import annotations

@@ -15,10 +15,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    import datasets
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -338,6 +341,8 @@ def make_gauges(kinds: str | Sequence[str], num_images: int, seed: int = 0, size
     Raises:
         ValueError: for an unknown kind, no kind, or a number that is not an integer or beyond its limits.
     """
+    import datasets
+
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not kinds:
         raise ValueError(f"kinds is empty; choose from {', '.join(KINDS)}")

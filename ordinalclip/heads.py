@@ -327,6 +327,30 @@ def import_by_name(module: str, what: str) -> Any:
         ) from error
 
 
+class About(NamedTuple):
+    """What a method's docstring says: one sentence, the rest before `Args:`, and the paper of its line `Paper:`."""
+
+    summary: str
+    details: str
+    paper: str
+
+
+def about(method: str) -> About:
+    """A method in words.
+
+    >>> about("ordreg").paper
+    'Niu et al., "Ordinal Regression with Multiple Output CNN for Age Estimation", CVPR 2016.'
+
+    Raises:
+        ValueError: see `head_class`.
+    """
+    text, _, _ = inspect.cleandoc(vars(head_class(method)).get("__doc__") or "").partition("\nArgs:\n")
+    summary, *others = (part.strip() for part in re.split(r"\n(?:Raises|Attributes):\n", text)[0].split("\n\n"))
+    papers = [" ".join(part.removeprefix("Paper:").split()) for part in others if part.startswith("Paper:")]
+    details = "\n\n".join(part for part in others if part and not part.startswith("Paper:"))
+    return About(" ".join(summary.split()), details, "; ".join(papers))
+
+
 class Option(NamedTuple):
     """An option of a method: `default` (`inspect.Parameter.empty`: it must be given), `annotation`, `description`."""
 

@@ -87,6 +87,9 @@ class PrototypeHead(SimilarityHead):
 class ZeroShot(PrototypeHead):
     """Zero-shot CLIP: hand-written templates with the rank names, averaged after normalising. Nothing learns.
 
+    Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
+    arXiv:2103.00020.
+
     Args:
         templates: sentences with {name} and, if wanted, {unit}.
 
@@ -201,7 +204,10 @@ class PromptHead(SimilarityHead):
 
 
 class OrdinalCLIP(PromptHead):
-    """Rank embeddings interpolated between a few base embeddings (Li et al., NeurIPS 2022).
+    """Rank embeddings interpolated between a few base embeddings.
+
+    Paper: Li et al., "OrdinalCLIP: Learning Rank Prompts for Language-Guided Ordinal Regression", NeurIPS 2022,
+    arXiv:2206.02338.
 
     Args:
         num_base_ranks: number of base embeddings; null: one free embedding per rank.
@@ -219,7 +225,10 @@ class OrdinalCLIP(PromptHead):
 
 
 class CoOp(PromptHead):
-    """One free embedding per rank, started from the rank's name (Zhou et al., 2022); OrdinalCLIP's losses."""
+    """One free embedding per rank, started from the rank's name; OrdinalCLIP's losses.
+
+    Paper: Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv:2109.01134.
+    """
 
     def __init__(self, context: HeadContext, init_from_names: bool = True, **shared: Any):
         super().__init__(context, None, "linear", init_from_names=init_from_names, **shared)

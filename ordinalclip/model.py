@@ -16,7 +16,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
 
 from ordinalclip.backbones import Backbone, load_backbone
@@ -562,5 +569,6 @@ def _method(config: OrdinalConfig) -> str:
 
 AutoConfig.register(OrdinalConfig.model_type, OrdinalConfig, exist_ok=True)
 AutoModel.register(OrdinalConfig, OrdinalModel, exist_ok=True)
+AutoModelForImageClassification.register(OrdinalConfig, OrdinalModel, exist_ok=True)
 _BACKENDS = {"pil": OrdinalImageProcessor, "torchvision": OrdinalImageProcessor}  # one code for both: equal pixels
 AutoImageProcessor.register(OrdinalConfig, image_processor_classes=_BACKENDS, exist_ok=True)

@@ -9,10 +9,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command line reads this module before it needs torch
+    import torch
+    from torch import Tensor
 
 MAX_RANKS = 10_000  # a prompt each in every step, and as many squared similarities of prototypes: 400 MB
 MAX_VALUE = 1e18  # the squares of larger ones are beyond float32, in which models compute
@@ -150,6 +151,8 @@ class Ranks:
 
     def tensor(self, device: torch.device | str = "cpu") -> Tensor:
         """The rank values, (R,) float32."""
+        import torch
+
         return torch.tensor(self.values, dtype=torch.float32, device=device)
 
     def rank_of(self, values: Iterable[float] | Tensor, rows: Iterable[object] | None = None) -> Tensor:
@@ -166,6 +169,8 @@ class Ranks:
             ValueError: a label is not finite or lies further outside the range than `tolerance`; the message
                 names the row and the allowed range.
         """
+        import torch
+
         labels = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
         low, high = self.values[0], self.values[-1]
         if self.edges is not None:
@@ -186,6 +191,8 @@ class Ranks:
 
     def nearest(self, values: Tensor) -> Tensor:
         """The rank index of any value, predictions beyond the ends included, (B,) int64."""
+        import torch
+
         if self.edges is not None:
             inner = self.edges[1:-1] if len(self.edges) == len(self) + 1 else self.edges
             return torch.bucketize(values.contiguous(), torch.tensor(inner, dtype=torch.float64).to(values), right=True)

@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from ordinalclip.suggestions import near_matches
 from ordinalclip.written import Written
@@ -137,3 +138,39 @@ def describe(section: type[Section], prefix: str = "") -> Iterator[tuple[str, An
             choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
             allowed = f" [{', '.join(map(str, choices))}]" if choices else ""
             yield f"{prefix}{name}", info.default, (info.description or "") + allowed
+
+
+BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to", "min_length": "at least", "max_length": "at most"}
+KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
+
+
+def allowed(info: FieldInfo) -> str:
+    """What a field takes, in words.
+
+    >>> from pydantic import Field, create_model
+    >>> example = create_model("", share=Annotated[float, Field(gt=0, le=1)] | None, form=Literal["a", "b"])
+    >>> [allowed(info) for info in example.model_fields.values()]
+    ['number above 0 to 1, or null', 'a or b']
+    """
+    return _kind(info.annotation, info.metadata)
+
+
+def _kind(annotation: Any, limits: Sequence[Any] = ()) -> str:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        found = [limit for each in inner[1:] for limit in getattr(each, "metadata", [each])]
+        return _kind(inner[0], [*found, *limits])
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(_kind(kind, () if kind is type(None) else limits) for kind in inner)
+    if origin is Literal:
+        return " or ".join(map(str, inner))
+    if origin in (list, tuple, Sequence):
+        kind = f"list of: {_kind(inner[0])}"
+    elif origin is dict:
+        kind = "mapping"
+    else:
+        kind = KINDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    bounds = [
+        f"{word} {getattr(limit, key):g}" for limit in limits for key, word in BOUNDS.items() if hasattr(limit, key)
+    ]
+    return " ".join([kind, *bounds])

@@ -1,7 +1,7 @@
 """Being told to stop, by SIGTERM or Ctrl-C: what is raised, with which status, and who listens.
 
-Importing the package takes seconds, of which most are before `cli.main` is called. When a command is what is starting,
-it ends in one line in that time, too.
+What a command imports takes seconds, before it can be told anything by an exception. It ends in one line in that time,
+too.
 """
 
 from __future__ import annotations
@@ -94,11 +94,16 @@ def _end(number: int, frame: Any) -> None:
     os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
 
 
+def is_command() -> bool:
+    """Whether this program is the command line: the script `ordinalclip`, or `python -m ordinalclip`, which launchers
+    start, too."""
+    script = sys.argv[0] if sys.argv else ""
+    return Path(script).stem == "ordinalclip" or (script == "-m" and "ordinalclip" in sys.orig_argv)
+
+
 def end_while_starting() -> None:
     """SIGTERM and Ctrl-C end a command whose libraries are being imported; nothing is done where none is starting."""
-    script = sys.argv[0] if sys.argv else ""
-    command = Path(script).stem == "ordinalclip" or (script == "-m" and "ordinalclip" in sys.orig_argv)
-    if command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not one that `compare` has started
+    if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not one of `compare`'s jobs
         for number in SIGNALS:
             signal.signal(number, _end)
 

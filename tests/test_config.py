@@ -136,7 +136,7 @@ def test_shipped_configurations_are_valid_and_say_how_to_run_them(name):
     header = (CONFIGS / name).read_text(encoding="utf-8").partition("\n\n")[0]
     config = load_config(CONFIGS / name)
     if name not in BASES:
-        assert f"ordinalclip train configs/{name}" in header
+        assert f"ordinalclip train {Path(name).stem}" in header
         assert config.output_dir == f"runs/{name.removesuffix('.yaml')}"
 
 
@@ -161,7 +161,7 @@ def test_shipped_launchers_are_what_accelerate_reads(name):
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("compare/")])
 def test_shipped_comparisons_are_valid(name):
-    assert f"ordinalclip compare configs/{name}" in (CONFIGS / name).read_text(encoding="utf-8")
+    assert f"ordinalclip compare {Path(name).stem}" in (CONFIGS / name).read_text(encoding="utf-8")
     comparison = load_plan(CONFIGS / name)
     assert comparison.config.output_dir == f"runs/{name.removesuffix('.yaml')}"
 

@@ -1,13 +1,7 @@
 """Backbones: from a spec string to an image encoder, its text tower and its pixel statistics.
 
-    tiny                               the small CLIP shipped with the package (64 px)
-    open_clip:NAME[/PRETRAINED]        PRETRAINED is open_clip's tag or a local file; without it: random weights
-    open_clip:FOLDER                   what open_clip's `save_for_hf` and `ordinalclip convert` write
-    hf:NAME                            folder or hub name of a transformers CLIP, SigLIP or vision model
-    timm:NAME[/PRETRAINED]             image tower only; PRETRAINED is "pretrained" or a local file
-
-Encoders without a text tower are projected to that of `model.text`. A family is a function `(name, Request) ->
-Backbone` and one line in `FAMILIES`.
+`ordinalclip backbones` prints the specs, from `FAMILIES`. Encoders without a text tower are projected to that of
+`model.text`. A family is a function `(name, Request) -> Backbone` and an entry of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -15,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ordinalclip.backbones import hf_models, open_clip_models, timm_models
 from ordinalclip.backbones.base import Backbone, Request
@@ -24,13 +18,63 @@ from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault, limited_memory
 
 MOST_MEMORY = 32 << 30  # bytes of an encoder and its text tower: eight billion weights
 
-__all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "Request", "load_backbone"]
+__all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "Family", "Request", "load_backbone"]
 
-FAMILIES: dict[str, Callable[[str, Request], Backbone]] = {
-    "tiny": open_clip_models.load_tiny,
-    "open_clip": open_clip_models.load,
-    "hf": hf_models.load,
-    "timm": timm_models.load,
+
+class Family(NamedTuple):
+    """How backbones of a family are built, and what is said of them.
+
+    Attributes:
+        load: from the spec's name.
+        specs: each way to write a spec, and what it is.
+        text: the text tower, and how the prompts of the ranks are encoded.
+        example: a spec.
+    """
+
+    load: Callable[[str, Request], Backbone]
+    specs: dict[str, str]
+    text: str
+    example: str
+
+
+PACKED = "packed, the tokens that they share once"
+FAMILIES = {
+    "tiny": Family(
+        open_clip_models.load_tiny,
+        {"tiny": "the CLIP that comes with the package: ResNet, 64 px, 13 MB, trained on generated gauges"},
+        f"CLIP's, prompts {PACKED}",
+        "tiny",
+    ),
+    "open_clip": Family(
+        open_clip_models.load,
+        {
+            "open_clip:NAME": "a CLIP or SigLIP of open_clip, with random weights",
+            "open_clip:NAME/TAG": "with weights of open_clip's list, downloaded",
+            "open_clip:NAME/FILE": "with weights of a file of yours",
+            "open_clip:FOLDER": "what open_clip's save_for_hf and `ordinalclip convert` write",
+        },
+        f"CLIP's, prompts {PACKED}; SigLIP's, prompts one by one at full length",
+        "open_clip:RN50/openai",
+    ),
+    "hf": Family(
+        hf_models.load,
+        {
+            "hf:NAME": "a CLIP, SigLIP or vision model (DINOv2, ViT, ConvNeXt, ResNet, ...) of the Hugging Face hub",
+            "hf:FOLDER": "the same from a folder",
+        },
+        f"CLIP's, prompts {PACKED}; SigLIP's, prompts one by one at full length; of a vision model none",
+        "hf:openai/clip-vit-base-patch16",
+    ),
+    "timm": Family(
+        timm_models.load,
+        {
+            "timm:NAME": "an image model of timm, with random weights",
+            "timm:NAME/pretrained": "with timm's weights, downloaded",
+            "timm:NAME/FILE": "with weights of a file of yours",
+        },
+        "none",
+        "timm:vgg16/pretrained",
+    ),
 }
 
 
@@ -63,7 +107,7 @@ def load_backbone(
     request = Request(load_weights, architecture or {}, image_size, with_text, tokenizer)
     try:
         with limited_memory(MOST_MEMORY, f"backbone {spec}"):
-            backbone = FAMILIES[family](name, request)
+            backbone = FAMILIES[family].load(name, request)
     except (AssertionError, ZeroDivisionError) as error:
         raise ValueError(f"backbone {spec}: no model can be built as its configuration says ({error!r})") from error
     backbone.spec = spec

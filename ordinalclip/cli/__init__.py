@@ -1,6 +1,8 @@
 """The command line. A command is a module beside this one and a line in `COMMANDS`; it is imported when it is called.
 
-Such a module has `add_arguments(parser)` and `run(arguments) -> exit status`; its docstring is its help.
+Such a module has `add_arguments(parser)` and `run(arguments) -> exit status`. It imports nothing that takes long: its
+help is there at once. What `run` needs is named in `NEEDS`, modules that are imported before it; `NAMES` are those that
+shells complete.
 """
 
 from __future__ import annotations
@@ -13,16 +15,21 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
+from ordinalclip import __version__
 from ordinalclip.quoting import printable
 from ordinalclip.signals import INTERRUPTED, Preempted, leave, listening
 
 COMMANDS = {
     "init": "Look at pictures and labels of yours and print a configuration that explains itself.",
     "train": "Train one model as a configuration file says.",
+    "configs": "List the configurations that come with the package, or print one to copy.",
+    "methods": "List the methods, or one with its options.",
+    "backbones": "List the image encoders and text towers that can be named.",
     "evaluate": "Score a run's model on its test part and print the metrics.",
     "predict": "Predict images with a saved model; one line per image.",
     "check-data": "Read labels and decode every image of a configuration's data; list what is broken.",
@@ -47,15 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal of few characters shows the others escaped
             stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if argv is None else argv)
-    with listening(leave):
-        try:
-            with _as_far_as_it_is_read():
-                return _run(given)
-            return 0
-        except Preempted as stopped:
-            return _ended(str(stopped), stopped.status)
-        except KeyboardInterrupt:
-            return _ended("stopped by Ctrl-C", INTERRUPTED)
+    with _as_far_as_it_is_read():
+        return _run(given)
+    return 0
 
 
 @contextmanager
@@ -84,7 +85,11 @@ def _ended(message: str, status: int) -> int:
 
 def _run(given: list[str]) -> int:
     """Find the command, do it, and turn whatever goes wrong into one line."""
-    parser, command = _parser(given)
+    called = next((word for word in given if not word.startswith("-")), "")
+    parser, modules = _parser([called])
+    if not given:
+        parser.print_help()
+        return 0
     arguments, more = parser.parse_known_args(given)
     if more:  # argparse drops positional arguments that follow an option
         wrong = [
@@ -93,20 +98,22 @@ def _run(given: list[str]) -> int:
         if wrong:
             parser.error(f"unrecognized arguments: {' '.join(wrong)}")
         arguments.overrides += more
-    assert command is not None  # or argparse would have refused the call
-
-    from ordinalclip.progress import show_library_bars
-
+    command = modules[called]  # or argparse would have refused the call
     _show_what_is_ours(arguments.debug)
-    show_library_bars(arguments.quiet)
     try:
-        if getattr(arguments, "overrides", None) and os.environ.get("RANK", "0") == "0":
-            from ordinalclip.config import say_repeated
+        _import(getattr(command, "NEEDS", ()), arguments.quiet)  # where `signals` ends a command that is starting
+        with listening(leave):
+            if getattr(arguments, "overrides", None) and os.environ.get("RANK", "0") == "0":
+                from ordinalclip.config import say_repeated
 
-            say_repeated(arguments.overrides)
-        status = command.run(arguments)
-        sys.stdout.flush()
-        return status
+                say_repeated(arguments.overrides)
+            status = command.run(arguments)
+            sys.stdout.flush()
+            return status
+    except Preempted as stopped:
+        return _ended(str(stopped), stopped.status)
+    except KeyboardInterrupt:
+        return _ended("stopped by Ctrl-C", INTERRUPTED)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             raise
@@ -116,6 +123,16 @@ def _run(given: list[str]) -> int:
             traceback.print_exception(error)
         print(f"ordinalclip: {printable(_in_a_line(error))}", file=sys.stderr)
         return 2
+
+
+def _import(modules: Sequence[str], quiet: bool) -> None:
+    """What a command needs, and with it how the libraries show their progress."""
+    for name in modules:
+        importlib.import_module(f"ordinalclip.{name}")
+    if sys.modules.keys() & {"datasets", "transformers"}:
+        from ordinalclip.progress import show_library_bars
+
+        show_library_bars(quiet)
 
 
 def _reader_is_gone() -> bool:
@@ -134,10 +151,9 @@ def _is_of_output(error: Exception) -> bool:
 
 def _in_a_line(error: Exception) -> str:
     """What went wrong: the message of an error that is meant for people, or of which kind it is."""
-    import torch
-
+    torch = sys.modules.get("torch")
     text = str(error)
-    if isinstance(error, RuntimeError) and torch.distributed.is_initialized() and "gloo" in text:
+    if isinstance(error, RuntimeError) and torch and torch.distributed.is_initialized() and "gloo" in text:
         return "another process of this run has ended, see what it says"
     if _is_of_output(error):
         return f"standard output: could not be written ({os.strerror(errno.ENOSPC)})"
@@ -145,7 +161,7 @@ def _in_a_line(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ValueError | OSError | ImportError) and text:
         return text
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return f"out of memory: {text.partition(chr(10))[0] or 'less at once needs less of it'}"
     if type(error) is RuntimeError and text:
         return f"{text.partition(chr(10))[0]} (--debug shows where)"
@@ -184,24 +200,64 @@ def _show_what_is_ours(debug: bool) -> None:
         warnings.simplefilter("ignore")
 
 
-def _parser(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
-    """The parser, with the arguments of the command that is called, and that command's module."""
+def _parser(called: Iterable[str]) -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
+    """The parser, with the arguments of the commands that are called, and the modules of these."""
     parser = argparse.ArgumentParser(
         prog="ordinalclip", description="Vision-language ordinal regression: from a picture to an ordered number."
     )
+    parser.add_argument("--version", action="version", version=f"ordinalclip {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh"),
+        help="print a script that completes commands, options and names of configurations in this shell",
+    )
+    _add_manners(parser, False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    called = next((word for word in argv if not word.startswith("-")), None)
-    module = None
+    modules = {}
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-        command.add_argument("--debug", action="store_true", help="show where an error comes from, and all warnings")
-        if name == called:
-            module = importlib.import_module(f"ordinalclip.cli.{name.replace('-', '_')}")
-            module.add_arguments(command)
-    return parser, module
+        _add_manners(command, argparse.SUPPRESS)  # or it would take back what stands before the command
+        if name in called:
+            modules[name] = importlib.import_module(f"ordinalclip.cli.{name.replace('-', '_')}")
+            modules[name].add_arguments(command)
+    return parser, modules
+
+
+def _add_manners(parser: argparse.ArgumentParser, default: Any) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", default=default, help="show no progress")
+    parser.add_argument(
+        "--debug", action="store_true", default=default, help="show where an error comes from, and all warnings"
+    )
+
+
+class _PrintCompletion(argparse.Action):
+    """Print what a shell needs to complete the whole command line: commands, options, configurations, files."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, option: str | None = None) -> None:
+        import shtab
+
+        whole, modules = _parser(COMMANDS)
+        commands = next(action for action in whole._actions if isinstance(action, argparse._SubParsersAction))
+        functions = {"bash": "", "zsh": ""}
+        for command, subparser in commands.choices.items():
+            words = " ".join(getattr(modules[command], "NAMES", ()))
+            own = f"_ordinalclip_{command.replace('-', '_')}_files"  # shtab treats what is called so as giving files
+            for action in subparser._actions:
+                if action.dest in ("config", "name"):
+                    complete: Any = {"bash": own, "zsh": own} if words else {}
+                elif action.dest in ("model", "out") or not (action.option_strings or action.dest == "overrides"):
+                    complete = shtab.FILE
+                else:
+                    continue
+                action.complete = complete
+            if words:
+                functions["bash"] += f'{own}() {{ compgen -W "{words}" -- "$1"; _shtab_compgen_files "$1"; }}\n'
+                functions["zsh"] += f"{own}() {{ compadd {words}; _files; }}\n"
+        print(shtab.complete(whole, shell, preamble=functions[shell]))
+        parser.exit()
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -220,9 +276,9 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def add_configuration(parser: argparse.ArgumentParser, what: str) -> None:
+def add_configuration(parser: argparse.ArgumentParser, more: str = "") -> None:
     """The arguments of commands that read a configuration."""
-    parser.add_argument("config", help=what)
+    parser.add_argument("config", help=f"YAML file, or a name that `ordinalclip configs` lists{more}")
     add_overrides(parser)
 
 

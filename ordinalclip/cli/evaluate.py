@@ -6,6 +6,8 @@ import argparse
 
 from ordinalclip.cli import add_overrides, is_main_process, print_metrics
 
+NEEDS = ("runs",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run folder")

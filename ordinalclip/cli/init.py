@@ -8,6 +8,8 @@ import sys
 from ordinalclip.cli import add_overrides
 from ordinalclip.quoting import printable
 
+NEEDS = ("data.draft",)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pictures", help="folder with the pictures")

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ordinalclip.quoting import printable
-from ordinalclip.run_folder import RunFolder
+
+NEEDS = ("results.run_report",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.results.figures import check_free, save_figure
     from ordinalclip.results.record import read_run
     from ordinalclip.results.run_report import run_figures
+    from ordinalclip.run_folder import RunFolder
 
     source = RunFolder(arguments.folder)
     if is_comparison(source):

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ordinalclip.cli import whole_number
 from ordinalclip.quoting import printable
-from ordinalclip.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ordinalclip.ranks import Ranks
+
+NEEDS = ("pipeline", "run_folder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.memory import keep_freed_memory
     from ordinalclip.pipeline import load_pipeline
     from ordinalclip.progress import Progress
+    from ordinalclip.run_folder import RunFolder
 
     keep_freed_memory()
     formats = read_formats(arguments.extra_formats)

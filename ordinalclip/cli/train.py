@@ -5,23 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 
+from ordinalclip import shipped
 from ordinalclip.cli import add_configuration, is_main_process, print_metrics
 from ordinalclip.config import RunConfig, load_config
-from ordinalclip.heads import head_section
 from ordinalclip.quoting import printable
-from ordinalclip.run_folder import RunFolder
 from ordinalclip.sections import describe
+
+NEEDS = ("runs",)
+NAMES = ("default", *shipped.short_names("", "methods"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_configuration(parser, "YAML file, or 'default' for the defaults below")
+    add_configuration(parser, "; default: the defaults below")
     parser.epilog = _documented_keys()
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ordinalclip.run_folder import RunFolder
     from ordinalclip.runs import train
 
-    config = load_config(None if arguments.config == "default" else arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
     folder = RunFolder(train(config, quiet=arguments.quiet))
     if is_main_process():
         print_metrics(folder.read_metrics())
@@ -33,7 +36,5 @@ def _documented_keys() -> str:
     lines = ["configuration keys (default) and what they mean:"]
     for key, default, description in describe(RunConfig):
         lines.append(f"  {key} ({json.dumps(default, default=str)}): {description}")
-    lines.append("options of method ordinalclip (head.*); other methods have their own, see their docstrings:")
-    for key, default, description in describe(head_section("ordinalclip"), "head."):
-        lines.append(f"  {key} ({json.dumps(default)}): {description}")
+    lines.append("options of a method (head.*) are listed by `ordinalclip methods NAME`")
     return "\n".join(lines)

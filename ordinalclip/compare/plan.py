@@ -27,6 +27,7 @@ from ordinalclip.config import (
 from ordinalclip.heads import head_class
 from ordinalclip.provenance import num_cores
 from ordinalclip.sections import Section, parse_section
+from ordinalclip.shipped import COMPARISONS
 from ordinalclip.written import values
 
 SHARED = {"data", "ranks"}  # or errors could not be compared image by image
@@ -203,6 +204,7 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     """Read a comparison file.
 
     Args:
+        path: a YAML file, or the name of a comparison that comes with the package.
         overrides: dotted "key=value"; keys of a run (data.root, train.max_steps, ...) apply to all runs, keys of
             the comparison itself (seeds, output_dir, title) to it.
 
@@ -211,7 +213,7 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     """
     own = [override for override in overrides if re.split("[.=]", override)[0].strip() in CompareConfig.model_fields]
     shared = [override for override in overrides if override not in own]
-    layers = read_layers(path)
+    layers = read_layers(path, COMPARISONS)
     content = stack([*layers, Layer("the command line", read_overrides(own))])
     if "methods" not in content and content.keys() & (
         RunConfig.model_fields.keys() - CompareConfig.model_fields.keys()

@@ -1,8 +1,8 @@
 """The one trainer: every method, one process or many, read from top to bottom in `run_training`.
 
-ordinalclip train configs/demo.yaml train.lr=1e-3
-accelerate launch -m ordinalclip train configs/demo.yaml
-torchrun --nproc_per_node 2 -m ordinalclip train configs/demo.yaml
+ordinalclip train demo train.lr=1e-3
+accelerate launch -m ordinalclip train demo
+torchrun --nproc_per_node 2 -m ordinalclip train demo
 """
 
 from __future__ import annotations

@@ -1,0 +1,25 @@
+"""`ordinalclip backbones`."""
+
+from __future__ import annotations
+
+import argparse
+
+NEEDS = ("backbones",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "A spec is the value of model.backbone, the image encoder, and of model.text, the text tower."
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ordinalclip.backbones import FAMILIES
+
+    width = max(len(spec) for family in FAMILIES.values() for spec in family.specs)
+    for family in FAMILIES.values():
+        for spec, what in family.specs.items():
+            print(f"{spec:<{width}}  {what}")
+        print(f"  text tower: {family.text}")
+        print(f"  example: model.backbone={family.example}")
+        print()
+    print("An encoder without a text tower takes that of model.text, such as model.text=open_clip:RN50/openai.")
+    return 0
