@@ -431,8 +431,8 @@ class Bins:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.few = len(ranks) <= FEW_RANKS
-        self.ends = (0, len(ranks) - 1) if self.few else (ranks.values[0], ranks.values[-1])
-        edges = np.linspace(*self.ends, FEW_RANKS + 1)
+        self.ends: tuple[float, float] = (0, len(ranks) - 1) if self.few else (ranks.values[0], ranks.values[-1])
+        edges = np.linspace(self.ends[0], self.ends[1], FEW_RANKS + 1)
         self.places = np.arange(len(ranks)) if self.few else (edges[1:] + edges[:-1]) / 2
         self.width = 1.0 if self.few else edges[1] - edges[0]
 
@@ -537,7 +537,7 @@ def _legend(axes: Axes) -> None:
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     figure.set_figheight(figure.get_figheight() + 0.14 * (-(-len(texts) // columns) - 1))  # not at the axes' expense
-    above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
     axes.legend(ncols=columns, columnspacing=1.2, labelspacing=0.3, **above)
 
 
@@ -570,7 +570,11 @@ def _name_ticks(
     lines = [textwrap.wrap(name, max(1, room // len(names)), break_long_words=False) for name in shortened]
     slanted = len(names) * max(len(line) for each in lines for line in each) > room
     below = shortened if slanted else ["\n".join(each) for each in lines]
-    turned = {"rotation": 40 if len(names) <= 8 else 60, "ha": "right", "rotation_mode": "anchor"}  # ends at the tick
+    turned: Any = {
+        "rotation": 40 if len(names) <= 8 else 60,
+        "ha": "right",
+        "rotation_mode": "anchor",
+    }  # ends at the tick
     axes.set_xticks(ticks, below, **(turned if slanted else {}))
     if "y" in sides:
         axes.set_yticks(ticks, shortened)
