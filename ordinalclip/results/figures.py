@@ -96,8 +96,8 @@ def agreement(labels: np.ndarray, values: np.ndarray, ranks: Ranks) -> Figure:
         named = _some(ranks)
         _name_ticks(axes, [ranks.values[rank] for rank in named], [ranks.name(rank) for rank in named], room=26)
     else:
-        axes.xaxis.set_major_locator(_locator(ranks))
-        axes.yaxis.set_major_locator(_locator(ranks))
+        axes.xaxis.set_major_locator(_even_ticks(_most(ranks)))
+        axes.yaxis.set_major_locator(_even_ticks(_most(ranks)))
     return figure
 
 
@@ -150,7 +150,7 @@ def error_by_value(labels: np.ndarray, values: np.ndarray, ranks: Ranks, train_c
     _legend(top)
     per_bin = [np.asarray(train_counts)[chosen].sum() for chosen in bins.members(np.asarray(ranks.values))]
     bottom.bar(bins.places, per_bin, 0.86 * bins.width, color=MUTED, alpha=0.6)
-    bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    bottom.yaxis.set_major_locator(_even_ticks(3, integer=True))
     bottom.set_ylabel("training\nimages")
     bins.label(bottom)
     figure.align_ylabels()
@@ -243,9 +243,9 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
         figure.align_ylabels()
     below = axes[1] if validated else axes
     below.set_xlabel("step")
-    below.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    below.xaxis.set_major_locator(_even_ticks(6, integer=True))
     for panel in {top, below}:
-        panel.yaxis.set_major_locator(MaxNLocator(5))
+        panel.yaxis.set_major_locator(_even_ticks(5))
     return figure
 
 
@@ -394,7 +394,7 @@ def metrics_by_method(
         arrow = "\u2190" if metric.falls else "\u2192"
         axes.set_title(f"{_label(metric.title, unit if metric.in_unit else '')} {arrow}")
         axes.set_yticks(range(len(methods)), [_short(name, 26) for name in methods])
-        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_locator(_even_ticks(3))
         axes.grid(axis="y", visible=False)
     grid.flat[0].set_ylim(len(methods) - 0.4, -0.6)
     return figure
@@ -431,8 +431,8 @@ class Bins:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.few = len(ranks) <= FEW_RANKS
-        self.ends = (0, len(ranks) - 1) if self.few else (ranks.values[0], ranks.values[-1])
-        edges = np.linspace(*self.ends, FEW_RANKS + 1)
+        self.ends: tuple[float, float] = (0, len(ranks) - 1) if self.few else (ranks.values[0], ranks.values[-1])
+        edges = np.linspace(self.ends[0], self.ends[1], FEW_RANKS + 1)
         self.places = np.arange(len(ranks)) if self.few else (edges[1:] + edges[:-1]) / 2
         self.width = 1.0 if self.few else edges[1] - edges[0]
 
@@ -455,7 +455,7 @@ class Bins:
             places = named if self.few else [ranks.values[rank] for rank in named]
             _name_ticks(axes, places, [ranks.name(rank) for rank in named], sides="x")
         else:
-            axes.xaxis.set_major_locator(_locator(ranks))
+            axes.xaxis.set_major_locator(_even_ticks(_most(ranks)))
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
@@ -537,7 +537,7 @@ def _legend(axes: Axes) -> None:
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     figure.set_figheight(figure.get_figheight() + 0.14 * (-(-len(texts) // columns) - 1))  # not at the axes' expense
-    above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
     axes.legend(ncols=columns, columnspacing=1.2, labelspacing=0.3, **above)
 
 
@@ -548,14 +548,18 @@ def _bare(axes: Axes) -> None:
 
 
 def _some(ranks: Ranks) -> list[int]:
-    """The ranks that an axis names: all where they are few, else some that are evenly spaced."""
-    number = len(ranks) if len(ranks) <= FEW_RANKS else TICKS
-    return np.linspace(0, len(ranks) - 1, number).round().astype(int).tolist()
+    """The ranks that an axis names, evenly spaced: all where they are few."""
+    return list(range(0, len(ranks), 1 if len(ranks) <= FEW_RANKS else -(-(len(ranks) - 1) // (TICKS - 1))))
 
 
-def _locator(ranks: Ranks) -> MaxNLocator:
-    """Of ticks at values: few of long numbers, which would touch."""
-    return MaxNLocator(5 if max(map(abs, ranks.values)) < 1e5 else 4)
+def _even_ticks(most: int, integer: bool = False) -> MaxNLocator:
+    """Ticks at round numbers, which people count in."""
+    return MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=integer)
+
+
+def _most(ranks: Ranks) -> int:
+    """How many ticks at values fit below an axes: fewer of long numbers, which would touch."""
+    return 5 if max(map(abs, ranks.values)) < 1e5 else 4
 
 
 def _name_ticks(
@@ -570,7 +574,11 @@ def _name_ticks(
     lines = [textwrap.wrap(name, max(1, room // len(names)), break_long_words=False) for name in shortened]
     slanted = len(names) * max(len(line) for each in lines for line in each) > room
     below = shortened if slanted else ["\n".join(each) for each in lines]
-    turned = {"rotation": 40 if len(names) <= 8 else 60, "ha": "right", "rotation_mode": "anchor"}  # ends at the tick
+    turned: Any = {
+        "rotation": 40 if len(names) <= 8 else 60,
+        "ha": "right",
+        "rotation_mode": "anchor",
+    }  # ends at the tick
     axes.set_xticks(ticks, below, **(turned if slanted else {}))
     if "y" in sides:
         axes.set_yticks(ticks, shortened)
