@@ -19,7 +19,12 @@ from ordinalclip.run_folder import RunFolder
 
 
 def write_comparison_report(
-    folder: Path, title: str, boards: Sequence[Leaderboard], notes: Sequence[str], best: str
+    folder: Path,
+    title: str,
+    boards: Sequence[Leaderboard],
+    notes: Sequence[str],
+    best: str,
+    tried: Sequence[dict[str, Any]],
 ) -> Path:
     """Write `report.html` into a comparison's folder.
 
@@ -28,6 +33,7 @@ def write_comparison_report(
         boards: one per variant; their runs hold predictions of the test part.
         notes: what the metrics are, in paragraphs below the tables.
         best: which method's model the comparison keeps.
+        tried: every run with its validation metrics: see `outcome.runs_tried`.
     """
     content = (
         templates()
@@ -38,6 +44,8 @@ def write_comparison_report(
             boards=boards,
             notes=notes,
             best=best,
+            tried=tried,
+            validation=_validation_columns(tried, boards[0]),
             link=lambda run: _link(folder, run),
             overview=inlined(_overview(boards)),
             figures=[
@@ -72,8 +80,12 @@ def comparison_figures(board: Leaderboard) -> Figures:
     if others:
         drawn["difference_to_best"] = (
             figures.difference_to_best({other.name: board.verdicts[other.name] for other in others}, ranks.unit),
-            f"How much larger the error is than that of {best.name}, on the same images, with 95 % bootstrap interval. "
-            "Filled: larger by the paired test after Holm's correction (p < 0.05).",
+            f"How much larger the error is than that of {best.name}, on the same images, with 95 % interval "
+            + (
+                "over seeds and images. Filled: the rows with a star."
+                if board.is_decided
+                else "over images alone: other seeds may bring other differences."
+            ),
         )
     drawn["error_by_method"] = (
         figures.error_by_method(answers, ranks),
@@ -96,6 +108,12 @@ def _overview(boards: Sequence[Leaderboard]) -> Figures:
     maes = {name: [each.get(name, [math.nan]) for each in found] for name in names}
     figure = figures.mae_by_variant(maes, [board.variant for board in boards], boards[0].ranks.unit)
     return {"mae_by_variant": (figure, "Test MAE in every variant: mean and standard deviation over the seeds.")}
+
+
+def _validation_columns(tried: Sequence[dict[str, Any]], board: Leaderboard) -> dict[str, str]:
+    """Titles of the validation metrics that some run has, by their keys in its row."""
+    known = {f"validation_{name}": metric.title for name, metric in board.metrics.items()}
+    return {key: title for key, title in known.items() if any(row.get(key) is not None for row in tried)}
 
 
 def _link(folder: Path, run: RunFolder) -> dict[str, Any]:

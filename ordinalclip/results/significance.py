@@ -212,7 +212,8 @@ def behrens_fisher(t: ArrayLike, share: ArrayLike, df_seeds: int, df_images: int
     tails = special.stdtr(df_seeds, (-far - by_images) / by_seeds) + special.stdtr(
         df_seeds, (by_images - far) / by_seeds
     )
-    return (tails * weights).sum(axis=-1)
+    alone = 2 * special.stdtr(df_images, -far)  # the sum over nodes would meet a step
+    return np.where(part > 0, (tails * weights).sum(axis=-1, keepdims=True), alone)[..., 0]
 
 
 def _corrected(p: np.ndarray, means: np.ndarray, covariances: Covariances, simulations: int) -> np.ndarray:
