@@ -94,19 +94,21 @@ def over_pictures(errors: Sequence[np.ndarray], places: Sequence[np.ndarray]) ->
     return np.insert(p_values, first, 1.0)
 
 
+def resampled(num: int, rng: np.random.Generator) -> np.ndarray:
+    """(RESAMPLES, num) how often each of num rows is drawn with replacement."""
+    rows = rng.integers(0, num, (RESAMPLES, num)) + num * np.arange(RESAMPLES)[:, None]
+    return np.bincount(rows.ravel(), minlength=RESAMPLES * num).reshape(RESAMPLES, num).astype(np.float32)
+
+
 def bootstrap(errors: Sequence[np.ndarray], places: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """Two-sided percentile p-values against the first; pictures that recur are drawn once for all seeds."""
     seeds, methods = len(errors), errors[0].shape[1]
-    num = 1 + max(place.max() for place in places)
     drawn = np.empty((RESAMPLES, seeds, methods))
     crossed = all(np.array_equal(place, places[0]) for place in places)
-    weights = rng.multinomial(num, np.full(num, 1 / num), RESAMPLES).astype(np.float32) if crossed else None
-    for seed, (values, place) in enumerate(zip(errors, places, strict=True)):
-        if weights is None:
-            weight = rng.multinomial(len(place), np.full(len(place), 1 / len(place)), RESAMPLES).astype(np.float32)
-        else:
-            weight = weights
-        drawn[:, seed] = weight @ values.astype(np.float32) / len(place)
+    for seed, values in enumerate(errors):
+        if seed == 0 or not crossed:
+            weights = resampled(len(values), rng)
+        drawn[:, seed] = weights @ values.astype(np.float32) / len(values)
     chosen = rng.integers(0, seeds, (RESAMPLES, seeds))
     means = np.take_along_axis(drawn, chosen[..., None], axis=1).mean(axis=1)
     first = np.mean([values.mean(axis=0) for values in errors], axis=0).argmin()
@@ -172,7 +174,7 @@ def header(cells: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=500, help="comparisons per row")
+    parser.add_argument("--repeats", type=int, default=400, help="comparisons per row")
     parser.add_argument("--simulations", type=int, default=400, help="of `judge`, per comparison")
     arguments = parser.parse_args()
     options, began = (arguments.repeats, arguments.simulations), time.process_time()

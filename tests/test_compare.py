@@ -406,8 +406,8 @@ def test_a_run_that_diverges_is_the_worst_setting_and_a_method_that_does_is_left
     with (tmp_path / "out" / "settings.csv").open() as file:
         tried = {(row["method"], row["number"], row["seed"]): row for row in csv.DictReader(file)}
     assert (
-        len(tried) == 2 * 2 + 1 + 2
-    )  # two settings on the first seed, the chosen one on the other; the constant twice
+        len(tried) == 2 * 2 + 2 + 2
+    )  # two settings on the first seed, the chosen ones on the other; the constant twice
     for (method, number, seed), row in tried.items():
         path = tmp_path / f"out/runs/{method.lower()}-{number}-seed{seed}"
         if row["train.lr"] == "100.0":
@@ -425,8 +425,8 @@ def test_a_run_that_diverges_is_the_worst_setting_and_a_method_that_does_is_left
         ("constant", "0"),
     ]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Every setting tried: 7 runs" in page
-    assert page.count("diverged: step ") == 4  # below the tables and in the rows of the settings
+    assert "Every setting tried: 8 runs" in page
+    assert page.count("diverged: step ") == 5  # below the tables and in the rows of the settings
     del content["methods"]["L1"], content["methods"]["constant"]
     comparison.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"nothing to compare: .*OrdinalCLIP diverged"):

@@ -31,8 +31,8 @@ def judged(errors, images=None, simulations=300):
     [(2, 60, 7), pytest.param(2, 300, 24, marks=SLOW), pytest.param(8, 300, 24, marks=SLOW)],
 )
 def test_equal_methods_rarely_have_a_star_though_seeds_differ(methods, repeats, most):
-    """More than `most` has a chance below 3 % where 5 % of comparisons have a star. A paired test over pictures alone, on
-    the same errors, is wrong more often than not."""
+    """More than `most` has a chance below 3 % where 5 % of comparisons have a star. A paired test over pictures alone,
+    on the same errors, is wrong more often than not."""
     rng, wrong, wrong_before = np.random.default_rng(0), 0, 0
     for _ in range(repeats):
         errors = drawn(rng, methods=methods, seed=0.1)

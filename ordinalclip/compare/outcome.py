@@ -104,15 +104,17 @@ def runs_tried(plan: Plan, execution: Execution) -> list[dict[str, Any]]:
         the setting was chosen, what kept the run from an end ("" for none), and every validation metric as
         validation_mae, validation_rmse, ...; None where it is not defined.
     """
+    keys = {key: None for settings in plan.settings.values() for each in settings for key in flat_keys(each)}
     rows = []
-    for place in plan.runs:
+    variants, methods = list(plan.config.variants), list(plan.config.methods)
+    for place in sorted(plan.runs, key=lambda place: (variants.index(place[0]), methods.index(place[1]), place.number)):
         if (result := execution.results.get(place)) is None:  # of a setting that was not chosen, on the other seeds
             continue
-        setting = plan.settings[place.method][place.number]
+        setting = flat_keys(plan.settings[place.method][place.number])
         scores = (result.metrics or {}).get("validation", {})
         row: dict[str, Any] = {"variant": place.variant, "method": place.method, "number": place.number}
         row["setting"] = in_words(setting) or "-"
-        row |= {key: local(value) if isinstance(value, str) else value for key, value in flat_keys(setting).items()}
+        row |= keys | {key: local(value) if isinstance(value, str) else value for key, value in setting.items()}
         row["seed"] = place.seed
         row["chosen"] = execution.chosen.get((place.variant, place.method)) == place.number
         row["failure"] = result.failure

@@ -209,9 +209,7 @@ def behrens_fisher(t: ArrayLike, share: ArrayLike, df_seeds: int, df_images: int
     weights = np.exp(-(nodes**2) / 2) / np.exp(-(nodes**2) / 2).sum()
     by_images = np.sqrt(1 - part) * special.stdtrit(df_images, special.ndtr(nodes))
     by_seeds = np.sqrt(np.maximum(part, 1e-9))
-    tails = special.stdtr(df_seeds, (-far - by_images) / by_seeds) + special.stdtr(
-        df_seeds, (by_images - far) / by_seeds
-    )
+    tails = 2 * special.stdtr(df_seeds, (by_images - far) / by_seeds)  # both: A and B are symmetric
     alone = 2 * special.stdtr(df_images, -far)  # the sum over nodes would meet a step
     return np.where(part > 0, (tails * weights).sum(axis=-1, keepdims=True), alone)[..., 0]
 
@@ -229,7 +227,7 @@ def _corrected(p: np.ndarray, means: np.ndarray, covariances: Covariances, simul
     rng = np.random.default_rng(0)
     by_seed, by_image = covariances.own()
     scale = np.sqrt(by_seed * num_seeds)
-    log_p = _log_p(covariances.df_seeds, covariances.df_images)
+    log_p = _log_p(covariances.df_seeds, int(float(f"{covariances.df_images:.2g}")))  # splits differ by a few images
     smallest = np.empty(simulations)
     for begin in range(0, simulations, BLOCK):
         rows = np.arange(min(BLOCK, simulations - begin))
