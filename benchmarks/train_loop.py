@@ -108,7 +108,6 @@ def ours(table: Path, backbone: str, size: int, steps: int, batch_size: int) -> 
     return sum(entry["processor_ms"] for entry in log[WARM_UP:]) / 1000 / (steps - WARM_UP)
 
 
-
 def write_pictures(folder: Path, number: int, size: int) -> Path:
     """Gauges as JPEG files with a table, as people have them."""
     from ordinalclip.gauges import drawn_gauges

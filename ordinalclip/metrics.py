@@ -150,8 +150,12 @@ def bootstrap_interval(
         metric: takes the columns.
         columns: (N, ...) each, N >= 1: what the metric is computed from, usually predictions and references.
 
-    It says how far the metric would move with other images of the same kind, not with another training. Resamples on
-    which the metric is not defined are left out; NaN where it is defined on none.
+    It says how far the metric would move with other images of the same kind, not with another training.
+
+    On a resample the metric may not be defined: a correlation where all answers are equal. Left out, such resamples
+    would take with them what they stand for (no correlation), and the interval of the others could not hold 0. So they
+    count as unknown, as the smallest value for the lower end and as the largest for the upper. From a share of
+    (1 - level) / 2 on, 2.5 %, nothing bounds the interval: NaN, NaN.
 
     >>> low, high = bootstrap_interval(mean_absolute_error, [20, 30, 44], [21, 27, 40])
     >>> 1 <= low <= 8 / 3 <= high <= 4
@@ -163,11 +167,11 @@ def bootstrap_interval(
     rng, num = np.random.default_rng(seed), len(given[0])
     rows = (rng.integers(0, num, num) for _ in range(resamples))
     values = np.asarray([metric(*(column[chosen] for column in given)) for chosen in rows])
-    values = values[np.isfinite(values)]
-    if values.size == 0:
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    unknown = ~np.isfinite(values)
+    with np.errstate(invalid="ignore"):  # between an infinite and a finite value lies none
+        low = np.quantile(np.where(unknown, -np.inf, values), (1 - level) / 2)
+        high = np.quantile(np.where(unknown, np.inf, values), (1 + level) / 2)
+    return (float(low), float(high)) if np.isfinite([low, high]).all() else (float("nan"), float("nan"))
 
 
 def shot_groups(train_counts: ArrayLike) -> dict[str, np.ndarray]:

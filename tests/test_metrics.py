@@ -256,3 +256,22 @@ def test_bootstrap_interval_against_scipy(pair):
     assert ours == bootstrap_interval(METRICS["mae"], *pair, resamples=4000)  # drawn by its own generator
     assert bootstrap_interval(METRICS["mae"], [3.0], [1.0]) == (2.0, 2.0)
     assert np.isnan(bootstrap_interval(METRICS["spearman"], [1, 1, 1], [0, 1, 2])).all()
+
+
+def test_resamples_without_a_value_do_not_narrow_an_interval():
+    """Of 30 answers k are another one: a resample has none of these (1 - k / 30)^30 of the time."""
+    labels = np.arange(30.0)
+    for k in (1, 2, 3):  # 36, 13 and 4 % of the resamples are undefined
+        predicted = (labels >= 30 - k).astype(float)
+        assert np.isnan(bootstrap_interval(METRICS["pearson"], predicted, labels)).all()
+    predicted = (labels >= 26).astype(float)  # 1.4 %: the lower end lies below what the defined ones say
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 30, 30) for _ in range(1000)]
+    values = np.asarray([METRICS["pearson"](predicted[row], labels[row]) for row in rows])
+    unknown = np.isnan(values).sum()
+    assert 0 < unknown < 25
+    known = np.sort(values[~np.isnan(values)])
+    low, high = bootstrap_interval(METRICS["pearson"], predicted, labels)
+    assert low == pytest.approx(known[24 - unknown], abs=0.02)
+    assert low < np.quantile(known, 0.025)
+    assert high > np.quantile(known, 0.975)

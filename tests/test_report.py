@@ -518,8 +518,8 @@ def test_methods_far_off_do_not_squeeze_the_others():
         {**{n: [v, v] for n, v in errors.items()}, "constant": [[25.0], [25.0]]}, "ab"
     ).axes
     assert "constant: 25, off the scale" in [text.get_text() for text in lines.get_legend().get_texts()]
-    verdicts = {n: Verdict(v[0], (0, 9), v[0] - 1, (v[0] - 1.1, v[0] - 0.9), 0.01, 0.2) for n, v in errors.items()}
-    verdicts["constant"] = Verdict(25, (24, 26), 24, (23, 25), 0, 0)
+    verdicts = {n: Verdict(v[0], (0, 9), v[0] - 1, (v[0] - 1.1, v[0] - 0.9)) for n, v in errors.items()}
+    verdicts["constant"] = Verdict(25, (24, 26), 24, (23, 25))
     (difference,) = figures.difference_to_best(verdicts).axes
     assert [text.get_text() for text in difference.texts] == ["24 →"]
 

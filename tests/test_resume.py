@@ -248,7 +248,9 @@ def test_where_a_device_is_not_waited_for_the_weights_are_spared_all_the_same(qu
     monkeypatch.setattr(L1, "loss", poisoned)
     monkeypatch.setattr(Learner, "__init__", deferring)
     monkeypatch.setattr(Learner, "step", watched)
-    config = quick(*FOUR, "data.num_train=10", "train.batch_size=4", "train.eval_every=4", f"train.log_every={log_every}")
+    config = quick(
+        *FOUR, "data.num_train=10", "train.batch_size=4", "train.eval_every=4", f"train.log_every={log_every}"
+    )
     what = "the norm of the gradient is nan" if wrong == "gradient" else "loss is nan"
     with pytest.raises(Diverged, match=f"step 6: {what}; learning rate") as failure:
         train(config, quiet=True)

@@ -20,9 +20,11 @@ infinitely bad; one that breaks off, for a broken picture or want of memory, lea
 1, and the next call tries it again. Runs that are complete are not run again, so an interrupted comparison goes on with
 those that are missing, inside the one it was interrupted in; a run of another experiment in its place is refused, or
 replaced with overwrite=true. The test part is predicted once, by the runs of the chosen setting, after the choice.
-Written: table.md, results.csv, report.html, comparison.json (from which `ordinalclip report` and `plot` find what they
-show), and model/: of the method with the best mean validation MAE, the run of the first seed. That run gets a report of
-its own; evaluation.report=true writes one for every run.
+Written: table.md and results.csv, a row per method; settings.csv, a row per run of every setting with its validation
+metrics; report.html; comparison.json, from which `ordinalclip report` and `plot` find what they show; and model/: of the
+method with the best mean validation MAE, the run of the first seed. That run gets a report of its own;
+evaluation.report=true writes one for every run. From three seeds on, methods are tested against the first row
+(docs/comparisons.md).
 """
 
 from __future__ import annotations

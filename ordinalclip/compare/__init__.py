@@ -52,11 +52,8 @@ def run_plan(plan: Plan, quiet: bool = False) -> Outcome:
             raise FolderOccupied(
                 f"{folder.path} is the folder of {folder.state().text}; give the comparison another one"
             )
-        theirs = [
-            name
-            for name in ("results.csv", "table.md", "report.html", "comparison.json", "model")
-            if (folder.path / name).exists()
-        ]
+        written = ("results.csv", "settings.csv", "table.md", "report.html", "comparison.json", "model")
+        theirs = [name for name in written if (folder.path / name).exists()]
         if theirs and not (folder.path / "runs").is_dir():
             raise FolderOccupied(
                 f"{folder.path} holds {theirs[0]}, and no runs of a comparison: it may be yours; give the comparison "

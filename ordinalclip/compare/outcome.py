@@ -23,8 +23,8 @@ from ordinalclip.results.leaderboard import Entry, Leaderboard, in_words, write_
 from ordinalclip.results.pages import never_fatal
 from ordinalclip.results.record import shown
 from ordinalclip.results.run_report import document_run
-from ordinalclip.results.significance import LEVEL
-from ordinalclip.run_folder import RunFolder
+from ordinalclip.results.significance import LEVEL, MIN_SEEDS
+from ordinalclip.run_folder import RunFolder, local
 
 OWN_KEYS = {"output_dir", "method", "head", "seed"}  # in which the runs of a variant differ by nature
 
@@ -49,11 +49,13 @@ class Outcome:
 
 
 def write_outcome(plan: Plan, execution: Execution) -> Outcome:
-    """Write table.md, results.csv, comparison.json, report.html and model/ into the comparison's folder.
+    """Write table.md, results.csv, settings.csv, comparison.json, report.html and model/ into the comparison's folder.
 
     Raises:
         ValueError: every method of every variant failed.
     """
+    tried = runs_tried(plan, execution)
+    write_csv(plan.folder / "settings.csv", tried)  # also when there is nothing to compare
     boards, left_out = _boards(plan, execution)
     notes = _notes(plan, left_out)
     summaries = [summary for board in boards for summary in board.summaries]
@@ -61,7 +63,7 @@ def write_outcome(plan: Plan, execution: Execution) -> Outcome:
     write_text(plan.folder / "table.md", table)
     write_csv(plan.folder / "results.csv", summaries)
     best = _keep_best(plan, boards)
-    comparison = Comparison(plan.folder, plan.config.title, boards, notes, best)
+    comparison = Comparison(plan.folder, plan.config.title, boards, notes, best, tried)
     comparison.write()
     with never_fatal(plan.folder):
         write_comparison_report(comparison)
@@ -97,6 +99,33 @@ def _boards(plan: Plan, execution: Execution) -> tuple[list[Leaderboard], list[s
     return [Leaderboard(variant, found) for variant, found in entries.items() if found], left_out
 
 
+def runs_tried(plan: Plan, execution: Execution) -> list[dict[str, Any]]:
+    """A row for every run of every setting, those that diverged or failed among them.
+
+    Returns:
+        variant, method, number of the setting and the setting itself, each of its keys (`train.lr`, ...), seed, whether
+        the setting was chosen, what kept the run from an end ("" for none), and every validation metric as
+        validation_mae, validation_rmse, ...; None where it is not defined.
+    """
+    keys = {key: None for settings in plan.settings.values() for each in settings for key in flat_keys(each)}
+    rows = []
+    variants, methods = list(plan.config.variants), list(plan.config.methods)
+    for place in sorted(plan.runs, key=lambda place: (variants.index(place[0]), methods.index(place[1]), place.number)):
+        if (result := execution.results.get(place)) is None:  # of a setting that was not chosen, on the other seeds
+            continue
+        setting = flat_keys(plan.settings[place.method][place.number])
+        scores = (result.metrics or {}).get("validation", {})
+        row: dict[str, Any] = {"variant": place.variant, "method": place.method, "number": place.number}
+        row["setting"] = in_words(setting) or "-"
+        row |= keys | {key: local(value) if isinstance(value, str) else value for key, value in setting.items()}
+        row["seed"] = place.seed
+        row["chosen"] = execution.chosen.get((place.variant, place.method)) == place.number
+        row["failure"] = result.failure
+        row |= {f"validation_{name}": value for name, value in scores.items() if not isinstance(value, dict)}
+        rows.append(row)
+    return rows
+
+
 def _keep_best(plan: Plan, boards: Sequence[Leaderboard]) -> str:
     """Keep the model of the best method by validation, and write a report of its run; returns the method's name."""
     board, entry = min(
@@ -119,7 +148,7 @@ def _table(plan: Plan, boards: Sequence[Leaderboard], notes: Sequence[str]) -> s
     blocks: list[str] = [markdown(" ".join(plan.config.title.split()))] if plan.config.title else []
     for board in boards:
         blocks += [f"### {markdown(board.variant)}"] if board.variant else []
-        blocks.append(board.markdown())
+        blocks += [board.markdown(), markdown(board.claim)]
     return "\n\n".join([*blocks, *map(markdown, notes)]) + "\n"
 
 
@@ -135,11 +164,21 @@ def _notes(plan: Plan, left_out: Sequence[str]) -> list[str]:
     several = len(plan.seeds) > 1
     spread = f"mean and standard deviation over seeds {_seeds(plan)}" if several else f"seed {_seeds(plan)}"
     falling = ", ".join(metric.title for metric in METRICS.values() if metric.falls)
+    if len(plan.seeds) >= MIN_SEEDS:
+        test = (
+            "95 %: interval of the MAE over seeds and test images together. * larger errors than the first row's (p < "
+            f"{LEVEL}): two-sided test over seeds and images, paired by both, corrected for the number of rows and for "
+            "the first being picked by the same errors."
+        )
+    else:
+        test = (
+            "95 %: interval of the MAE over the test images of these runs; the spread over seeds is not in it. No "
+            f"stars: methods are tested from {MIN_SEEDS} seeds on."
+        )
     columns = (
         f"Test part, {spread}{errors}; {decodings()}. D5 and RV (residual variance): of the feature space. Smaller is "
-        f"better: {falling}. 95 %: bootstrap interval of the MAE over the test images. * larger errors than the first "
-        f"row's by the one-tailed paired t-test (p < {LEVEL}, paired by image), ** also after Holm's correction. "
-        "Processor ms / step (on a GPU the device's): median; trained: parameters; MB: of the saved model."
+        f"better: {falling}. {test} Processor ms / step (on a GPU the device's): median; trained: parameters; MB: of "
+        "the saved model."
     )
     choice = " ".join(part for part in (_choice(plan), _unequal(plan), *left_out) if part)
     at_once = f"{plan.jobs} runs at a time" if plan.jobs > 1 else "one run at a time"

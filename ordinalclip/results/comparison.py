@@ -25,6 +25,7 @@ class Comparison:
         boards: one per variant; their runs hold predictions of the test part.
         notes: what the metrics are, in paragraphs below the tables.
         best: which method's model the comparison keeps.
+        tried: every run with its validation metrics: see `outcome.runs_tried`.
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class Comparison:
     boards: Sequence[Leaderboard]
     notes: Sequence[str]
     best: str
+    tried: Sequence[dict[str, Any]]
 
     def write(self) -> None:
         """Write comparison.json: which runs make up the tables, and all that they themselves do not tell."""
@@ -40,6 +42,7 @@ class Comparison:
             for board in self.boards
         ]
         content = {"title": self.title, "best": self.best, "notes": list(self.notes), "boards": boards}
+        content["tried"] = list(self.tried)
         write_text(self.folder / FILE, json.dumps(content, indent=2, default=str) + "\n")
 
     def _plain(self, entry: Entry) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def read_comparison(folder: Path) -> Comparison:
             )
             for board in content["boards"]
         ]
-        title, notes, best = content["title"], content["notes"], content["best"]
+        title, notes, best, tried = (content[name] for name in ("title", "notes", "best", "tried"))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / FILE}: damaged, or of another version ({error})") from error
-    return Comparison(folder, title, [Leaderboard(variant, entries) for variant, entries in found], notes, best)
+    return Comparison(folder, title, [Leaderboard(variant, entries) for variant, entries in found], notes, best, tried)

@@ -31,6 +31,8 @@ def write_comparison_report(comparison: Comparison) -> Path:
             boards=boards,
             notes=comparison.notes,
             best=comparison.best,
+            tried=comparison.tried,
+            validation=_validation_columns(comparison.tried, boards[0]),
             link=lambda run: _link(folder, run),
             overview=inlined(_overview(boards)),
             figures=[
@@ -73,8 +75,12 @@ def board_figures(board: Leaderboard) -> Figures:
     if others:
         drawn["difference_to_best"] = (
             figures.difference_to_best({other.name: board.verdicts[other.name] for other in others}, ranks.unit),
-            f"How much larger the error is than that of {best.name}, on the same images, with 95 % bootstrap interval. "
-            "Filled: larger by the paired test after Holm's correction (p < 0.05).",
+            f"How much larger the error is than that of {best.name}, on the same images, with 95 % interval "
+            + (
+                "over seeds and images. Filled: the rows with a star."
+                if board.is_decided
+                else "over images alone: other seeds may bring other differences."
+            ),
         )
     drawn["error_by_method"] = (
         figures.error_by_method(answers, ranks),
@@ -97,6 +103,12 @@ def _overview(boards: Sequence[Leaderboard]) -> Figures:
     maes = {name: [each.get(name, [math.nan]) for each in found] for name in names}
     figure = figures.mae_by_variant(maes, [board.variant for board in boards], boards[0].ranks.unit)
     return {"mae_by_variant": (figure, "Test MAE in every variant: mean and standard deviation over the seeds.")}
+
+
+def _validation_columns(tried: Sequence[dict[str, Any]], board: Leaderboard) -> dict[str, str]:
+    """Titles of the validation metrics that some run has, by their keys in its row."""
+    known = {f"validation_{name}": metric.title for name, metric in board.metrics.items()}
+    return {key: title for key, title in known.items() if any(row.get(key) is not None for row in tried)}
 
 
 def _link(folder: Path, run: RunFolder) -> dict[str, Any]:

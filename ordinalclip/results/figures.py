@@ -31,7 +31,7 @@ from ordinalclip.files import whole
 from ordinalclip.metrics import Metric
 from ordinalclip.quoting import printable
 from ordinalclip.ranks import Ranks
-from ordinalclip.results.significance import LEVEL, Verdict
+from ordinalclip.results.significance import Verdict
 
 INK, MUTED, GRID, BLUE, ORANGE = "#1b1f24", "#66707c", "#dfe3e8", "#0072b2", "#e69f00"
 PALETTE = (BLUE, ORANGE, "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
@@ -282,9 +282,8 @@ def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "") -> Figur
             _beyond(axes, place, verdict.difference)
             continue
         low, high = verdict.difference_interval
-        sure = verdict.p_holm is not None and verdict.p_holm < LEVEL
         around = [[max(0.0, verdict.difference - low)], [max(0.0, high - verdict.difference)]]
-        face = {"markerfacecolor": BLUE if sure else "none", "markeredgewidth": 1.2}
+        face = {"markerfacecolor": BLUE if verdict.is_worse else "none", "markeredgewidth": 1.2}
         axes.errorbar(
             verdict.difference,
             place,

@@ -18,7 +18,7 @@ from ordinalclip.predictions import Predictions
 from ordinalclip.quoting import code, markdown, spreadsheet
 from ordinalclip.ranks import Ranks
 from ordinalclip.results.record import shown
-from ordinalclip.results.significance import LEVEL, Verdict, errors_by_image, judge
+from ordinalclip.results.significance import LEVEL, MIN_SEEDS, Verdict, judge
 from ordinalclip.run_folder import RunFolder, local
 
 MEGA = 1e6
@@ -55,15 +55,21 @@ class Entry:
         """Those of the test part, by run."""
         return [folder.read_predictions("test") for folder in self.folders]
 
+    @property
+    def errors(self) -> list[np.ndarray]:
+        """By run, (N,) absolute errors of the test part."""
+        return [each.errors for each in self.predictions]
+
     @cached_property
-    def errors(self) -> np.ndarray:
-        """(N,) absolute errors, one per distinct test image: see `errors_by_image`."""
-        images = [
-            (name, label, 0 if self.images_recur else run)
+    def images(self) -> list[list[tuple[str, float, int]]]:
+        """By run, what tells the N images of its test part apart: the same in two runs where it is the same picture."""
+        return [
+            [
+                (name, label, 0 if self.images_recur else run)
+                for name, label in zip(each.names, each.labels.tolist(), strict=True)
+            ]
             for run, each in enumerate(self.predictions)
-            for name, label in zip(each.names, each.labels.tolist(), strict=True)
         ]
-        return errors_by_image(images, np.concatenate([each.errors for each in self.predictions]))
 
     @property
     def maes(self) -> list[float]:
@@ -86,12 +92,19 @@ class Leaderboard:
     Args:
         variant: its name, "" if there is only one.
         entries: at least one.
+
+    Raises:
+        ValueError: runs of one seed that were tested on different images.
     """
 
     def __init__(self, variant: str, entries: Sequence[Entry]):
         self.variant = variant
-        self.entries = sorted(entries, key=lambda entry: float(np.mean(entry.maes)))
-        self.verdicts = judge({entry.name: entry.errors for entry in self.entries}, self.entries[0].name)
+        for entry in entries:
+            if entry.images != entries[0].images:
+                raise ValueError(f"{entry.name} and {entries[0].name} were tested on different images")
+        self.verdicts = judge({entry.name: entry.errors for entry in entries}, entries[0].images)
+        places = {name: place for place, name in enumerate(self.verdicts)}
+        self.entries = sorted(entries, key=lambda entry: places[entry.name])
         cs = {key: None for entry in self.entries for key in entry.metrics[0]["test"] if key.startswith("cs@")}
         self.metrics = metrics_with([float(key.removeprefix("cs@")) for key in cs])
         model = json.loads((self.entries[0].folders[0].model / "config.json").read_text(encoding="utf-8"))
@@ -128,7 +141,7 @@ class Leaderboard:
         low, high = shown(summary["mae_low"]), shown(summary["mae_high"])
         mae, *others = (shown(summary[name], summary[f"{name}_std"]) for name in self.metrics)
         return [
-            mae + mark(summary),
+            mae + (" *" if self.verdicts[summary["method"]].is_worse else ""),
             f"{low} to {high}",
             *others,
             *(shown(summary[name], digits=1) for name in self.step_times),
@@ -136,6 +149,33 @@ class Leaderboard:
             shown(summary["model_bytes"] / MEGA, digits=1),
             summary["setting"],
         ]
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether there are seeds enough to say anything about methods."""
+        return len(self.entries[0].folders) >= MIN_SEEDS
+
+    @property
+    def claim(self) -> str:
+        """What the table allows to say about the methods, in a sentence."""
+        first, *others = (entry.name for entry in self.entries)
+        num_seeds = len(self.entries[0].folders)
+        if not others:
+            return "There is nothing to compare with."
+        if not self.is_decided:
+            seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
+            return (
+                f"With {seeds} nothing can be said about methods, only about these runs: other seeds may change the "
+                f"order. {MIN_SEEDS} seeds are the least."
+            )
+        worse = [name for name in others if self.verdicts[name].is_worse]
+        alike = [name for name in others if name not in worse]
+        pictures = len({image for each in self.entries[0].images for image in each})
+        given = f"{num_seeds} seeds and {pictures:,} pictures"
+        if not worse:
+            return f"These {given} tell no difference between {first} and {_listed(alike, 'or')}."
+        better = f"{first} is better than {_listed(worse, 'and')} (p < {LEVEL})"
+        return f"{better}; these {given} do not tell it from {_listed(alike, 'or')}." if alike else f"{better}."
 
     def markdown(self) -> str:
         """The table."""
@@ -148,7 +188,7 @@ class Leaderboard:
 
     def _summary(self, entry: Entry, verdict: Verdict) -> dict[str, Any]:
         summary: dict[str, Any] = {"variant": self.variant, "method": entry.name, "setting": entry.setting_text}
-        summary["settings_tried"], summary["runs"] = entry.settings_tried, len(entry.folders)
+        summary["settings_tried"], summary["seeds"] = entry.settings_tried, len(entry.folders)
         columns = {name: [_metric(each, name) for each in entry.metrics] for name in [*self.metrics, "train_seconds"]}
         columns["mae_expectation"] = [each["test"]["expectation"]["mae"] for each in entry.metrics]
         for name, values in columns.items():
@@ -159,7 +199,10 @@ class Leaderboard:
         summary["mae_low"], summary["mae_high"] = verdict.interval
         summary["difference"] = verdict.difference
         summary["difference_low"], summary["difference_high"] = verdict.difference_interval
-        summary["p"], summary["p_holm"] = verdict.p, verdict.p_holm
+        summary["p"], summary["p_corrected"] = verdict.p, verdict.p_corrected
+        for part in ("seeds", "images"):  # standard errors of the difference, and degrees of freedom
+            summary[f"difference_se_{part}"] = getattr(verdict.spread, part, None)
+            summary[f"df_{part}"] = getattr(verdict.spread, f"df_{part}", None)
         summary["validation_mae"] = entry.validation_mae
         steps = [step for folder in entry.folders for step in folder.read_log()]
         for name in STEP_TIMES:
@@ -180,17 +223,16 @@ def in_words(setting: dict[str, Any]) -> str:
     return ", ".join(f"{key}={local(str(value))}" for key, value in setting.items())
 
 
-def write_csv(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
-    """All methods with everything that is known of them."""
-    columns = list(dict.fromkeys(name for summary in summaries for name in summary))
+def _listed(names: Sequence[str], last: str) -> str:
+    *others, final = names
+    return f"{', '.join(others)} {last} {final}" if others else final
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A line per row; columns in the order in which they first appear, empty where a row lacks them."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     with whole(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        for summary in summaries:
-            writer.writerow({k: spreadsheet(v) if isinstance(v, str) else v for k, v in summary.items()})
-
-
-def mark(summary: dict[str, Any]) -> str:
-    """A star where a method is worse than the best by the paired test, two if still so after Holm's correction."""
-    stars = sum(summary[key] is not None and summary[key] < LEVEL for key in ("p", "p_holm"))
-    return " " + "*" * stars if stars else ""
+        for row in rows:
+            writer.writerow({k: spreadsheet(v) if isinstance(v, str) else v for k, v in row.items()})

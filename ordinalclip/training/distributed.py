@@ -42,7 +42,8 @@ def make_accelerator(
 ) -> Accelerator:
     """An Accelerator; a single process may make several, one after the other, with different settings.
 
-    On a CPU this process keeps the memory that it frees: see `keep_freed_memory`. The process group, once there, serves all of them and is left when the process ends.
+    On a CPU this process keeps the memory that it frees: see `keep_freed_memory`. The process group, once there, serves
+    all of them and is left when the process ends.
 
     Args:
         timeout: seconds after which processes give up waiting for one that is lost.
