@@ -21,8 +21,8 @@ infinitely bad; one that breaks off, for a broken picture or want of memory, lea
 those that are missing, inside the one it was interrupted in; a run of another experiment in its place is refused, or
 replaced with overwrite=true. The test part is predicted once, by the runs of the chosen setting, after the choice.
 Written: table.md and results.csv, a row per method; settings.csv, a row per run of every setting with its validation
-metrics; report.html; comparison.json, from which `ordinalclip report` and `plot` find what they show; and model/: of the
-method with the best mean validation MAE, the run of the first seed. That run gets a report of its own;
+metrics; report.html; comparison.json, from which `ordinalclip report` and `plot` find what they show; and model/: of
+the method with the best mean validation MAE, the run of the first seed. That run gets a report of its own;
 evaluation.report=true writes one for every run. From three seeds on, methods are tested against the first row
 (docs/comparisons.md).
 """

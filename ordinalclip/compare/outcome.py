@@ -148,7 +148,7 @@ def _table(plan: Plan, boards: Sequence[Leaderboard], notes: Sequence[str]) -> s
     blocks: list[str] = [markdown(" ".join(plan.config.title.split()))] if plan.config.title else []
     for board in boards:
         blocks += [f"### {markdown(board.variant)}"] if board.variant else []
-        blocks += [board.markdown(), markdown(board.claim)]
+        blocks += [board.markdown(), markdown(f"{board.claim} {board.beside_constant}".rstrip())]
     return "\n\n".join([*blocks, *map(markdown, notes)]) + "\n"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ordinalclip.files import whole
-from ordinalclip.metrics import metrics_with
+from ordinalclip.metrics import doubt, metrics_with
 from ordinalclip.predictions import Predictions
 from ordinalclip.quoting import code, markdown, spreadsheet
 from ordinalclip.ranks import Ranks
@@ -80,6 +80,11 @@ class Entry:
     def validation_mae(self) -> float:
         """Mean over the runs."""
         return float(np.mean([each["validation"]["mae"] for each in self.metrics]))
+
+    @property
+    def doubtful(self) -> int:
+        """How many of the runs are no better than one answer for every picture: see `metrics.doubt`."""
+        return sum(bool(doubt(each["test"])) for each in self.metrics)
 
     @property
     def setting_text(self) -> str:
@@ -177,6 +182,21 @@ class Leaderboard:
         better = f"{first} is better than {_listed(worse, 'and')} (p < {LEVEL})"
         return f"{better}; these {given} do not tell it from {_listed(alike, 'or')}." if alike else f"{better}."
 
+    @property
+    def beside_constant(self) -> str:
+        """What one answer for every picture would have cost, and which methods are no better, in a sentence or two."""
+        maes = [each["test"].get("constant", {}).get("mae") for entry in self.entries for each in entry.metrics]
+        known = [mae for mae in maes if mae is not None]
+        if not known:
+            return ""
+        num_runs = len(self.entries[0].folders)
+        unit = f" {self.ranks.unit}" if self.ranks.unit else ""
+        mean = shown(float(np.mean(known)))
+        sentence = f"Always answering the median of the training labels has an MAE of {mean}{unit}."
+        tried = [entry for entry in self.entries if entry.metrics[0]["method"] != "constant"]
+        poor = [f"{entry.name} ({entry.doubtful} of {num_runs} runs)" for entry in tried if entry.doubtful]
+        return sentence + (f" Not shown to be better: {', '.join(poor)}." if poor else "")
+
     def markdown(self) -> str:
         """The table."""
         lines = [f"| method | {' | '.join(self.titles)} |", "|---|" + "---:|" * (len(self.titles) - 1) + "---|"]
@@ -203,6 +223,9 @@ class Leaderboard:
         for part in ("seeds", "images"):  # standard errors of the difference, and degrees of freedom
             summary[f"difference_se_{part}"] = getattr(verdict.spread, part, None)
             summary[f"df_{part}"] = getattr(verdict.spread, f"df_{part}", None)
+        constant = [each["test"].get("constant", {}).get("mae") for each in entry.metrics]
+        summary["constant_mae"] = float(np.mean(constant)) if None not in constant else None
+        summary["doubtful_runs"] = entry.doubtful
         summary["validation_mae"] = entry.validation_mae
         steps = [step for folder in entry.folders for step in folder.read_log()]
         for name in STEP_TIMES:
