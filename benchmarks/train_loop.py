@@ -151,7 +151,8 @@ def main() -> None:
 
     print(
         f"{platform.machine()}, torch {torch.__version__}, timm {timm.__version__}; {arguments.backbone}, "
-        f"{arguments.size} px, {arguments.steps} steps of batch {arguments.batch_size}, {arguments.repeats} repeats, seed 1"
+        f"{arguments.size} px, {arguments.steps} steps of batch {arguments.batch_size}, {arguments.repeats} repeats, "
+        "seed 1"
     )
     ratios = [one / other for one, other in zip(seconds["plain"], seconds["ours"], strict=True)]
     for kind, found in seconds.items():
