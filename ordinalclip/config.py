@@ -577,7 +577,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, text = (part.strip() for part in override.partition("="))
         if not (equals and key):
             raise ValueError(f"override {brief(override)!r}: write key=value, e.g. train.lr=1e-3")
-        pairs[key] = _override_value(text)
+        pairs[key] = override_value(text)
     content = nested(pairs)
     for section, ways in WAYS.items():
         given = content.get(section)
@@ -609,7 +609,7 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _override_value(text: str) -> Any:
+def override_value(text: str) -> Any:
     if text[:1] not in ("[", "{", '"', "'"):
         return scalar(text)
     try:

@@ -1,7 +1,9 @@
-"""What ends a run early: SIGTERM or Ctrl-C, after the step in hand and with a checkpoint; numbers that go wrong."""
+"""What ends a run early: SIGTERM or Ctrl-C, after the step in hand and with a checkpoint; numbers that go wrong; who
+watches its validations."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,17 @@ from ordinalclip.signals import listening
 
 class Diverged(ValueError):
     """A loss, a gradient or a weight that is not finite."""
+
+
+class Pruned(Exception):
+    """Raised by who watches a run to end it: going on is not worth it."""
+
+
+Watch = Callable[[int, float], None]  # told the number of a validation, from 1, and its MAE; may raise `Pruned`
+
+
+def unwatched(number: int, validation_mae: float) -> None:
+    """Nobody watches."""
 
 
 class Interruption:
