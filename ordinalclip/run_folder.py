@@ -67,8 +67,8 @@ class State:
     """How far the run in a folder has come.
 
     Attributes:
-        kind: "empty", "interrupted", "diverged", "pruned", "finished", or "damaged": finished, but of its files some cannot be
-            read.
+        kind: "empty", "interrupted", "diverged", "pruned", "finished", or "damaged": finished, but of its files some
+            cannot be read.
         text: the same in words, for a message.
     """
 
@@ -312,7 +312,16 @@ class RunFolder:
             raise self._unreadable(error) from error
 
     def read_model(self) -> OrdinalModel:
-        """The chosen step's model, deployed, on the CPU."""
+        """The chosen step's model, deployed, on the CPU.
+
+        Raises:
+            FileNotFoundError: it is not there (any more).
+        """
+        if not self.model.is_dir():
+            raise FileNotFoundError(
+                f"{self.model} is missing (of the trials of a search only the best keeps its model); `ordinalclip "
+                f"train {self.config} output_dir=FOLDER` trains it again"
+            )
         return OrdinalModel.from_pretrained(self.model)
 
     # ---- writing

@@ -69,6 +69,10 @@ class Range:
     def ends(self) -> list[str]:
         return [repr(self.low), repr(self.high)]
 
+    def value(self, text: str) -> float:
+        """What a text stands for."""
+        return int(text) if self.is_whole else float(text)
+
     def at(self, share: float) -> str:
         """The value that lies at a share in [0, 1) of the range; floats with three digits, which say enough.
 
@@ -96,6 +100,10 @@ class Choice:
     @property
     def ends(self) -> list[str]:
         return list(self.choices)
+
+    def value(self, text: str) -> str:
+        """What a text stands for."""
+        return text
 
     def at(self, share: float) -> str:
         """The value that lies at a share in [0, 1) of the choices, which are equally likely."""
@@ -160,12 +168,13 @@ def read_search(
         for end in ends:
             run = check({**first, key: override_value(end)}, f"{source} {key}={brief(written[key])}")
             found.append(flat_keys(run.model_dump()).get(key))
-        search[key] = _range(key, written[key], found, source) if _is_range(written[key]) else Choice(
-            written[key], tuple(ends)
+        search[key] = (
+            _range(key, written[key], found, source) if _is_range(written[key]) else Choice(written[key], tuple(ends))
         )
     for together in islice(product(*texts.values()), MOST_COMBINATIONS):
         setting = dict(zip(texts, map(override_value, together), strict=True))
-        check(setting, f"{source}, {', '.join(f'{key}={brief(str(text))}' for key, text in zip(texts, together))}")
+        words = ", ".join(f"{key}={brief(text)}" for key, text in zip(texts, together, strict=True))
+        check(setting, f"{source}, {words}")
     return search
 
 
@@ -223,18 +232,19 @@ def _range(key: str, text: str, ends: Sequence[Any], source: str) -> Range:
         kind = "a whole number" if isinstance(low, int) else "a number"
         raise ValueError(f"{what}: the step is {kind} above 0 and at most {width}, got {step}")
     if width % exact:
-        raise ValueError(f"{what}: steps of {step} from {low} do not lead to {high}; the last is {Decimal(repr(high)) - width % exact}")
+        last = Decimal(repr(high)) - width % exact
+        raise ValueError(f"{what}: steps of {step} from {low} do not lead to {high}; the last is {last}")
     return Range(text, low, high, step=int(exact) if isinstance(low, int) else float(exact))
 
 
-def drawn(search: Search, number: int, seed: int = 0) -> list[Setting]:
-    """That many settings which cover the search evenly: the first points of a scrambled Sobol sequence (Owen, 1998).
+def drawn(search: Search, number: int, seed: int = 0) -> list[dict[str, str]]:
+    """That many settings, texts by key, which cover the search evenly.
 
-    With more of them, or another process, the first are the same. Better spread than random ones (Bergstra & Bengio,
-    2012, section 5).
+    They are the first points of a scrambled Sobol sequence (Owen, 1998), better spread than random ones (Bergstra &
+    Bengio, 2012, section 5). With more of them the first are the same.
     """
     points = qmc.Sobol(len(search), seed=seed).random_base2(max(0, number - 1).bit_length())[:number]
     return [
-        {key: override_value(each.at(share)) for (key, each), share in zip(search.items(), point, strict=True)}
+        {key: each.at(share) for (key, each), share in zip(search.items(), point, strict=True)}
         for point in points.tolist()
     ]

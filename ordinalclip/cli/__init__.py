@@ -27,6 +27,7 @@ COMMANDS = {
     "predict": "Predict images with a saved model; one line per image.",
     "check-data": "Read labels and decode every image of a configuration's data; list what is broken.",
     "compare": "Run methods x settings x seeds and print one table.",
+    "tune": "Search the values of some keys by validation; the test part stays unread.",
     "report": "Write report.html and the model card of finished runs again.",
     "plot": "Write the figures of a finished run's report as files.",
     "make-gauges": "Write generated gauge pictures and their labels.csv to a folder.",

@@ -31,7 +31,7 @@ from ordinalclip.run_folder import FolderOccupied, RunFolder
 from ordinalclip.runs import evaluate_run, train_run
 from ordinalclip.signals import Preempted, deaf_to_interrupts, leave, listening
 from ordinalclip.training.checkpoint import NoIntactCheckpoint
-from ordinalclip.training.interruption import Diverged, Interruption
+from ordinalclip.training.interruption import Diverged, Interruption, Pruned, Watch, unwatched
 
 logger = logging.getLogger(__name__)
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -103,7 +103,7 @@ def execute(plan: Plan, quiet: bool = False) -> Execution:
     tuned = [place for place in plan.runs if place.seed in plan.tuning_seeds]
     methods = [(variant, name) for variant in plan.config.variants for name in plan.config.methods]
     num_runs = len(tuned) + len(methods) * (len(plan.seeds) - len(plan.tuning_seeds))
-    train = partial(_train, keep_checkpoints=plan.config.keep_checkpoints, overwrite=plan.config.overwrite)
+    train = partial(train_one, keep_checkpoints=plan.config.keep_checkpoints, overwrite=plan.config.overwrite)
     try:
         with _executor(min(plan.jobs, num_runs)) as executor:
             progress: Progress = Progress(None, "comparing", num_runs, "runs", quiet)
@@ -259,8 +259,12 @@ def _each(
             raise Preempted("told to stop", number)
 
 
-def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
-    """Train one run, or go on with it. That it diverged or broke off is a result, too."""
+def train_one(run: RunConfig, keep_checkpoints: bool, overwrite: bool, watch: Watch = unwatched) -> Result:
+    """Train one run, or go on with it. That it diverged or broke off is a result, too.
+
+    Raises:
+        Pruned: by who watches.
+    """
     folder = RunFolder(run.output_dir)
     anew = run.model_copy(update={"overwrite": True, "train": run.train.model_copy(update={"resume": "none"})})
     try:
@@ -270,15 +274,17 @@ def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
         )
         try:
             try:
-                result = Result(train_run(anew if replaced else run, parts_of(run), quiet=True))
+                result = Result(train_run(anew if replaced else run, parts_of(run), quiet=True, watch=watch))
             except NoIntactCheckpoint:
                 if not overwrite:
                     raise
-                result = Result(train_run(anew, parts_of(run), quiet=True))
+                result = Result(train_run(anew, parts_of(run), quiet=True, watch=watch))
         except Diverged as error:
             divergence = str(error).partition("; rows of the batch")[0]
             write_text(folder.diverged, divergence)
             result = Result(None, divergence)
+    except Pruned:
+        raise
     except Exception as error:
         return _broken_off(run, error)
     if not keep_checkpoints:  # a finished run is never resumed: they would fill the disk
