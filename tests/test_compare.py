@@ -14,6 +14,7 @@ from ordinalclip.cli import main
 from ordinalclip.compare import load_plan, run_plan
 from ordinalclip.compare.outcome import _notes
 from ordinalclip.metrics import best_residual_variance, d5
+from ordinalclip.provenance import num_cores
 from ordinalclip.results.record import points_of, read_run
 from ordinalclip.results.significance import errors_by_image, greater_p_value, holm, judge
 from ordinalclip.run_folder import FolderOccupied, RunFolder
@@ -199,20 +200,20 @@ def test_several_processes_are_refused(grades, monkeypatch):
 
 @pytest.mark.slow
 def test_several_jobs_give_the_same_table(comparison, tmp_path, monkeypatch):
-    from ordinalclip.compare import execution
+    from ordinalclip import executors
 
-    pools = []
+    started = []
 
-    class Pool(execution.ProcessPoolExecutor):
-        def __init__(self, jobs, *more):
-            pools.append(jobs)
-            super().__init__(jobs, *more)
+    class Child(executors.Child):
+        def __init__(self, threads):
+            started.append(threads)
+            super().__init__(threads)
 
-    monkeypatch.setattr(execution, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(executors, "Child", Child)
     rows = run_plan(load_plan(comparison), quiet=True).summaries
-    assert pools == []
+    assert started == []
     again = run_plan(load_plan(comparison, ["jobs=2", f"output_dir={tmp_path}/again"]), quiet=True).summaries
-    assert pools == [2]
+    assert started == [max(1, num_cores() // 2)] * 2
     for row, other in zip(rows, again, strict=True):
         assert other["mae"] == pytest.approx(row["mae"], rel=1e-3)
 

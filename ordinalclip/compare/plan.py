@@ -6,9 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import torch
 from pydantic import Field, model_validator
 
 from ordinalclip.config import (
@@ -24,8 +23,8 @@ from ordinalclip.config import (
     read_overrides,
     stack,
 )
+from ordinalclip.executors import Jobs, Where
 from ordinalclip.heads import head_class
-from ordinalclip.provenance import num_cores
 from ordinalclip.sections import Section, parse_section
 from ordinalclip.written import values
 
@@ -63,7 +62,8 @@ class CompareConfig(Section):
         [1, 2, 3], min_length=1, description="one run per method, setting and seed"
     )
     tuning_seeds: int = Field(1, ge=1, description="how many of the seeds, the first ones, choose between settings")
-    jobs: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+    execution: Where = Field("local", description="local: this machine, jobs at a time; or a cluster, dask://HOST:PORT")
+    jobs: Jobs = Field(
         1, description="runs at a time, each a process with its share of the cores; auto: a core each, on a GPU one"
     )
     overwrite: bool = Field(
@@ -191,12 +191,6 @@ class Plan:
         ):
             content = merge(content, above)
         return parse_config(content, f"{source}, {where}, setting {number}")
-
-    @property
-    def jobs(self) -> int:
-        """Runs at a time."""
-        jobs = self.config.jobs
-        return jobs if jobs != "auto" else 1 if torch.cuda.is_available() else num_cores()
 
 
 def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:

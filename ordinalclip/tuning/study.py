@@ -5,13 +5,15 @@ The journal is a file that grows by lines, so that processes on several machines
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ordinalclip.files import delete, write_text
+from ordinalclip.files import delete
 from ordinalclip.search import Choice, Range, Search, drawn
 from ordinalclip.training.interruption import Pruned, Watch
 
@@ -27,6 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 OPTUNA = optuna.__version__
 NAME = "ordinalclip"
 STARTUP = 10  # trials that cover the search evenly, before there is anything to learn from
+LONG_HELD = 2.0  # s, where writing a line takes milliseconds
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -115,12 +118,13 @@ def texts(trial: FrozenTrial) -> dict[str, str]:
 
 
 def repair(journal: Path) -> None:
-    """After a kill: what was not written to its end goes, as does the lock of who wrote it. Nobody else may write."""
+    """After a kill: the lock of who wrote goes, as does a line that was not written to its end."""
     for lock in journal.parent.glob(f"{journal.name}.lock*"):
-        delete(lock)
+        if time.time() - lock.lstat().st_mtime > LONG_HELD:  # or a worker that has not noticed yet is writing
+            delete(lock)
     content = journal.read_bytes() if journal.is_file() else b"\n"
     if not content.endswith(b"\n"):
-        write_text(journal, content[: content.rfind(b"\n") + 1].decode())
+        os.truncate(journal, content.rfind(b"\n") + 1)
 
 
 def _pruner(name: str) -> optuna.pruners.BasePruner:

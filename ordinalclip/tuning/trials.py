@@ -17,7 +17,7 @@ import torch
 from ordinalclip import __version__
 from ordinalclip.compare.execution import Result, parts_of, train_one
 from ordinalclip.config import RunConfig
-from ordinalclip.executors import open_pool
+from ordinalclip.executors import num_jobs, open_pool
 from ordinalclip.files import delete, write_text
 from ordinalclip.progress import Progress
 from ordinalclip.provenance import device, fingerprints
@@ -66,9 +66,10 @@ def search(plan: TuningPlan, quiet: bool = False) -> Outcome:
     work = partial(_run_trial, journal=plan.files.journal, pruner=plan.options.pruner)
     progress: Progress = Progress(None, "searching", plan.options.trials, "trials", quiet)
     progress.advance(len(_in_state(plan, study, *ENDED)))
+    jobs = min(num_jobs(plan.options.jobs), plan.options.trials)
     written = time.monotonic()
     try:
-        with open_pool(plan.options.execution, plan.options.jobs, plan.folder) as pool:
+        with open_pool(plan.options.execution, jobs, plan.folder) as pool:
             for trial, done in pool.run(work, _missing(plan, study, errors)):
                 _take(study, trial, done, errors)
                 _keep_best_model(plan, study)
@@ -191,8 +192,8 @@ def _report(plan: TuningPlan, study: Study) -> None:
     options = plan.options
     several = f", each the mean of seeds {', '.join(map(str, plan.seeds))}" if options.seeds > 1 else ""
     conditions = [
-        f"The first {STARTUP} trials are the points of a Sobol sequence, the others drawn by Optuna's TPE sampler, with "
-        f"seed {plan.base.seed}{several}; pruner: {options.pruner}. The error is that by which a run chooses its model.",
+        f"The first {STARTUP} trials are the points of a Sobol sequence, the others drawn by Optuna's TPE sampler; seed "
+        f"{plan.base.seed}{several}; pruner: {options.pruner}. The error is that by which a run chooses its model.",
         f"Written by ordinalclip {__version__} with Optuna {OPTUNA} and torch {torch.__version__} on {device()}.",
     ]
     with never_fatal(plan.folder):
