@@ -517,14 +517,14 @@ def _beside(file: Path) -> str:
     return f"; {near_matches(file.name, found)} in {folder}" if found else ""
 
 
-def stack(layers: Sequence[Layer]) -> dict[str, Any]:
+def stack(layers: Sequence[Layer], ways: Sequence[set[str]] = ()) -> dict[str, Any]:
     """Nested mappings as one: see `merge`. Where a layer changes the method, options of the head that layers below it
     give, and that the new method lacks, are left out, with a warning for each."""
     merged: dict[str, Any] = {}
     for number, layer in enumerate(layers):
         if "method" in layer.content and isinstance(merged.get("head"), dict):
             merged["head"] = _options_left(layer.content["method"], merged, layers[:number])
-        merged = merge(merged, layer.content)
+        merged = merge(merged, layer.content, ways)
     return merged
 
 

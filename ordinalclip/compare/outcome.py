@@ -156,6 +156,14 @@ def _choice(plan: Plan) -> str:
     if all(len(settings) == 1 for settings in tried):
         return "One setting per method, fixed beforehand."
     choice = f"Settings chosen by the validation MAE on seed {', '.join(map(str, plan.tuning_seeds))}"
+    searched = {name: plan.searched(name) for name in plan.tried()}
+    if any(searched.values()):
+        drawn = f"{choice}, of {len(tried[0])} for each method, points of a Sobol sequence in"
+        texts = {name: in_words(search) for name, search in searched.items()}
+        if len(set(texts.values())) == 1:
+            return f"{drawn} {next(iter(texts.values()))}."
+        own = [f"{text or 'settings of its own'} ({name})" for name, text in texts.items()]
+        return f"{drawn} {'; '.join(own)}."
     if all(settings == tried[0] for settings in tried):
         return f"{choice}; tried for every method: {' | '.join(map(in_words, tried[0]))}."
     return f"{choice}, of {len(tried[0])} for each method."

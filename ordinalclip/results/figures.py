@@ -20,7 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from ordinalclip.files import whole
@@ -268,6 +268,10 @@ def mae_by_setting(
         axes.set_xlim(-0.6, len(names) - 0.4)
     elif log:
         axes.set_xscale("log")
+        few = max(map(float, values)) < 100 * min(map(float, values))  # decades alone would be a tick or two
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     _trial_points(axes, np.asarray(places), np.asarray(maes), np.asarray(pruned, dtype=bool))
     axes.set(xlabel=printable(key), ylabel=_label("validation MAE", unit))
     return figure

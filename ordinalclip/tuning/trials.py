@@ -118,7 +118,7 @@ def _missing(plan: TuningPlan, study: Study, errors: list[str]) -> Iterator[Tria
 
 def _run_trial(trial: Trial, journal: Path, pruner: str) -> Tried:
     """Run a trial, or go on with it, in whichever process this is."""
-    values = []
+    values: list[float] = []
     for run in trial.runs:
         watch = unwatched if values else Study(journal, pruner).watch(trial.number)
         folder = RunFolder(run.output_dir)
@@ -192,7 +192,7 @@ def _report(plan: TuningPlan, study: Study) -> None:
     options = plan.options
     several = f", each the mean of seeds {', '.join(map(str, plan.seeds))}" if options.seeds > 1 else ""
     conditions = [
-        f"The first {STARTUP} trials are the points of a Sobol sequence, the others drawn by Optuna's TPE sampler; seed "
+        f"The first {STARTUP} trials are points of a Sobol sequence, the others drawn by Optuna's TPE sampler; seed "
         f"{plan.base.seed}{several}; pruner: {options.pruner}. The error is that by which a run chooses its model.",
         f"Written by ordinalclip {__version__} with Optuna {OPTUNA} and torch {torch.__version__} on {device()}.",
     ]
@@ -230,8 +230,6 @@ def _row(plan: TuningPlan, trial: FrozenTrial) -> TrialRow:
         state = "failed"
     elif trial.state == TrialState.PRUNED:
         value = min(trial.intermediate_values.values(), default=None)
-        told = [folder.pruned.read_text(encoding="utf-8") for folder in folders if folder.pruned.is_file()]
-        why = told[0] if told else ""
     scores = [metrics["validation"] for metrics in finished]
     maes = [each[plan.base.evaluation.decoding]["mae"] for each in scores]
     return TrialRow(
