@@ -2,7 +2,7 @@
 
     client (holds the folder)                       worker: a thread of a pool, of Dask, of whatever
     --------------------------------                ------------------------------------------------
-    lease-TOKEN: renewed every 5 s        -->       looks at it every 0.5 s
+    .lease-TOKEN: renewed every 5 s       -->       looks at it every 0.5 s
     pool.run: submits `perform`           -->       starts a child process, sends it the work, waits
                                                     lease empty, gone or old: SIGTERM to the child
                                                         child: does the work in its main thread;
@@ -53,8 +53,10 @@ Result = TypeVar("Result")
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 DEATHS = 3  # of processes, after which an item is refused
-LEASE = "lease-"
+LEASE = ".lease-"
+SERVE = "import sys; from ordinalclip.executors import serve; serve(*sys.argv[1:])"  # what a child does
 RENEWAL, SILENCE = 5.0, 60.0  # s between renewals of a lease; without one, after which it is void
+APPEARANCE = 5.0  # s that a shared file system has to show a lease
 POLL = 0.5  # s
 GRACE = 60.0  # s that a run has for its checkpoint
 LEFT_OVER = 120.0  # s that a run of an earlier start has to notice and to stop; NFSv4 frees a dead host's locks in 90
@@ -126,10 +128,11 @@ def open_pool(where: str, jobs: int | str, folder: Path, executor: Executor | No
         return
     with _lease(folder) as lease:
         if executor is not None:
-            with _Workers(lease, lambda task: executor.submit(perform, task), partial(num_jobs, jobs)) as pool:
+            with _Workers(lease, executor, partial(num_jobs, jobs)) as pool:
                 yield pool
         elif where == "local":
-            with _local(lease, int(jobs)) as pool:
+            share = max(1, num_cores() // int(jobs))
+            with ThreadPoolExecutor(int(jobs)) as threads, _Workers(lease, threads, partial(int, jobs), share) as pool:
                 yield pool
         else:
             with _dask(lease, where) as pool:
@@ -176,19 +179,24 @@ class _Workers:
 
     Args:
         lease: the file by which they know that they are wanted.
-        submit: has `perform` done.
+        executor: to whom `perform` is submitted.
         count: how many slots there are.
-        deaths: errors by which an executor says that an item has killed its workers.
+        threads: of an item, for PyTorch and NumPy; None: what the worker's environment says.
+        keywords: of every submission, beside the task.
+        deaths: errors by which the executor says that an item has killed its workers.
     """
 
     def __init__(
         self,
         lease: Path,
-        submit: Callable[[Task], Future[bytes]],
+        executor: Executor,
         count: Callable[[], int],
+        threads: int | None = None,
+        keywords: Callable[[], dict[str, Any]] = dict,
         deaths: tuple[type[Exception], ...] = (),
     ):
-        self.lease, self.submit, self.slots, self.deaths = lease, submit, count, deaths
+        self.lease, self.executor, self.slots, self.threads = lease, executor, count, threads
+        self.keywords, self.deaths = keywords, deaths
         self.running: dict[Future[bytes], tuple[Any, Task, int]] = {}
         self.origin, self.told = _origin(), 0
 
@@ -217,7 +225,7 @@ class _Workers:
             while not self.told and (again or not exhausted) and len(self.running) < self.slots():
                 if not again:
                     for item in left:
-                        task = Task(pickle.dumps((work, item)), str(self.lease), os.getcwd(), self.origin)
+                        task = Task(pickle.dumps((work, item)), str(self.lease), os.getcwd(), self.threads, self.origin)
                         again.append((item, task, 0))
                         break
                     else:
@@ -225,7 +233,7 @@ class _Workers:
                         break
                 next_ = again.popleft()
                 try:
-                    self.running[self.submit(next_[1])] = next_
+                    self.running[self.executor.submit(perform, next_[1], **self.keywords())] = next_
                 except BrokenExecutor as error:
                     raise _broken(error) from error
             if not self.running and exhausted and not again:
@@ -265,8 +273,8 @@ class _Workers:
             if deaths + 1 < DEATHS:
                 return None
             done.set_exception(WorkerDied(f"{error}, {DEATHS} times"))
-        elif isinstance(error, ModuleNotFoundError) and error.name == "ordinalclip":
-            raise ValueError("a worker has no ordinalclip; it needs the version that starts the runs") from error
+        elif isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("ordinalclip"):
+            raise ValueError(f"a worker has not ordinalclip {__version__}, as this client has ({error})") from error
         elif error is not None:
             raise error
         else:
@@ -306,32 +314,6 @@ def _lease(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _local(lease: Path, jobs: int) -> Iterator[_Workers]:
-    """Threads, of which each keeps a child for several items: it takes seconds to start."""
-    idle: SimpleQueue[Child] = SimpleQueue()
-
-    def perform_here(task: Task) -> bytes:
-        try:
-            child = idle.get_nowait()
-        except Empty:
-            child = Child(max(1, num_cores() // jobs))
-        answer = child.do(task)
-        idle.put(child)
-        return answer
-
-    try:
-        with (
-            ThreadPoolExecutor(jobs) as threads,
-            _Workers(lease, lambda task: threads.submit(perform_here, task), lambda: jobs) as pool,
-        ):
-            yield pool
-    finally:
-        with suppress(Empty):
-            while True:
-                idle.get_nowait().close()
-
-
-@contextmanager
 def _dask(lease: Path, where: str) -> Iterator[_Workers]:
     """The workers of a Dask cluster: their threads, or their GPUs where any offers such a resource."""
     try:
@@ -354,13 +336,14 @@ def _dask(lease: Path, where: str) -> Iterator[_Workers]:
             offers = time.monotonic(), gpus, sum(worker["nthreads"] for worker in workers)
         return offers
 
-    def submit(task: Task) -> Future[bytes]:
-        return executor.submit(perform, task, resources={"GPU": 1} if offered()[1] else None)
+    def slots() -> int:
+        return offered()[1] or offered()[2]
 
-    with client:
-        executor = client.get_executor(pure=False)
-        with _Workers(lease, submit, lambda: offered()[1] or offered()[2], (KilledWorker,)) as pool:
-            yield pool
+    def keywords() -> dict[str, Any]:
+        return {"resources": {"GPU": 1}} if offered()[1] else {}
+
+    with client, _Workers(lease, client.get_executor(pure=False), slots, None, keywords, (KilledWorker,)) as pool:
+        yield pool
 
 
 # ---- the worker
@@ -374,13 +357,19 @@ class Task:
         content: pickled function and item.
         lease: path of the lease, as the client writes it.
         cwd: of the client, which relative paths start from.
+        threads: for PyTorch and NumPy; None: as many as the worker's environment says.
         origin: version and commit of the client's package.
     """
 
     content: bytes
     lease: str
     cwd: str
+    threads: int | None
     origin: tuple[str, str | None]
+
+    @property
+    def lease_path(self) -> str:
+        return os.path.join(self.cwd, self.lease)
 
 
 def _origin() -> tuple[str, str | None]:
@@ -389,7 +378,7 @@ def _origin() -> tuple[str, str | None]:
 
 
 def perform(task: Task) -> bytes:
-    """Do what is sent, in a process of its own; this is what executors call.
+    """Do what is sent, in a child process; this is what executors call.
 
     Raises:
         ValueError: this is another version of the package; OSError: the folder is not seen here; WorkerDied.
@@ -398,26 +387,44 @@ def perform(task: Task) -> bytes:
     for ours, theirs in ((version, task.origin[0]), (commit, task.origin[1])):
         if None not in (ours, theirs) and ours != theirs:
             raise ValueError(f"the worker on {socket.gethostname()} has ordinalclip {ours}, the client {theirs}")
-    child = Child()
-    try:
-        return child.do(task)
-    finally:
-        child.close()
+    child = _idle_child(task)
+    answer = child.do(task)
+    with _guard:
+        _idle.append(child)
+    return answer
+
+
+_idle: list[Child] = []  # those of this process; they end by themselves when their lease does
+_guard = threading.Lock()
+
+
+def _idle_child(task: Task) -> Child:
+    """One that has worked for this client: it takes seconds to start another."""
+    with _guard:
+        for child in [*_idle]:
+            if child.process.poll() is not None:
+                _idle.remove(child)
+                child.close()
+        for child in _idle:
+            if child.lease.path == task.lease_path:
+                _idle.remove(child)
+                return child
+    return Child(task)
 
 
 class Lease:
-    """A client's lease as a worker sees it.
+    """A client's lease as a worker or its child sees it.
 
     Raises:
         OSError: it is not seen.
     """
 
-    def __init__(self, task: Task):
-        self.path = os.path.join(task.cwd, task.lease)
+    def __init__(self, path: str):
+        self.path = path
         self.renewed, self.since = 0, time.monotonic()
         self.looked = self.since
         while not os.path.exists(self.path):  # a file system may take a moment to show it
-            if time.monotonic() - self.since > 5:
+            if time.monotonic() - self.since > APPEARANCE:
                 raise OSError(
                     f"the worker on {socket.gethostname()} does not see {os.path.dirname(self.path)}: all workers "
                     "need the folder, under the same path"
@@ -446,19 +453,23 @@ class Child:
     """A process that does what it is sent, one task after the other, in its main thread.
 
     Args:
-        threads: for PyTorch and NumPy; None: as many as this process has.
+        task: one of those that it is for; all of one client, with one number of threads.
+
+    Raises:
+        OSError: the lease is not seen here.
     """
 
-    def __init__(self, threads: int | None = None):
+    def __init__(self, task: Task):
+        self.lease = Lease(task.lease_path)
         self.connection, theirs = Pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        if threads is not None:
-            environment |= dict.fromkeys(THREADS, str(threads))
+        if task.threads is not None:
+            environment |= dict.fromkeys(THREADS, str(task.threads))
         with theirs:
             # No `multiprocessing`: workers of Dask are daemons, which may not use it. A process group of its own:
             # Ctrl-C goes to all of a terminal's, but the client passes it on.
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from ordinalclip.executors import serve; serve({theirs.fileno()})"],
+                [sys.executable, "-P", "-c", SERVE, str(theirs.fileno()), self.lease.path],
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -469,14 +480,13 @@ class Child:
         """The pickled answer: whether it went well, and the result or the error.
 
         Raises:
-            WorkerDied: the process has ended, by itself or since the work is no longer wanted; OSError: see `Lease`.
+            WorkerDied: the process has ended, by itself or since the work is no longer wanted.
         """
         told = None
         try:
-            lease = Lease(task)
             self.connection.send((task.cwd, task.content))
             while not self.connection.poll(POLL):
-                if told is None and not lease.holds():
+                if told is None and not self.lease.holds():
                     told = time.monotonic()
                     self.process.terminate()
                 elif told is not None and time.monotonic() - told > GRACE:
@@ -505,9 +515,9 @@ class Child:
 # ---- the child
 
 
-def serve(descriptor: int) -> None:
-    """Do what comes, until nothing can come any more."""
-    connection = Connection(descriptor)
+def serve(descriptor: str, path: str) -> None:
+    """Do what comes, until nothing can come any more: the worker is gone, or the client's lease."""
+    connection, lease = Connection(int(descriptor)), Lease(path)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives processes that are ended
     tasks: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
 
@@ -521,7 +531,12 @@ def serve(descriptor: int) -> None:
 
     threading.Thread(target=receive, daemon=True).start()
     while True:
-        cwd, content = tasks.get()
+        try:
+            cwd, content = tasks.get(timeout=POLL)
+        except Empty:
+            if lease.holds():
+                continue
+            return
         answer = _answer(cwd, content)
         with suppress(OSError):
             connection.send_bytes(answer)

@@ -205,9 +205,9 @@ def test_several_jobs_give_the_same_table(comparison, tmp_path, monkeypatch):
     started = []
 
     class Child(executors.Child):
-        def __init__(self, threads):
-            started.append(threads)
-            super().__init__(threads)
+        def __init__(self, task):
+            started.append(task.threads)
+            super().__init__(task)
 
     monkeypatch.setattr(executors, "Child", Child)
     rows = run_plan(load_plan(comparison), quiet=True).summaries
