@@ -259,7 +259,7 @@ def test_what_broke_off_is_shown_and_drawn_anew(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_several_seeds_are_averaged_and_read_once_each(tmp_path):
-    tune(None, (f"output_dir={tmp_path}/search", *L1, *SEARCHED), trials=2, seeds=2, quiet=True)
+    tune(None, (f"output_dir={tmp_path}/search", *L1, *SEARCHED), trials=1, seeds=2, quiet=True)
     for row in rows_of(tmp_path / "search"):
         maes = [RunFolder(run).read_metrics()["validation"]["mae"] for run in row["runs"].split()]
         assert len(maes) == 2
@@ -270,7 +270,8 @@ def start(folder, *more):
     """The command in a process of its own."""
     arguments = ["tune", "default", "-q", "--trials", "8", f"output_dir={folder}", *L1, "train.max_steps=6", *SEARCHED]
     command = [sys.executable, "-m", "ordinalclip", *arguments, *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def wait_for(file, process):
@@ -286,12 +287,12 @@ def test_a_search_that_was_killed_goes_on_as_if_nothing_had_happened(tmp_path):
     undisturbed = start(tmp_path / "calm")
     assert undisturbed.wait(timeout=200) == 0, undisturbed.communicate()[1]
     folder, statuses = tmp_path / "killed", []
-    for trial, number in ((1, signal.SIGKILL), (3, signal.SIGTERM), (6, signal.SIGINT)):
+    for trial, number in ((1, signal.SIGKILL), (6, signal.SIGTERM)):
         process = start(folder)
         wait_for(folder / "trials" / f"{trial:03d}-seed1" / "checkpoints", process)
         process.send_signal(number)
         statuses.append(process.wait(timeout=60))
-    assert statuses == [-signal.SIGKILL, 75, 130]
+    assert statuses == [-signal.SIGKILL, 75]
     last = start(folder)
     assert last.wait(timeout=200) == 0, last.communicate()[1]
     kept = ("trial", "state", "validation_mae", "train.lr", "train.schedule")
