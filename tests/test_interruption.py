@@ -337,3 +337,13 @@ def test_a_killed_process_of_a_comparison_is_said(tmp_path):
     said = ended(process, 2, 30)
     assert re.search(r"the process of one of the runs .*l1-0-seed1.* was killed, .*the same command goes on", said)
     wait_for(lambda: not others(process.pid), 10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_another_end_overtakes_is_not_forgotten(number):
+    with listening(leave), pytest.raises((Preempted, KeyboardInterrupt)) as stopped, Interruption():
+        signal.raise_signal(number)
+        raise Pruned("before anybody asks whether to stop")
+    assert stopped.type is (KeyboardInterrupt if number == signal.SIGINT else Preempted)
+    with listening(leave), pytest.raises(Pruned), Interruption():
+        raise Pruned("and nothing else")

@@ -3,6 +3,7 @@ watches its validations."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,11 @@ class Interruption:
         self.listening.__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.listening.__exit__(*exception)
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        """What an exception has overtaken, numbers that went wrong or a run that was pruned, is not forgotten."""
+        self.listening.__exit__(kind, *exception)
+        if kind is not None and self.signalled and not self.several:
+            signal.raise_signal(self.signalled)
 
     def _take(self, number: int) -> None:
         self.signalled = number
