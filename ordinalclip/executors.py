@@ -83,7 +83,13 @@ class WorkerDied(ChildProcessError):
 
 
 class Pool(Protocol):
-    """What does work on items."""
+    """What does work on items.
+
+    Attributes:
+        shares_files: whether workers may be on other machines, with files of the same names.
+    """
+
+    shares_files: bool
 
     def slots(self) -> int:
         """How many items are worked on at a time, now."""
@@ -161,6 +167,8 @@ def when_free(call: Callable[[], Result]) -> Result:
 class _Here:
     """This process."""
 
+    shares_files = False
+
     def slots(self) -> int:
         return 1
 
@@ -196,7 +204,7 @@ class _Workers:
         deaths: tuple[type[Exception], ...] = (),
     ):
         self.lease, self.executor, self.slots, self.threads = lease, executor, count, threads
-        self.keywords, self.deaths = keywords, deaths
+        self.keywords, self.deaths, self.shares_files = keywords, deaths, threads is None
         self.running: dict[Future[bytes], tuple[Any, Task, int]] = {}
         self.origin, self.told = _origin(), 0
 

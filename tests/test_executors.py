@@ -76,7 +76,7 @@ def test_items_are_asked_for_when_there_is_a_slot_and_what_has_finished_was_take
 
 def test_an_error_of_the_work_is_in_its_future(tmp_path):
     with open_pool("local", 1, tmp_path) as pool:
-        ((item, done),) = pool.run(refuse, [3])
+        ((_, done),) = pool.run(refuse, [3])
     with pytest.raises(ValueError, match="not 3"):
         done.result()
 
@@ -157,27 +157,57 @@ def test_processes_are_kept_and_one_that_dies_costs_no_other_item(tmp_path, impo
     wait_for(lambda: not any(psutil.pid_exists(owner) for owner in owners), 10)
 
 
+def small(folder, steps, methods=("L1",)):
+    """A comparison of one seed; the command for it."""
+    command = comparison(folder, 1, steps)
+    content = yaml.safe_load((folder / "c1.yaml").read_text())
+    content |= {"seeds": [1], "methods": {name: content["methods"][name] for name in methods}}
+    (folder / "c1.yaml").write_text(yaml.safe_dump(content))
+    return command
+
+
 def figures(folder, *overrides, executor=None):
     """The table's numbers but times, and the predictions behind them."""
-    content = yaml.safe_load((folder / "c1.yaml").read_text())
-    plan = load_plan(folder / "c1.yaml", [f"output_dir={folder / 'out'}", *overrides])
+    plan = load_plan(folder / "c1.yaml", overrides)
     rows = run_plan(plan, quiet=True, executor=executor).summaries
-    assert {row["method"] for row in rows} == set(content["methods"])
-    where = plan.folder / "runs"
-    predictions = {run.name: RunFolder(run).read_predictions("test").values.tolist() for run in sorted(where.iterdir())}
-    return [
-        {key: value for key, value in row.items() if "ms" not in key and "seconds" not in key} for row in rows
-    ], predictions
+    assert {row["method"] for row in rows} == set(plan.config.methods)
+    values = {run.output_dir: RunFolder(run.output_dir).read_predictions("test").values for run in plan.runs.values()}
+    return (
+        [{key: value for key, value in row.items() if "ms" not in key and "seconds" not in key} for row in rows],
+        {os.path.basename(name): of.tolist() for name, of in values.items()},
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [ThreadPoolExecutor, ProcessPoolExecutor])
 def test_an_executor_of_ones_own_gives_the_same_table(tmp_path, kind):
-    comparison(tmp_path, 1, steps=3)
-    here = figures(tmp_path, "seeds=[1]", f"output_dir={tmp_path}/here")
+    small(tmp_path, 3)
+    here = figures(tmp_path, f"output_dir={tmp_path}/here")
     with kind(2) as executor:
-        there = figures(tmp_path, "seeds=[1]", f"output_dir={tmp_path}/there", executor=executor)
-        assert there == here
+        assert figures(tmp_path, f"output_dir={tmp_path}/there", executor=executor) == here
+
+
+@pytest.mark.slow
+def test_a_worker_with_other_data_under_the_same_name_is_said(tmp_path, image_folder):
+    """Its labels are changed once the client has read them: as if its disk were another."""
+
+    class Elsewhere(ThreadPoolExecutor):
+        def submit(self, *given):
+            labels = image_folder / "labels.csv"
+            labels.write_text(labels.read_text().replace("cell0.png,0", "cell0.png,2"))
+            return super().submit(*given)
+
+    small(tmp_path, 2)
+    content = yaml.safe_load((tmp_path / "c1.yaml").read_text())
+    data = {"source": "table", "root": str(image_folder), "table": "labels.csv", "image_column": "file"}
+    content["base"] |= {"data": {**data, "label_column": "grade", "split": [0.34, 0.33, 0.33]}}
+    content["base"] |= {"ranks": {"values": [0, 1, 2]}, "train": {"max_steps": 1, "batch_size": 2}}
+    (tmp_path / "c1.yaml").write_text(yaml.safe_dump(content))
+    with (
+        Elsewhere(1) as executor,
+        pytest.raises(ValueError, match=r"its worker has other data .*: the \w+ part has changed"),
+    ):
+        run_plan(load_plan(tmp_path / "c1.yaml"), quiet=True, executor=executor)
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +239,9 @@ def owner(run):
 @pytest.mark.slow
 def test_a_cluster_whose_worker_is_killed_gives_the_same_table(tmp_path, cluster):
     """SIGKILL to a worker in the middle of a run: another goes on with it, at its last step."""
-    comparison(tmp_path, 1, steps=60)
-    here = figures(tmp_path, "seeds=[1]", f"output_dir={tmp_path}/here")
-    command = ["compare", str(tmp_path / "c1.yaml"), "-q", "seeds=[1]", cluster, "keep_checkpoints=true"]
+    command = small(tmp_path, 60, ("L1", "MSE"))
+    here = figures(tmp_path, f"output_dir={tmp_path}/here")
+    command += [cluster, "keep_checkpoints=true"]
     process = start(command)
     wait_for(lambda: len(logs(tmp_path)) == 2, 100)
     run = logs(tmp_path)[0]
@@ -221,46 +251,43 @@ def test_a_cluster_whose_worker_is_killed_gives_the_same_table(tmp_path, cluster
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert "on a Dask cluster" in out
-    assert figures(tmp_path, "seeds=[1]") == here  # everything is there: nothing is done again
+    assert figures(tmp_path) == here  # everything is there: nothing is done again
     assert len(RunFolder(run).read_provenance()["continued"]) == 1
     assert [row["step"] for row in log_of(run)] == list(range(1, 61))
 
 
 @pytest.mark.slow
 def test_a_comparison_on_a_cluster_stops_and_goes_on_inside_its_runs(tmp_path, cluster):
-    """After SIGTERM at once; after SIGKILL of the client when the next one comes, or is not heard of any more."""
-    command = [*comparison(tmp_path, 1), cluster]
+    """After SIGTERM at once; after SIGKILL of the client when the next one comes."""
+    command = [*small(tmp_path, 100000), cluster]
     process = start(command)
-    wait_for(lambda: len(logs(tmp_path)) == 2, 100)
+    wait_for(lambda: len(logs(tmp_path)) == 1, 100)
     process.send_signal(signal.SIGTERM)
     said = ended(process, PREEMPTED, 20)
-    assert f"{tmp_path}/out: told to stop; 0 of 4 runs are done, the same command goes on" in said
-    first = logs(tmp_path)
-    reached = {}
-    for run in first:
-        assert owner(run) is None
-        (saved,) = checkpoints(run / "checkpoints")
-        reached[run] = int(saved.name.removeprefix("step-"))
-        assert len(log_of(run)) == reached[run]
+    assert f"{tmp_path}/out: told to stop; 0 of 1 runs are done, the same command goes on" in said
+    (run,) = logs(tmp_path)
+    (saved,) = checkpoints(run / "checkpoints")
+    reached = int(saved.name.removeprefix("step-"))
+    assert len(log_of(run)) == reached
+    assert owner(run) is None
     assert leases(tmp_path / "out") == []
 
     process = start(command)
-    wait_for(lambda: all(has_steps(run, reached[run] + 2)() for run in first), 100)
+    wait_for(has_steps(run, reached + 2), 100)
     process.kill()
     process.wait()
     assert len(leases(tmp_path / "out")) == 1
-    running = [owner(run) for run in first]
-    assert all(each.is_running() for each in running)
+    left = owner(run)
+    assert left.is_running()
     process = start(command)
-    wait_for(lambda: all(owner(run) not in (None, *running) for run in first), 100)
-    assert not any(each.is_running() for each in running)
-    wait_for(lambda: all(len(RunFolder(run).read_provenance().get("continued", [])) == 2 for run in first), 100)
+    wait_for(lambda: owner(run) not in (None, left), 100)
+    assert not left.is_running()
+    wait_for(lambda: len(RunFolder(run).read_provenance().get("continued", [])) == 2, 100)
     process.send_signal(signal.SIGTERM)
     ended(process, PREEMPTED, 20)
-    for run in first:
-        steps = [row["step"] for row in log_of(run)]
-        assert steps == list(range(1, len(steps) + 1))
-        assert len(steps) > reached[run]
+    steps = [row["step"] for row in log_of(run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) > reached
 
 
 @pytest.mark.slow

@@ -191,9 +191,12 @@ def _each(
     progress.advance(len(places) - len(missing))
     for run, done in pool.run(work, [plan.runs[place] for place in missing.values()]):
         try:
-            results[missing[run.output_dir]] = done.result()
+            result = done.result()
         except WorkerDied as error:
-            results[missing[run.output_dir]] = _broken_off(run, error)
+            result = _broken_off(run, error)
+        if pool.shares_files and (changed := RunFolder(run.output_dir).data_difference(_fingerprints_of(run))):
+            result = Result(None, error=f"{run.output_dir}: its worker has other data than this machine: {changed}")
+        results[missing[run.output_dir]] = result
         progress.advance(1, _folder_name(run))
 
 
