@@ -343,21 +343,15 @@ def test_a_killed_process_of_a_comparison_is_replaced_and_goes_on_inside_its_run
     assert not others(process.pid)
 
 
-def test_a_killed_process_of_a_comparison_is_said(tmp_path):
-    process = start(comparison(tmp_path, 2))
-    wait_for(lambda: len(logs(tmp_path)) == 2, 100)
-    owner = json.loads((logs(tmp_path)[0] / "run.lock").read_text())["process"]
-    os.kill(owner, signal.SIGKILL)
-    said = ended(process, 2, 30)
-    assert re.search(r"the process of one of the runs .*l1-0-seed1.* was killed, .*the same command goes on", said)
-    wait_for(lambda: not others(process.pid), 10)
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_another_end_overtakes_is_not_forgotten(number, ends):
+    def overtaken(signalled):
+        with listening(leave), Interruption():
+            if signalled:
+                signal.raise_signal(number)
+            raise Pruned("before anybody asks whether to stop")
 
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_another_end_overtakes_is_not_forgotten(number):
-    with listening(leave), pytest.raises((Preempted, KeyboardInterrupt)) as stopped, Interruption():
-        signal.raise_signal(number)
-        raise Pruned("before anybody asks whether to stop")
-    assert stopped.type is (KeyboardInterrupt if number == signal.SIGINT else Preempted)
-    with listening(leave), pytest.raises(Pruned), Interruption():
-        raise Pruned("and nothing else")
+    with pytest.raises(ends):
+        overtaken(True)
+    with pytest.raises(Pruned):
+        overtaken(False)
