@@ -330,7 +330,7 @@ def _dask(lease: Path, where: str) -> Iterator[_Workers]:
     except ImportError as error:
         raise ImportError(f"execution={where} needs Dask: pip install 'ordinalclip[cluster]'") from error
     try:
-        client = Client(where.replace("dask", "tcp"), timeout=20, set_as_default=False)
+        client = Client(where.replace("dask", "tcp"), timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ConnectionError(f"execution={where}: no scheduler of Dask answers there ({error})") from error
     offers: tuple[float, int, int] = (-1.0, 0, 0)
