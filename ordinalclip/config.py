@@ -557,14 +557,14 @@ def _beside(file: Path) -> str:
     return f"; {near_matches(file.name, found)} in {folder}" if found else ""
 
 
-def stack(layers: Sequence[Layer]) -> dict[str, Any]:
+def stack(layers: Sequence[Layer], ways: Sequence[set[str]] = ()) -> dict[str, Any]:
     """Nested mappings as one: see `merge`. Where a layer changes the method, options of the head that layers below it
     give, and that the new method lacks, are left out, with a warning for each."""
     merged: dict[str, Any] = {}
     for number, layer in enumerate(layers):
         if "method" in layer.content and isinstance(merged.get("head"), dict):
             merged["head"] = _options_left(layer.content["method"], merged, layers[:number])
-        merged = merge(merged, layer.content)
+        merged = merge(merged, layer.content, ways)
     return merged
 
 
@@ -619,7 +619,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, text = (part.strip() for part in override.partition("="))
         if not (equals and key):
             raise ValueError(f"override {brief(override)!r}: write key=value, e.g. train.lr=1e-3")
-        pairs[key] = _override_value(text)
+        pairs[key] = override_value(text)
     content = nested(pairs)
     for section, ways in WAYS.items():
         given = content.get(section)
@@ -651,7 +651,7 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _override_value(text: str) -> Any:
+def override_value(text: str) -> Any:
     if text[:1] not in ("[", "{", '"', "'"):
         return scalar(text)
     try:

@@ -7,7 +7,8 @@ checkpoints/          what resuming needs
 predictions.parquet   every prediction
 model/, model-last/   the chosen step's model, and the last step's when that is another
 metrics.json          written last of what counts: a run that has it is finished
-diverged.txt          in its place, how a run of a comparison diverged
+diverged.txt          in its place, how a run of a comparison or a search diverged
+pruned.txt            in its place, that a search has ended the run early, and when
 report.html           and figures/, made of all this
 run.lock              while somebody writes: who
 """
@@ -66,8 +67,8 @@ class State:
     """How far the run in a folder has come.
 
     Attributes:
-        kind: "empty", "interrupted", "diverged", "finished", or "damaged": finished, but of its files some cannot be
-            read.
+        kind: "empty", "interrupted", "diverged", "pruned", "finished", or "damaged": finished, but of its files some
+            cannot be read.
         text: the same in words, for a message.
     """
 
@@ -98,6 +99,7 @@ class RunFolder:
         self.model_last = self.path / "model-last"
         self.metrics = self.path / "metrics.json"
         self.diverged = self.path / "diverged.txt"
+        self.pruned = self.path / "pruned.txt"
         self.report = self.path / "report.html"
         self.figures = self.path / "figures"
         self.trackers = self.path / "ordinalclip"  # what TensorBoard and its kin write, under the project's name
@@ -120,6 +122,8 @@ class RunFolder:
             return State("finished", f"a finished run, written {_when(self.metrics)}")
         if self.diverged.is_file():
             return State("diverged", f"a run that diverged, {_when(self.diverged)}")
+        if self.pruned.is_file():
+            return State("pruned", f"a run that a search has ended early, {_when(self.pruned)}")
         if not any(_holds_something(path) for path in self._own):
             return State("empty")
         entries = self.read_log()
@@ -201,12 +205,13 @@ class RunFolder:
     @property
     def _own(self) -> tuple[Path, ...]:
         """All that a run may have written, what makes it look whole first."""
-        files = (self.metrics, self.diverged, self.config, self.report, self.provenance, self.log, self.predictions)
+        ends = (self.metrics, self.diverged, self.pruned)
+        files = (*ends, self.config, self.report, self.provenance, self.log, self.predictions)
         return (*files, self.model, self.model_last, self.checkpoints, self.figures, self.trackers)
 
     def reopen(self) -> None:
         """The run goes on: it is not finished until it is finished again."""
-        for file in (self.metrics, self.diverged, self.report):
+        for file in (self.metrics, self.diverged, self.pruned, self.report):
             file.unlink(missing_ok=True)
 
     # ---- who may write
@@ -307,7 +312,16 @@ class RunFolder:
             raise self._unreadable(error) from error
 
     def read_model(self) -> OrdinalModel:
-        """The chosen step's model, deployed, on the CPU."""
+        """The chosen step's model, deployed, on the CPU.
+
+        Raises:
+            FileNotFoundError: it is not there (any more).
+        """
+        if not self.model.is_dir():
+            raise FileNotFoundError(
+                f"{self.model} is missing (of the trials of a search only the best keeps its model); `ordinalclip "
+                f"train {self.config} output_dir=FOLDER` trains it again"
+            )
         return OrdinalModel.from_pretrained(self.model)
 
     # ---- writing

@@ -18,6 +18,7 @@ from ordinalclip.results.run_report import document_run
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.distributed import from_main, held, make_accelerator
 from ordinalclip.training.evaluation import Evaluator, metrics_of
+from ordinalclip.training.interruption import Watch, unwatched
 from ordinalclip.training.trainer import run_training
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,14 @@ def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) ->
     return Path(config.output_dir)
 
 
-def train_run(config: RunConfig, parts: Parts | None = None, quiet: bool = False) -> dict[str, Any]:
-    """`train`, returning the run's metrics."""
+def train_run(
+    config: RunConfig, parts: Parts | None = None, quiet: bool = False, watch: Watch = unwatched
+) -> dict[str, Any]:
+    """`train`, returning the run's metrics.
+
+    Args:
+        watch: told of every validation; what it raises to end the run (`Pruned`) is passed on.
+    """
     if parts is not None and parts.in_memory:
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": "memory"})})
     options, folder = config.train, RunFolder(config.output_dir)
@@ -57,7 +64,7 @@ def train_run(config: RunConfig, parts: Parts | None = None, quiet: bool = False
         options.mixed_precision, options.trackers, config.output_dir, options.process_group_timeout
     )
     with held(folder, accelerator):
-        finished = run_training(config, accelerator, folder, parts, quiet or not accelerator.is_main_process)
+        finished = run_training(config, accelerator, folder, parts, quiet or not accelerator.is_main_process, watch)
         if config.evaluation.report:
             from_main(accelerator, lambda: document_run(folder, finished.parts, finished.model))
     return finished.metrics

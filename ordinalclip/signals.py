@@ -75,19 +75,6 @@ def leave(number: int) -> None:
     raise Preempted("told to stop", number)
 
 
-@contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
-    """Ctrl-C is ignored within a `with` block, and for ever by processes that are started there."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _end(number: int, frame: Any) -> None:
     if os.environ.get("RANK", "0") == "0":  # who speaks for all processes of a run
         os.write(2, b"ordinalclip: stopped by Ctrl-C\n" if number == signal.SIGINT else b"ordinalclip: told to stop\n")

@@ -14,6 +14,7 @@ from ordinalclip.cli import main
 from ordinalclip.compare import load_plan, run_plan
 from ordinalclip.compare.outcome import _notes
 from ordinalclip.metrics import best_residual_variance, d5
+from ordinalclip.provenance import num_cores
 from ordinalclip.results.record import points_of, read_run
 from ordinalclip.run_folder import FolderOccupied, RunFolder
 from ordinalclip.signals import Preempted
@@ -198,20 +199,20 @@ def test_several_processes_are_refused(grades, monkeypatch):
 
 @pytest.mark.slow
 def test_several_jobs_give_the_same_table(comparison, tmp_path, monkeypatch):
-    from ordinalclip.compare import execution
+    from ordinalclip import executors
 
-    pools = []
+    started = []
 
-    class Pool(execution.ProcessPoolExecutor):
-        def __init__(self, jobs, *more):
-            pools.append(jobs)
-            super().__init__(jobs, *more)
+    class Child(executors.Child):
+        def __init__(self, task):
+            started.append(task.threads)
+            super().__init__(task)
 
-    monkeypatch.setattr(execution, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(executors, "Child", Child)
     rows = run_plan(load_plan(comparison), quiet=True).summaries
-    assert pools == []
+    assert started == []
     again = run_plan(load_plan(comparison, ["jobs=2", f"output_dir={tmp_path}/again"]), quiet=True).summaries
-    assert pools == [2]
+    assert started == [max(1, num_cores() // 2)] * 2
     for row, other in zip(rows, again, strict=True):
         assert other["mae"] == pytest.approx(row["mae"], rel=1e-3)
 
@@ -347,6 +348,80 @@ def test_settings_of_the_comparison_are_those_of_every_method_that_learns(compar
         ("constant", 0): 1e-4,
     }
     assert "tried for every method: train.lr=0.1 | train.lr=0.2" in notes(comparison)
+
+
+def searching(**changes):
+    """The comparison with settings drawn for every method instead of said."""
+    methods = {name: {"base": method["base"]} for name, method in COMPARISON["methods"].items()}
+    search = {"train.lr": "1e-5..1e-2:log", "train.schedule": "cosine|constant"}
+    return {**COMPARISON, "methods": methods, "search": search, "trials": 5, **changes}
+
+
+def test_a_search_draws_the_same_settings_for_every_method_before_anything_runs(comparison):
+    comparison.write_text(yaml.safe_dump(searching()))
+    plan = load_plan(comparison)
+    assert plan.settings["OrdinalCLIP"] == plan.settings["L1"]
+    assert plan.settings["constant"] == [{}]
+    assert len(plan.settings["L1"]) == 5
+    assert len({setting["train.lr"] for setting in plan.settings["L1"]}) == 5
+    assert {run.train.lr for place, run in plan.runs.items() if place.method == "L1"} == {
+        setting["train.lr"] for setting in plan.settings["L1"]
+    }
+    comparison.write_text(yaml.safe_dump(searching(trials=7, seeds=[4, 5])))
+    assert load_plan(comparison).settings["L1"][:5] == plan.settings["L1"]
+    said = (
+        "of 7 for each method, points of a Sobol sequence in train.lr=1e-5..1e-2:log, train.schedule=cosine|constant."
+    )
+    assert said in notes(comparison)
+
+
+def test_a_method_may_search_elsewhere_but_not_more(comparison):
+    content = searching()
+    content["methods"]["L1"]["search"] = {"train.lr": "1e-4..1e-1:log"}
+    comparison.write_text(yaml.safe_dump(content))
+    plan = load_plan(comparison)
+    assert [len(plan.settings[name]) for name in ("OrdinalCLIP", "L1")] == [5, 5]
+    assert all(setting.keys() == {"train.lr"} for setting in plan.settings["L1"])
+    assert "; train.lr=1e-4..1e-1:log (L1)." in notes(comparison) or "train.lr=1e-4..1e-1:log (L1);" in notes(
+        comparison
+    )
+    content["methods"]["L1"] = {"base": {"method": "l1"}, "settings": [{"train.lr": 1e-3}]}
+    comparison.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"the same number of settings to try, got .*'L1': 1"):
+        load_plan(comparison)
+
+
+def test_a_file_that_searches_replaces_the_settings_of_the_one_it_extends(comparison, tmp_path):
+    comparison.write_text(yaml.safe_dump(searching()))
+    (tmp_path / "says.yaml").write_text("extends: compare.yaml\nsettings: [{train.lr: 1.0e-3}]\n")
+    assert load_plan(tmp_path / "says.yaml").settings["L1"] == [{"train.lr": 1e-3}]
+    (tmp_path / "draws.yaml").write_text("extends: says.yaml\nsearch: {train.lr: 0.001..0.002}\ntrials: 2\n")
+    assert len(load_plan(tmp_path / "draws.yaml").settings["L1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trials": None}, r"search and trials belong together"),
+        ({"search": None}, r"search and trials belong together"),
+        ({"settings": [{"train.lr": 1e-3}]}, r"give either settings, to be tried as they are, or a search"),
+        (
+            {"search": {"train.lr": "0..1"}},
+            r"method 'OrdinalCLIP', search train\.lr=0\.\.1: train\.lr: .*greater than 0",
+        ),
+        (
+            {"search": {"head.interpolation": "linear|piecewise"}},
+            r"method 'L1', search .*head\.interpolation is not a key",
+        ),
+        ({"search": {"train.lr": "1e-3"}}, r"train\.lr=1e-3: write a range, low\.\.high or"),
+        ({"search": {"data.split_seed": "1|2"}}, r"data\.split_seed cannot be searched"),
+    ],
+)
+def test_a_search_of_a_comparison_is_refused_by_name(comparison, changes, message):
+    content = {key: value for key, value in searching(**changes).items() if value is not None}
+    comparison.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ValueError, match=message):
+        load_plan(comparison)
 
 
 @pytest.mark.slow

@@ -20,8 +20,9 @@ from test_elastic import ENVIRONMENT, wait_for, workers
 
 from ordinalclip.cli import main
 from ordinalclip.run_folder import RunFolder
-from ordinalclip.signals import INTERRUPTED, PREEMPTED, Preempted
+from ordinalclip.signals import INTERRUPTED, PREEMPTED, Preempted, leave, listening
 from ordinalclip.training.checkpoint import checkpoints, load_checkpoint
+from ordinalclip.training.interruption import Interruption, Pruned
 from ordinalclip.training.step import Learner
 
 LONG = ("method=l1", "train.max_steps=100000", "train.eval_every=100000", "data.num_validation=4")
@@ -329,11 +330,28 @@ def test_a_comparison_stops_with_all_its_processes_and_goes_on_inside_its_runs(t
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_a_comparison_is_said(tmp_path):
-    process = start(comparison(tmp_path, 2))
-    wait_for(lambda: len(logs(tmp_path)) == 2, 100)
-    owner = json.loads((logs(tmp_path)[0] / "run.lock").read_text())["process"]
-    os.kill(owner, signal.SIGKILL)
-    said = ended(process, 2, 30)
-    assert re.search(r"the process of one of the runs .*l1-0-seed1.* was killed, .*the same command goes on", said)
-    wait_for(lambda: not others(process.pid), 10)
+def test_a_killed_process_of_a_comparison_is_replaced_and_goes_on_inside_its_run(tmp_path):
+    process = start([*comparison(tmp_path, 2, steps=40), "seeds=[1]", "train.eval_every=5"])
+    wait_for(lambda: len([run for run in logs(tmp_path) if has_steps(run, 12)()]) > 0, 100)
+    run = next(run for run in logs(tmp_path) if has_steps(run, 12)())
+    os.kill(json.loads((run / "run.lock").read_text())["process"], signal.SIGKILL)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (0, "")
+    assert "| L1 |" in out
+    assert len(RunFolder(run).read_provenance()["continued"]) == 1
+    assert [row["step"] for row in log_of(run)] == list(range(1, 41))
+    assert not others(process.pid)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_another_end_overtakes_is_not_forgotten(number, ends):
+    def overtaken(signalled):
+        with listening(leave), Interruption():
+            if signalled:
+                signal.raise_signal(number)
+            raise Pruned("before anybody asks whether to stop")
+
+    with pytest.raises(ends):
+        overtaken(True)
+    with pytest.raises(Pruned):
+        overtaken(False)

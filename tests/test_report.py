@@ -28,6 +28,7 @@ from ordinalclip.pipeline import load_pipeline
 from ordinalclip.ranks import Ranks
 from ordinalclip.results import figures, run_report
 from ordinalclip.results.record import read_run, shown
+from ordinalclip.results.search_report import SearchRecord, TrialRow, write_search_report, write_trials
 from ordinalclip.results.significance import Verdict
 from ordinalclip.training import evaluate_run, train
 
@@ -430,11 +431,53 @@ def test_a_comparison_is_reported_and_plotted_again_from_its_folder(compared, tm
     assert "metrics.json: No such file or directory" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def search_folder(tmp_path_factory):
+    """A page of a search whose trials ended in every way there is."""
+    folder = tmp_path_factory.mktemp("search")
+    settings = [{"train.lr": 10.0**-k, "head.f": "<b>", "model.drop_path": k / 20} for k in range(1, 6)]
+    states = ["complete", "pruned", "complete", "diverged", "failed"]
+    rows = [
+        TrialRow(
+            number=k,
+            state=state,
+            setting=setting,
+            value={"complete": 9.5 - k, "pruned": 30.0}.get(state),
+            curve=[(1, 12.0), (2, 9.5 - k)],
+            metrics={"mae": 9.5 - k, "rmse": 11.0} if state == "complete" else {},
+            why="<script>alert(1)</script> a file name that is long" if state == "failed" else "",
+        )
+        for k, (state, setting) in enumerate(zip(states, settings, strict=True))
+    ]
+    searched = {"train.lr": "1e-5..0.1:log", "head.f": "<b>|c", "model.drop_path": "0..0.3"}
+    shares = {"train.lr": 0.8, "model.drop_path": 0.2, "head.f": 0.0}
+    write_search_report(SearchRecord(folder, rows, searched, ["train.lr"], rows[2], shares, ["<i>conditions"], "cm"))
+    write_trials(folder / "trials.csv", rows)
+    return folder
+
+
+def test_the_page_of_a_search_escapes_and_shows_every_trial(search_folder):
+    text = (search_folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
+    assert "optimistic" in text
+    assert {"best_so_far", "importances", "validations_by_trial", "by_key_0", "by_key_1", "by_key_2"} <= set(page.ids)
+    numbers = re.findall(r"<tr><td>(\d)</td>", text)
+    assert numbers == ["2", "0", "1", "3", "4"]  # best first, then what came to nothing
+    assert "7.50" in text
+    with (search_folder / "trials.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == ["complete", "pruned", "complete", "diverged", "failed"]
+    assert [row["validation_mae"] for row in rows] == ["9.5", "30.0", "7.5", "", ""]
+    assert rows[0]["validation_rmse"] == "11.0"
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-@pytest.mark.parametrize("kind", ["run", "comparison"])
-def test_in_a_browser_nothing_overflows_and_nothing_complains(kind, run, compared, tmp_path):
+@pytest.mark.parametrize("kind", ["run", "comparison", "search"])
+def test_in_a_browser_nothing_overflows_and_nothing_complains(kind, run, compared, search_folder, tmp_path):
     """The report in a frame as wide as a phone; the page says how wide its content is."""
-    html = ((run if kind == "run" else compared) / "report.html").read_text(encoding="utf-8")
+    folder = {"run": run, "comparison": compared, "search": search_folder}[kind]
+    html = (folder / "report.html").read_text(encoding="utf-8")
     (tmp_path / "phone.html").write_text(
         """<body><iframe width=390 height=800 style="border:0"></iframe><script>
         const frame = document.querySelector("iframe");
@@ -465,7 +508,7 @@ def test_in_a_browser_nothing_overflows_and_nothing_complains(kind, run, compare
     assert found, done.stderr[-2000:]
     width, drawings, drawing = map(int, found.groups())
     assert width <= 390
-    assert drawings == (5 if kind == "run" else 4)
+    assert drawings == {"run": 5, "comparison": 4, "search": 6}[kind]
     assert 250 < drawing <= 390
     assert "CONSOLE" not in done.stderr
 

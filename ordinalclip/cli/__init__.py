@@ -34,6 +34,7 @@ COMMANDS = {
     "predict": "Predict images with a saved model; one line per image.",
     "check-data": "Read labels and decode every image of a configuration's data; list what is broken.",
     "compare": "Run methods x settings x seeds and print one table.",
+    "tune": "Search the values of some keys by validation; the test part stays unread.",
     "report": "Write report.html again, of finished runs (and their model cards) and comparisons.",
     "plot": "Write the figures of the report of a finished run or comparison as files.",
     "make-gauges": "Write generated gauge pictures and their labels.csv to a folder.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 from ordinalclip.compare.execution import execute
@@ -19,23 +20,30 @@ from ordinalclip.run_folder import FolderOccupied, RunFolder
 __all__ = ["Outcome", "Plan", "compare", "load_plan", "run_plan"]
 
 
-def compare(path: str | Path, overrides: Sequence[str] = (), quiet: bool = False) -> tuple[str, list[str]]:
-    """Run a comparison file.
+def compare(
+    path: str | Path, overrides: Sequence[str] = (), quiet: bool = False, executor: Executor | None = None
+) -> tuple[str, list[str]]:
+    """Run a comparison file; see `run_plan`.
 
     Returns:
         its tables as Markdown, with where everything is; and what broke runs off that are missing there.
     """
     started = time.monotonic()
     plan = load_plan(path, overrides)
-    outcome = run_plan(plan, quiet)
+    outcome = run_plan(plan, quiet, executor)
     elapsed = time.monotonic() - started
     runs = f"{outcome.num_runs} runs in {printable(plan.folder)}/runs, {elapsed:.0f} s this time."
     report = printable(RunFolder(plan.folder).report)
     return f"{outcome.table}\n{runs}\nreport: {report}\n", outcome.errors
 
 
-def run_plan(plan: Plan, quiet: bool = False) -> Outcome:
+def run_plan(plan: Plan, quiet: bool = False, executor: Executor | None = None) -> Outcome:
     """Train what is missing, choose settings by validation, read the test part, write the tables.
+
+    Args:
+        executor: any `concurrent.futures.Executor`, instead of what `execution` and `jobs` say. It gets all runs at
+            once. Its workers need this version of the package and see the folder, under the same path; each starts a
+            process for a run, with the threads that its environment says, and nothing else is asked of it.
 
     Raises:
         ValueError: no validation or test part, nothing to compare since all methods failed, or several processes.
@@ -59,4 +67,4 @@ def run_plan(plan: Plan, quiet: bool = False) -> Outcome:
                 f"{folder.path} holds {theirs[0]}, and no runs of a comparison: it may be yours; give the comparison "
                 "another folder"
             )
-        return write_outcome(plan, execute(plan, quiet))
+        return write_outcome(plan, execute(plan, quiet, executor))

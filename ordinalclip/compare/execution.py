@@ -1,40 +1,32 @@
-"""How the runs of a comparison are executed: in this process, or in several."""
+"""What the runs of a comparison do, and in which order: train, choose, test."""
 
 from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
-import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ordinalclip.compare.plan import Place, Plan
 from ordinalclip.config import DataConfig, RanksConfig, RunConfig
 from ordinalclip.data import Parts, load_parts
+from ordinalclip.executors import Pool, WorkerDied, num_jobs, open_pool, when_free
 from ordinalclip.files import delete, write_text
 from ordinalclip.progress import Progress
-from ordinalclip.provenance import fingerprints, num_cores
+from ordinalclip.provenance import fingerprints
 from ordinalclip.run_folder import FolderOccupied, RunFolder
 from ordinalclip.runs import evaluate_run, train_run
-from ordinalclip.signals import Preempted, deaf_to_interrupts, leave, listening
+from ordinalclip.signals import Preempted
 from ordinalclip.training.checkpoint import NoIntactCheckpoint
-from ordinalclip.training.interruption import Diverged, Interruption
+from ordinalclip.training.interruption import Diverged, Pruned, Watch, unwatched
 
 logger = logging.getLogger(__name__)
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -75,11 +67,13 @@ class Execution:
         chosen: number of the setting that validation chose, by variant and method; none for a method that could not be
             tried as it should have been.
         results: of every run of the comparison, test part included for those of the chosen settings.
+        at_once: how many runs at a time, in words.
     """
 
     num_runs: int
     chosen: dict[tuple[str, str], int]
     results: dict[Place, Result]
+    at_once: str
 
     @property
     def errors(self) -> dict[Place, str]:
@@ -87,10 +81,13 @@ class Execution:
         return {place: result.error for place, result in self.results.items() if result.error is not None}
 
 
-def execute(plan: Plan, quiet: bool = False) -> Execution:
+def execute(plan: Plan, quiet: bool = False, executor: Executor | None = None) -> Execution:
     """Train what is missing, choose settings by validation, read the test part with the chosen ones.
 
     A run that breaks off does not keep the others from being done.
+
+    Args:
+        executor: instead of what `execution` and `jobs` say, see `executors.open_pool`.
 
     Raises:
         ValueError: no validation or test part; FolderOccupied: see `run_plan`; Preempted: told to stop by SIGTERM or
@@ -103,26 +100,36 @@ def execute(plan: Plan, quiet: bool = False) -> Execution:
     tuned = [place for place in plan.runs if place.seed in plan.tuning_seeds]
     methods = [(variant, name) for variant in plan.config.variants for name in plan.config.methods]
     num_runs = len(tuned) + len(methods) * (len(plan.seeds) - len(plan.tuning_seeds))
-    train = partial(_train, keep_checkpoints=plan.config.keep_checkpoints, overwrite=plan.config.overwrite)
+    train = partial(train_one, keep_checkpoints=plan.config.keep_checkpoints, overwrite=plan.config.overwrite)
     try:
-        with _executor(min(plan.jobs, num_runs)) as executor:
+        jobs = num_runs if executor is not None else min(num_jobs(plan.config.jobs), num_runs)
+        with open_pool(plan.config.execution, jobs, plan.folder, executor) as pool:
+            at_once = _at_once(plan, jobs, executor)
             progress: Progress = Progress(None, "comparing", num_runs, "runs", quiet)
-            _each(train, plan, tuned, results, executor, progress)
+            _each(train, plan, tuned, results, pool, progress)
             broken = {(place.variant, place.method) for place in tuned if results[place].error is not None}
             chosen = {method: _choose(plan, results, *method) for method in methods if method not in broken}
             final = [place for place in plan.runs if place.number == chosen.get((place.variant, place.method))]
-            _each(train, plan, [p for p in final if p.seed not in plan.tuning_seeds], results, executor, progress)
+            _each(train, plan, [p for p in final if p.seed not in plan.tuning_seeds], results, pool, progress)
             progress.close()
             sound = [place for place in final if not results[place].failure]
             progress = Progress(None, "reading the test part", len(sound), "runs", quiet)
             tested = {place: results[place] for place in sound if _is_tested(plan.runs[place], results[place])}
-            _each(_test, plan, sound, tested, executor, progress)
+            _each(_test, plan, sound, tested, pool, progress)
             progress.close()
     except (Preempted, KeyboardInterrupt) as stopped:
         number = stopped.number if isinstance(stopped, Preempted) else signal.SIGINT
         done = f"{len(results)} of {num_runs} runs are done" if len(results) < num_runs else "all runs are trained"
         raise Preempted(f"{plan.folder}: told to stop; {done}, the same command goes on", number) from None
-    return Execution(num_runs, chosen, {place: tested.get(place, results[place]) for place in results})
+    return Execution(num_runs, chosen, {place: tested.get(place, results[place]) for place in results}, at_once)
+
+
+def _at_once(plan: Plan, jobs: int, executor: Executor | None) -> str:
+    if executor is not None:
+        return f"by {type(executor).__name__}"
+    if plan.config.execution != "local":
+        return "on a Dask cluster"
+    return f"{jobs} runs at a time" if jobs > 1 else "one run at a time"
 
 
 def _check_parts(plan: Plan) -> None:
@@ -171,96 +178,34 @@ def _choose(plan: Plan, results: dict[Place, Result], variant: str, name: str) -
     return means.index(min(means))
 
 
-@contextmanager
-def _executor(jobs: int) -> Iterator[tuple[Executor, int] | None]:
-    """Processes for several jobs, and how many; None for one."""
-    if jobs == 1:
-        yield None
-        return
-    threads = str(max(1, num_cores() // jobs))
-    kept = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, threads))  # for PyTorch and NumPy in the new processes
-    try:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
-            yield pool, jobs
-    finally:
-        for name, value in kept.items():
-            os.environ.pop(name)
-            os.environ.update({name: value} if value is not None else {})
-
-
-def _end_with_parent() -> None:
-    """In a process of the executor: nobody outlives who started it, however that ended."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives processes that are ended
-
-
-def _in_job(work: Callable[[RunConfig], Result], run: RunConfig) -> Result:
-    """Do the work in a process of the executor, which SIGTERM ends: after a checkpoint where there is a run."""
-    try:
-        with listening(leave):
-            return work(run)
-    except Preempted as stopped:
-        os._exit(stopped.status)
-
-
 def _each(
     work: Callable[[RunConfig], Result],
     plan: Plan,
     places: Sequence[Place],
     results: dict[Place, Result],
-    executor: tuple[Executor, int] | None,
+    pool: Pool,
     progress: Progress,
 ) -> None:
-    """Do the work for every run without a result, in order, no more at a time than there are jobs."""
-    missing = [place for place in places if place not in results]
+    """Do the work for every run without a result."""
+    missing = {plan.runs[place].output_dir: place for place in places if place not in results}
     progress.advance(len(places) - len(missing))
-    if executor is None:
-        for place in missing:
-            results[place] = work(plan.runs[place])
-            progress.advance(1, _folder_name(plan.runs[place]))
-        return
-    pool, jobs = executor
-    left = iter(missing)
-
-    def submit(place: Place) -> Future[Result]:
-        with deaf_to_interrupts():  # so that new processes are: Ctrl-C goes to all of a terminal, but we pass it on
-            return pool.submit(_in_job, work, plan.runs[place])
-
-    with Interruption() as interruption:
-        running = {submit(place): place for place in islice(left, jobs)}
+    for run, done in pool.run(work, [plan.runs[place] for place in missing.values()]):
         try:
-            while running and not interruption.requested():
-                finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                for done in finished:
-                    place = running[done]
-                    results[place] = done.result()
-                    del running[done]
-                    progress.advance(1, _folder_name(plan.runs[place]))
-                    running.update((submit(next_), next_) for next_ in islice(left, 1))
-        except BrokenProcessPool as error:
-            time.sleep(0.5)  # who stops all processes of a job may not have come to this one yet
-            if not interruption.requested():
-                names = ", ".join(plan.runs[place].output_dir for place in running.values())
-                raise ChildProcessError(
-                    f"the process of one of the runs {names} was killed, for want of memory perhaps: the same command "
-                    "goes on; with a smaller jobs=N it needs less"
-                ) from error
-        if number := interruption.requested():
-            for process in multiprocessing.active_children():  # the executor then waits for them
-                process.terminate()
-            raise Preempted("told to stop", number)
+            result = done.result()
+        except WorkerDied as error:
+            result = _broken_off(run, error)
+        if pool.shares_files and (changed := RunFolder(run.output_dir).data_difference(_fingerprints_of(run))):
+            result = Result(None, error=f"{run.output_dir}: its worker has other data than this machine: {changed}")
+        results[missing[run.output_dir]] = result
+        progress.advance(1, _folder_name(run))
 
 
-def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
-    """Train one run, or go on with it. That it diverged or broke off is a result, too."""
+def train_one(run: RunConfig, keep_checkpoints: bool, overwrite: bool, watch: Watch = unwatched) -> Result:
+    """Train one run, or go on with it. That it diverged or broke off is a result, too.
+
+    Raises:
+        Pruned: by who watches.
+    """
     folder = RunFolder(run.output_dir)
     anew = run.model_copy(update={"overwrite": True, "train": run.train.model_copy(update={"resume": "none"})})
     try:
@@ -270,15 +215,18 @@ def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
         )
         try:
             try:
-                result = Result(train_run(anew if replaced else run, parts_of(run), quiet=True))
+                config = anew if replaced else run
+                result = Result(when_free(lambda: train_run(config, parts_of(run), quiet=True, watch=watch)))
             except NoIntactCheckpoint:
                 if not overwrite:
                     raise
-                result = Result(train_run(anew, parts_of(run), quiet=True))
+                result = Result(train_run(anew, parts_of(run), quiet=True, watch=watch))
         except Diverged as error:
             divergence = str(error).partition("; rows of the batch")[0]
             write_text(folder.diverged, divergence)
             result = Result(None, divergence)
+    except Pruned:
+        raise
     except Exception as error:
         return _broken_off(run, error)
     if not keep_checkpoints:  # a finished run is never resumed: they would fill the disk
@@ -290,7 +238,7 @@ def _train(run: RunConfig, keep_checkpoints: bool, overwrite: bool) -> Result:
 def _test(run: RunConfig) -> Result:
     """Read the test part with one run."""
     try:
-        return Result(evaluate_run(run.output_dir, parts_of(run), quiet=True, config=run))
+        return Result(when_free(lambda: evaluate_run(run.output_dir, parts_of(run), quiet=True, config=run)))
     except Exception as error:
         return _broken_off(run, error)
 

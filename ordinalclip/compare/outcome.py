@@ -57,7 +57,7 @@ def write_outcome(plan: Plan, execution: Execution) -> Outcome:
     tried = runs_tried(plan, execution)
     write_csv(plan.folder / "settings.csv", tried)  # also when there is nothing to compare
     boards, left_out = _boards(plan, execution)
-    notes = _notes(plan, left_out)
+    notes = _notes(plan, left_out, execution.at_once)
     summaries = [summary for board in boards for summary in board.summaries]
     table = _table(plan, boards, notes)
     write_text(plan.folder / "table.md", table)
@@ -156,7 +156,7 @@ def _seeds(plan: Plan) -> str:
     return ", ".join(map(str, plan.seeds))
 
 
-def _notes(plan: Plan, left_out: Sequence[str]) -> list[str]:
+def _notes(plan: Plan, left_out: Sequence[str], at_once: str = "one run at a time") -> list[str]:
     """What the table's columns are, in paragraphs."""
     unit = next(iter(plan.runs.values())).ranks.unit
     in_unit = [metric.title for metric in METRICS.values() if metric.in_unit]
@@ -181,9 +181,15 @@ def _notes(plan: Plan, left_out: Sequence[str]) -> list[str]:
         "the saved model."
     )
     choice = " ".join(part for part in (_choice(plan), _unequal(plan), *left_out) if part)
-    at_once = f"{plan.jobs} runs at a time" if plan.jobs > 1 else "one run at a time"
-    environment = f"Written by ordinalclip {__version__} with torch {torch.__version__} on {device()}, {at_once}."
+    environment = f"Written by ordinalclip {__version__} with torch {torch.__version__} on {_devices(plan)}, {at_once}."
     return [columns, choice, environment]
+
+
+def _devices(plan: Plan) -> str:
+    """What the runs were trained on, by their own record; workers of a cluster may differ."""
+    folders = [RunFolder(run.output_dir) for run in plan.runs.values()]
+    found = {folder.read_provenance().get("device") for folder in folders if folder.is_finished}
+    return "; ".join(sorted(str(each) for each in found if each)) or device()
 
 
 def _choice(plan: Plan) -> str:
@@ -192,6 +198,14 @@ def _choice(plan: Plan) -> str:
     if all(len(settings) == 1 for settings in tried):
         return "One setting per method, fixed beforehand."
     choice = f"Settings chosen by the validation MAE on seed {', '.join(map(str, plan.tuning_seeds))}"
+    searched = {name: plan.searched(name) for name in plan.tried()}
+    if any(searched.values()):
+        drawn = f"{choice}, of {len(tried[0])} for each method, points of a Sobol sequence in"
+        texts = {name: in_words(search) for name, search in searched.items()}
+        if len(set(texts.values())) == 1:
+            return f"{drawn} {next(iter(texts.values()))}."
+        own = [f"{text or 'settings of its own'} ({name})" for name, text in texts.items()]
+        return f"{drawn} {'; '.join(own)}."
     if all(settings == tried[0] for settings in tried):
         return f"{choice}; tried for every method: {' | '.join(map(in_words, tried[0]))}."
     return f"{choice}, of {len(tried[0])} for each method."

@@ -6,9 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import torch
 from pydantic import Field, model_validator
 
 from ordinalclip.config import (
@@ -19,13 +18,15 @@ from ordinalclip.config import (
     merge,
     names_of,
     nested,
+    override_value,
     parse_config,
     read_layers,
     read_overrides,
     stack,
 )
+from ordinalclip.executors import Jobs, Where
 from ordinalclip.heads import head_class
-from ordinalclip.provenance import num_cores
+from ordinalclip.search import Setting, drawn, read_search
 from ordinalclip.sections import Section, parse_section
 from ordinalclip.shipped import COMPARISONS
 from ordinalclip.written import values
@@ -38,8 +39,8 @@ OWN = {  # keys of a run that the comparison sets itself, and how they are said 
     "evaluation.test": "nothing: the test part is read once, by the chosen setting",
     "train.resume": "nothing: what is there is gone on with",
 }
+WAYS_TO_TRY = [{"settings"}, {"search", "trials"}]  # of which a file replaces what it extends: see `merge`
 MAX_NAME = 100  # characters; names are parts of paths
-Setting = dict[str, Any]  # dotted keys of a run
 Settings = Annotated[list[Setting], Field(min_length=1)]
 
 
@@ -55,6 +56,7 @@ class Place(NamedTuple):
 class MethodConfig(Section):
     base: dict[str, Any] = Field({}, description="keys of a run for this method")
     settings: Settings | None = Field(None, description="tried instead of the comparison's; validation chooses")
+    search: dict[str, str] | None = Field(None, min_length=1, description="drawn from instead, as many as `trials`")
 
 
 class CompareConfig(Section):
@@ -64,7 +66,8 @@ class CompareConfig(Section):
         [1, 2, 3], min_length=1, description="one run per method, setting and seed"
     )
     tuning_seeds: int = Field(1, ge=1, description="how many of the seeds, the first ones, choose between settings")
-    jobs: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+    execution: Where = Field("local", description="local: this machine, jobs at a time; or a cluster, dask://HOST:PORT")
+    jobs: Jobs = Field(
         1, description="runs at a time, each a process with its share of the cores; auto: a core each, on a GPU one"
     )
     overwrite: bool = Field(
@@ -73,6 +76,13 @@ class CompareConfig(Section):
     keep_checkpoints: bool = Field(False, description="keep checkpoints/ and model-last/ of finished runs")
     base: dict[str, Any] = Field({}, description="keys of a run, shared by all methods")
     settings: Settings = Field([{}], description="dotted keys to try for every method that learns")
+    search: dict[str, str] | None = Field(
+        None,
+        min_length=1,
+        description="instead of settings: ranges and choices by dotted key, such as train.lr: 1e-5..1e-3:log, in which "
+        "`trials` settings are drawn",
+    )
+    trials: int | None = Field(None, ge=1, le=1000, description="settings drawn for every method that learns")
     methods: dict[str, MethodConfig] = Field(min_length=1, description="a line of the table each")
     variants: dict[str, Setting] = Field({"": {}}, min_length=1, description="a table each: dotted keys that differ")
 
@@ -83,6 +93,13 @@ class CompareConfig(Section):
         for name in [*self.methods, *(self.variants if self.variants.keys() != {""} else ())]:
             if not 0 < len(name.strip()) <= MAX_NAME:
                 raise ValueError(f"names of methods and variants have 1 to {MAX_NAME} characters, got {name[:200]!r}")
+        both = ["methods." + name + ": " for name, method in self.methods.items() if method.search and method.settings]
+        both += [""] if self.search and "settings" in self.model_fields_set else []
+        if both:
+            raise ValueError(f"{both[0]}give either settings, to be tried as they are, or a search, to draw them from")
+        searches = [self.search, *(method.search for method in self.methods.values())]
+        if (self.trials is None) == any(searches):
+            raise ValueError("search and trials belong together: in which to draw settings, and how many")
         for name, method in self.methods.items():
             keys = [*method.base, *(key for setting in method.settings or [] for key in setting)]
             if own := [key for key in keys if key.partition(".")[0] in SHARED]:
@@ -113,19 +130,29 @@ class Plan:
         self.config = config
         self.folder = Path(config.output_dir)
         self.seeds = config.seeds
-        try:
-            self._written = {name: self._settings_of(method) for name, method in config.methods.items()}
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        self.settings: dict[str, list[Setting]] = values(self._written)
         given = read_overrides(overrides)
+        self._written: dict[str, list[Setting]] = {}
+        for name in config.methods:
+            try:
+                searched, learns = self.searched(name), self._learns(config.methods[name])
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from error
+            method = config.methods[name]
+            if searched:
+                self._written[name] = self._drawn(name, searched, source, given)
+            else:
+                self._written[name] = method.settings or (config.settings if learns else [{}])
+        self.settings: dict[str, list[Setting]] = values(self._written)
         self._check(source, given)
         self.runs: dict[Place, RunConfig] = {}
         for variant in config.variants:
             for seed in self.seeds:  # runs on the same data one after the other
                 for name, settings in self.settings.items():
                     for number in range(len(settings)):
-                        run = self._run_config(variant, name, number, seed, source, given)
+                        where = f"{source}, {_where(variant, name)}, setting {number}"
+                        folder = self._run_folder(variant, name, number, seed)
+                        written = self._written[name][number]
+                        run = self._run_config(variant, name, written, seed, folder, where, given)
                         self.runs[Place(variant, name, number, seed)] = run
         folders = Counter(run.output_dir for run in self.runs.values())
         if shared := [folder for folder, times in folders.items() if times > 1]:
@@ -143,8 +170,27 @@ class Plan:
         name = method.base.get("method", self.config.base.get("method"))
         return not isinstance(name, str) or head_class(name).learns
 
-    def _settings_of(self, method: MethodConfig) -> list[Setting]:
-        return method.settings or (self.config.settings if self._learns(method) else [{}])
+    def searched(self, name: str) -> dict[str, str]:
+        """The ranges and choices in which a method's settings are drawn; none for one whose settings are given."""
+        method = self.config.methods[name]
+        if method.search or method.settings or not self._learns(method):
+            return method.search or {}
+        return self.config.search or {}
+
+    def _drawn(self, name: str, searched: dict[str, str], source: str, overrides: dict[str, Any]) -> list[Setting]:
+        """Before anything runs, so that what a method gets depends on nothing but the search: methods that share it get
+        the same settings, and as many."""
+        variant = next(iter(self.config.variants))
+
+        def check(setting: Setting, what: str) -> RunConfig:
+            folder = self._run_folder(variant, name, 0, self.seeds[0])
+            return self._run_config(variant, name, setting, self.seeds[0], folder, what, overrides)
+
+        search = read_search(searched, check, f"{source}, {_where(variant, name)}, search")
+        return [
+            {key: override_value(text) for key, text in setting.items()}
+            for setting in drawn(search, self.config.trials or 1)
+        ]
 
     def tried(self) -> dict[str, list[Setting]]:
         """Settings of the methods that learn."""
@@ -177,27 +223,22 @@ class Plan:
             if both := sorted(first & second):
                 raise ValueError(f"{source}: {both[0]} is set {what}")
 
+    def _run_folder(self, variant: str, name: str, number: int, seed: int) -> Path:
+        return self.folder / "runs" / _label(variant) / f"{_label(name)}-{number}-seed{seed}"
+
     def _run_config(
-        self, variant: str, name: str, number: int, seed: int, source: str, overrides: dict[str, Any]
+        self, variant: str, name: str, setting: Setting, seed: int, folder: Path, source: str, overrides: dict[str, Any]
     ) -> RunConfig:
-        where = f"variant {variant!r}, method {name!r}" if variant else f"method {name!r}"
-        folder = self.folder / "runs" / _label(variant) / f"{_label(name)}-{number}-seed{seed}"
         content: dict[str, Any] = {"evaluation": {"report": False, "space": True}}
         for above in (
             self.config.base,
             self.config.methods[name].base,
-            nested({**self.config.variants[variant], **self._written[name][number]}),
+            nested({**self.config.variants[variant], **setting}),
             overrides,
             {"output_dir": str(folder), "seed": seed, "evaluation": {"test": False}, "train": {"resume": "auto"}},
         ):
             content = merge(content, above)
-        return parse_config(content, f"{source}, {where}, setting {number}")
-
-    @property
-    def jobs(self) -> int:
-        """Runs at a time."""
-        jobs = self.config.jobs
-        return jobs if jobs != "auto" else 1 if torch.cuda.is_available() else num_cores()
+        return parse_config(content, source)
 
 
 def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
@@ -214,7 +255,7 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     own = [override for override in overrides if re.split("[.=]", override)[0].strip() in CompareConfig.model_fields]
     shared = [override for override in overrides if override not in own]
     layers = read_layers(path, COMPARISONS)
-    content = stack([*layers, Layer("the command line", read_overrides(own))])
+    content = stack([*layers, Layer("the command line", read_overrides(own))], WAYS_TO_TRY)
     if "methods" not in content and content.keys() & (
         RunConfig.model_fields.keys() - CompareConfig.model_fields.keys()
     ):
@@ -225,3 +266,7 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
 def _label(name: str) -> str:
     """A name as part of a path."""
     return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def _where(variant: str, name: str) -> str:
+    return f"variant {variant!r}, method {name!r}" if variant else f"method {name!r}"

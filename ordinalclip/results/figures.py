@@ -24,7 +24,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from ordinalclip.files import whole
@@ -247,6 +247,111 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
     for panel in {top, below}:
         panel.yaxis.set_major_locator(_even_ticks(5))
     return figure
+
+
+@styled
+def best_so_far(numbers: Sequence[int], maes: Sequence[float], pruned: Sequence[bool], unit: str = "") -> Figure:
+    """Validation MAE of the trials of a search, and the smallest so far of those that were not pruned."""
+    figure, axes = _figure(3.4)
+    values = _trial_points(axes, np.asarray(numbers), np.asarray(maes), np.asarray(pruned, dtype=bool))
+    known = np.minimum.accumulate(np.where(pruned, np.inf, values))
+    axes.step(
+        numbers, np.where(np.isinf(known), np.nan, known), where="post", color=ORANGE, linewidth=1.6, label="best"
+    )
+    axes.set(xlabel="trial", ylabel=_label("validation MAE", unit))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, columnspacing=1.2)
+    return figure
+
+
+@styled
+def importances(shares: Mapping[str, float]) -> Figure:
+    """How much of what separates good trials from bad ones is due to each key; largest on top."""
+    order = sorted(shares, key=lambda key: shares[key])
+    figure, axes = _figure(_height_of(order))
+    axes.barh(range(len(order)), [shares[key] for key in order], 0.6, color=BLUE, alpha=0.8)
+    axes.set_yticks(range(len(order)), [_short(key, 34) for key in order])
+    axes.set(xlabel="importance", xlim=(0, 1), ylim=(-0.6, len(order) - 0.4))
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+@styled
+def mae_by_setting(
+    key: str,
+    values: Sequence[float | str],
+    maes: Sequence[float],
+    pruned: Sequence[bool],
+    unit: str = "",
+    log: bool = False,
+) -> Figure:
+    """Validation MAE of the trials of a search by what they set a key to, numbers or choices.
+
+    Args:
+        log: a logarithmic axis of numbers.
+    """
+    figure, axes = _figure(3.0)
+    names = [] if any(not isinstance(value, str) for value in values) else list(dict.fromkeys(sorted(map(str, values))))
+    places = [names.index(str(value)) if names else float(value) for value in values]
+    if names:
+        axes.set_xticks(range(len(names)), [_short(name) for name in names])
+        axes.set_xlim(-0.6, len(names) - 0.4)
+    elif log:
+        axes.set_xscale("log")
+        few = max(map(float, values)) < 100 * min(map(float, values))  # decades alone would be a tick or two
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    _trial_points(axes, np.asarray(places), np.asarray(maes), np.asarray(pruned, dtype=bool))
+    axes.set(xlabel=printable(key), ylabel=_label("validation MAE", unit))
+    return figure
+
+
+@styled
+def validations_by_trial(
+    curves: Sequence[Sequence[tuple[int, float]]], pruned: Sequence[bool], best: int, unit: str = ""
+) -> Figure:
+    """Validation MAE on the way of every trial of a search.
+
+    Args:
+        curves: of every trial, pairs (number of the validation, MAE).
+        pruned: whether it was ended early, at its last point.
+        best: place of the best one, -1 for none.
+    """
+    figure, axes = _figure(3.4)
+    limit = _limit([mae for curve in curves for _, mae in curve] or [0.0])
+    for place, (curve, ended) in enumerate(zip(curves, pruned, strict=True)):
+        shown = [(step, min(mae, limit)) for step, mae in curve]
+        if not shown:
+            continue
+        bright = {"color": ORANGE, "linewidth": 2.0, "zorder": 3, "label": "best"}
+        line = bright if place == best else {"color": BLUE, "alpha": 0.4, "linewidth": 1.0}
+        axes.plot(*zip(*shown, strict=True), **line)
+        if ended:
+            axes.plot(*shown[-1], marker="x", color=MUTED, markersize=6, linestyle="none")
+    axes.plot([], [], marker="x", color=MUTED, linestyle="none", label="pruned")
+    axes.set(xlabel="validation", ylabel=_label("validation MAE", unit))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
+    return figure
+
+
+def _trial_points(axes: Axes, places: np.ndarray, maes: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+    """Trials as dots, pruned ones as crosses, at the top of the axis what is far beyond; returns what was drawn."""
+    limit = _limit(maes[np.isfinite(maes)].tolist() or [0.0])
+    drawn = np.minimum(maes, limit if np.isfinite(limit) else np.nanmax(maes[np.isfinite(maes)], initial=0.0) * 1.05)
+    far = drawn < maes
+    axes.scatter(places[~pruned & ~far], drawn[~pruned & ~far], s=26, color=BLUE, linewidths=0, label="trial", zorder=3)
+    if pruned.any():
+        axes.scatter(
+            places[pruned], drawn[pruned], s=26, color=MUTED, marker="x", linewidths=1.3, label="pruned", zorder=2
+        )
+    if (far & ~pruned).any():
+        beyond = far & ~pruned
+        axes.scatter(
+            places[beyond], drawn[beyond], s=30, color=BLUE, marker="^", linewidths=0, label="beyond", zorder=3
+        )
+    return drawn
 
 
 @styled

@@ -42,8 +42,13 @@ def _environment(**options: Any) -> Environment:
         lstrip_blocks=True,
         **options,
     )
-    environment.filters.update(shown=shown, local=local, code=code)
+    environment.filters.update(shown=shown, local=local, code=code, setting=setting)
     return environment
+
+
+def setting(value: float | str) -> str:
+    """What a key is set to: numbers with four digits, paths by their last two parts."""
+    return f"{value:.4g}" if isinstance(value, float) else local(str(value))
 
 
 def inlined(drawn: Mapping[str, tuple[Figure, str]], suffix: str = "") -> dict[str, tuple[Markup, str]]:

@@ -1,7 +1,10 @@
-"""What ends a run early: SIGTERM or Ctrl-C, after the step in hand and with a checkpoint; numbers that go wrong."""
+"""What ends a run early: SIGTERM or Ctrl-C, after the step in hand and with a checkpoint; numbers that go wrong; who
+watches its validations."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +16,17 @@ from ordinalclip.signals import listening
 
 class Diverged(ValueError):
     """A loss, a gradient or a weight that is not finite."""
+
+
+class Pruned(Exception):
+    """Raised by who watches a run to end it: going on is not worth it."""
+
+
+Watch = Callable[[int, float], None]  # told the number of a validation, from 1, and its MAE; may raise `Pruned`
+
+
+def unwatched(number: int, validation_mae: float) -> None:
+    """Nobody watches."""
 
 
 class Interruption:
@@ -34,8 +48,11 @@ class Interruption:
         self.listening.__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.listening.__exit__(*exception)
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        """What an exception has overtaken, numbers that went wrong or a run that was pruned, is not forgotten."""
+        self.listening.__exit__(kind, *exception)
+        if kind is not None and self.signalled and not self.several:
+            signal.raise_signal(self.signalled)
 
     def _take(self, number: int) -> None:
         self.signalled = number

@@ -30,7 +30,7 @@ from ordinalclip.signals import Preempted
 from ordinalclip.training import checkpoint
 from ordinalclip.training.distributed import average_running_statistics, from_main
 from ordinalclip.training.evaluation import Evaluator, metrics_of, model_metrics, train_counts
-from ordinalclip.training.interruption import Diverged, Interruption
+from ordinalclip.training.interruption import Diverged, Interruption, Pruned, Watch, unwatched
 from ordinalclip.training.optimization import lr_factor
 from ordinalclip.training.preparation import build_model, merge_adapters, use_precision
 from ordinalclip.training.step import Learner, StepClock, num_steps
@@ -73,13 +73,19 @@ class Progression:
 
 
 def run_training(
-    config: RunConfig, accelerator: Accelerator, folder: RunFolder, parts: Parts | None = None, quiet: bool = False
+    config: RunConfig,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    parts: Parts | None = None,
+    quiet: bool = False,
+    watch: Watch = unwatched,
 ) -> Finished:
     """Train, pick the model, evaluate, save: see `ordinalclip.runs.train`.
 
     Args:
         folder: held by this job.
         parts: data in memory instead of what `config.data` names.
+        watch: told of every validation as it is done; after an interruption perhaps once more of the last one.
     """
     config = from_main(accelerator, lambda: _going_on(config, folder))
     options = config.train
@@ -97,7 +103,7 @@ def run_training(
     evaluator = Evaluator.of(config, accelerator, quiet)
 
     if model.head.learns and num_steps(config, parts) > 0:
-        trainer = Trainer(Learner(model, parts, config, accelerator), parts, evaluator, folder)
+        trainer = Trainer(Learner(model, parts, config, accelerator), parts, evaluator, folder, watch)
         trainer.resume()
         trainer.train()
         trainer.select()
@@ -153,10 +159,13 @@ class Trainer:
         parts: the data.
         evaluator: of the validation part.
         folder: where everything is written.
+        watch: told of every validation.
     """
 
-    def __init__(self, learner: Learner, parts: Parts, evaluator: Evaluator, folder: RunFolder):
-        self.learner, self.parts, self.evaluator, self.folder = learner, parts, evaluator, folder
+    def __init__(
+        self, learner: Learner, parts: Parts, evaluator: Evaluator, folder: RunFolder, watch: Watch = unwatched
+    ):
+        self.learner, self.parts, self.evaluator, self.folder, self.watch = learner, parts, evaluator, folder, watch
         self.config, self.accelerator = learner.config, learner.accelerator
         self.progression, self.resumed = Progression(), False
 
@@ -165,6 +174,7 @@ class Trainer:
 
         Raises:
             Preempted: SIGTERM or Ctrl-C came; the checkpoint is written.
+            Pruned: by who watches, after a validation.
         """
         config, options, progression, total = self.config, self.config.train, self.progression, self.learner.total
         if self._is_stale():
@@ -192,14 +202,15 @@ class Trainer:
                         learner.settle()
                     if due:
                         self._check_weights()
-                except Diverged:  # numbers that went wrong: what led there is worth keeping
+                        entries[-1].update(self._validate())
+                        told = told or interruption.requested()
+                        if "validation_mae" in entries[-1]:
+                            self._tell(math.ceil(progression.step / every), entries[-1]["validation_mae"])
+                except (Diverged, Pruned):  # what led there is worth keeping, as far as it is numbers
                     if progression.step == first:
                         self._begin()
                     self._write_log(list(takewhile(_is_finite, entries)))
                     raise
-                if due:
-                    entries[-1].update(self._validate())
-                    told = told or interruption.requested()
                 stop = told > 0 or self._is_stale()
                 if progression.step % options.log_every == 0 or due or stop:
                     self._write_log(entries)
@@ -239,6 +250,10 @@ class Trainer:
         if self.config.train.trackers:
             names = {"method": self.config.method, "seed": self.config.seed}
             self.accelerator.init_trackers("ordinalclip", names)
+
+    def _tell(self, number: int, value: float) -> None:
+        """Tell who watches; before the checkpoint, so that a run that is resumed tells rather twice than never."""
+        from_main(self.accelerator, lambda: self.watch(number, value))
 
     def _is_stale(self) -> bool:
         patience = self.config.train.patience

@@ -1,0 +1,90 @@
+"""`ordinalclip tune`: the values of some keys with which the validation MAE is smallest.
+
+    ordinalclip tune CONFIG --trials 30 output_dir=runs/tune train.lr=1e-5..1e-3:log model.drop_path=0..0.3
+
+A trial trains one run. The first ten cover the ranges evenly (a Sobol sequence), the others are drawn where earlier
+ones were good, by Optuna's TPE sampler (Bergstra et al., 2011). After every validation a trial is judged: one that has
+nothing better to show than the median of the others had at that point (Golovin et al., 2017) is pruned. --pruner
+hyperband (Li et al., 2018) prunes earlier and harder, --pruner none not at all. The value of a trial is the error that
+its model was chosen by; with --seeds K it is the mean of K runs, which evens out what is luck; pruned is by the first
+of them.
+
+key=low..high is a range, key=low..high:log one that is even in its logarithm, key=low..high:step=S one of steps,
+key=a|b|c are choices; any other key=value is an override. All are checked before anything runs. jobs=N and
+execution=dask://HOST:PORT say where trials run, as in a comparison.
+
+The search lives in output_dir. However it ends, the same command goes on with it: finished trials are not repeated,
+interrupted ones are resumed at their checkpoint, and a larger --trials adds some. One command at a time holds the
+folder. With jobs=1 the trials are the same however often they were interrupted; with more, what a trial is drawn from
+depends on which others have finished.
+
+Written: report.html, trials.csv, best.yaml (to train from), and trials/, a run folder each, of which only the best
+keeps its model. The test part is not read: `ordinalclip evaluate` with the best trial's folder does that, once. The
+smallest of many validation errors is smaller than what new pictures will show.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ordinalclip.quoting import printable
+from ordinalclip.run_folder import RunFolder
+from ordinalclip.tuning.plan import Outcome, TuningPlan, load_plan
+
+__all__ = ["Outcome", "TuningPlan", "load_plan", "run_plan", "tune"]
+
+
+def tune(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    trials: int = 20,
+    seeds: int = 1,
+    pruner: str = "median",
+    quiet: bool = False,
+) -> tuple[str, list[str]]:
+    """Search; see above.
+
+    Args:
+        path: a configuration; None for the defaults.
+        overrides: what is searched, keys of a run, and jobs and execution.
+        trials: how many there are to be, those of earlier calls included.
+        seeds: runs of each.
+        pruner: median, hyperband or none.
+
+    Returns:
+        what was found, in words; and what broke trials off.
+    """
+    started = time.monotonic()
+    plan = load_plan(path, overrides, trials, seeds, pruner)
+    found = run_plan(plan, quiet)
+    unit = plan.base.ranks.unit
+    setting = " ".join(f"{key}={value}" for key, value in found.setting.items())
+    lines = [
+        f"best of {found.num_trials} trials: validation MAE {found.validation_mae:.4g} {unit}".rstrip()
+        + f" with {setting}",
+        "the best of many by validation is an optimistic number; the test part has not been read:",
+        f"  ordinalclip evaluate {found.run}",
+        f"  ordinalclip train {plan.files.best}",
+        f"report: {plan.files.report} ({time.monotonic() - started:.0f} s this time)",
+    ]
+    return "\n".join(map(printable, lines)) + "\n", found.errors
+
+
+def run_plan(plan: TuningPlan, quiet: bool = False) -> Outcome:
+    """Run the trials that are missing and write what they come to.
+
+    Raises:
+        ImportError: no Optuna; ValueError: no validation part, another search in the folder, or no trial came to its
+            end, or several processes; FolderOccupied: the folder holds something else; FolderInUse: another job
+            searches there.
+        Preempted: SIGTERM or Ctrl-C came; what was running has stopped at a checkpoint, and the same call goes on.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a search is one process that starts others: set jobs=N instead of launching several")
+    from ordinalclip.tuning.trials import search  # which needs Optuna
+
+    with RunFolder(plan.folder).locked():
+        return search(plan, quiet)
