@@ -112,6 +112,16 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         OrdinalModel.from_pretrained(tmp_path, dytpe="auto")
 
 
+def test_convolutions_keep_their_memory_order(tmp_path):
+    """Channels last, which is faster, wherever an encoder comes from."""
+    model = OrdinalModel.build("tiny", RANKS, "l1")
+    model.save_pretrained(tmp_path)
+    for each in (model, model.deploy(), OrdinalModel.from_pretrained(tmp_path)):
+        weights = [w for w in each.encoder.parameters() if w.ndim == 4 and min(w.shape[1:]) > 1]
+        assert weights
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
 def test_dtype_of_a_loaded_model(tmp_path):
     perturbed("ordinalclip").save_pretrained(tmp_path)
     model = OrdinalModel.from_pretrained(tmp_path, dtype="bfloat16")
