@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ordinalclip.config import RunConfig
@@ -140,7 +140,7 @@ class Learner:
         """Stop before the update that would spoil the weights. With fp16 the scaler skips steps of infinite gradients.
 
         To ask a GPU whether its numbers are finite is to wait for it. There the update itself is told, on the device,
-        to leave the weights alone, and so are all after it; the answer is read when the next step is on its way.
+        to leave the weights alone, and the answer is read before the next update, when that step is on its way.
 
         Raises:
             Diverged: with step, what is not finite, learning rate and the rows of the batch.
@@ -149,33 +149,26 @@ class Learner:
         finite = torch.isfinite(torch.stack([value.detach().to(norm) for value in checked])).all()
         if not self.deferred:
             if not finite:
-                raise self._diverged(number, not_finite(terms, self.model), lr)
+                raise self._diverged(number, terms, norm, lr, self.model)
             return
-        spoilt = (~finite).float()
-        before = self.unchecked
-        if before is not None:
-            spoilt = torch.maximum(spoilt, before.spoilt)
-        self.optimizer.optimizer.found_inf = spoilt
+        self.optimizer.optimizer.found_inf = spoilt = (~finite).float()
+        self.settle()
         self.unchecked = _Unchecked(number, {name: term.detach() for name, term in terms.items()}, norm, lr, spoilt)
-        if before is not None:
-            self._read(before)
 
     def settle(self) -> None:
-        """What is deferred is read now, before weights are judged or numbers written.
+        """What is deferred is read now, before there is another update, weights are judged or numbers written.
 
         Raises:
             Diverged: see `step`.
         """
-        if self.unchecked is not None:
-            self._read(self.unchecked)
+        last = self.unchecked
+        if last is not None and last.spoilt.item():
+            raise self._diverged(last.number, last.terms, last.norm, last.lr)
 
-    def _read(self, unchecked: _Unchecked) -> None:
-        if not unchecked.spoilt.item():
-            return
-        what = not_finite(unchecked.terms) or [f"the norm of the gradient is {unchecked.norm.item()}"]
-        raise self._diverged(unchecked.number, what, unchecked.lr)
-
-    def _diverged(self, number: int, what: list[str], lr: float) -> Diverged:
+    def _diverged(
+        self, number: int, terms: dict[str, Tensor], norm: Tensor, lr: float, model: nn.Module | None = None
+    ) -> Diverged:
+        what = not_finite(terms, model) or [f"the norm of the gradient is {norm.item()}"]
         rows = ", ".join(self.train.names[row] for row in dict.fromkeys(self.rows_of(number)))
         return Diverged(f"step {number + 1}: {'; '.join(what)}; learning rate {lr:g}; rows of the batch: {rows}")
 
@@ -184,7 +177,7 @@ class _Unchecked(NamedTuple):
     """Numbers of a step that are still on their device.
 
     Attributes:
-        spoilt: 1 where any of them, or of an earlier step, is not finite.
+        spoilt: 1 where any of them is not finite.
     """
 
     number: int
