@@ -88,6 +88,32 @@ def test_where_seeds_share_no_picture_it_is_the_t_test_over_seeds():
     assert verdict.difference_interval == pytest.approx((low, high), rel=1e-3)
 
 
+def test_correction_against_a_plain_simulation():
+    """Equal methods whose means vary by seeds and by pictures alike: how often is a smallest p-value as small?"""
+    rng, num = np.random.default_rng(8), 6
+    errors = drawn(rng, pictures=200, methods=num, seed=0.06, rest=0.0)
+    errors[..., 3] += 0.25
+    verdicts = judged(errors, simulations=10_000)
+    gaps = errors.mean(axis=1) - errors.mean(axis=(1, 2))[:, None]  # (S, M) without what a seed does to all
+    by_seed = gaps.var(axis=0, ddof=1) / 3 * num / (num - 1)
+    pictures = errors.mean(axis=0) - errors.mean(axis=(0, 2))[:, None]  # nothing but pictures and seeds is planted
+    by_image = pictures.var(axis=0, ddof=1) / 200 * num / (num - 1)
+    smallest = []
+    for _ in range(3000):
+        seeds = rng.normal(0, (3 * by_seed) ** 0.5, (3, num)) + rng.normal(0, by_image**0.5)
+        first = seeds.mean(axis=0).argmin()
+        differences = np.delete(seeds - seeds[:, [first]], first, axis=1)
+        of_seeds = differences.var(axis=0, ddof=1) / 3
+        of_both = of_seeds + np.delete(by_image, first) + by_image[first]
+        t = differences.mean(axis=0) / of_both**0.5
+        smallest.append(behrens_fisher(t, of_seeds / of_both, 2, 199).min())
+    for verdict in list(verdicts.values())[1:]:
+        assert verdict.p_corrected == pytest.approx(np.mean(smallest <= np.float64(verdict.p)), abs=0.025)
+        assert verdict.p_corrected >= verdict.p
+    last = list(verdicts.values())[-1]
+    assert 2 * last.p < last.p_corrected < 0.5
+
+
 def test_pictures_that_recur_now_and_then_against_planted_variances():
     """Splits of one table, a third each, of other sizes: the estimates are right on average, by a loop over worlds."""
     rng, found, means = np.random.default_rng(4), [], []
