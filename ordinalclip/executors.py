@@ -221,6 +221,7 @@ class _Workers:
             with suppress(FileNotFoundError):
                 os.truncate(self.lease, 0)  # which stops them
             wait(self.running, timeout=GRACE + 10)
+            _close_idle(os.path.join(os.getcwd(), self.lease))
         finally:
             self.listening.__exit__(kind, *more)
         if self.told and kind is None:
@@ -402,7 +403,7 @@ def perform(task: Task) -> bytes:
     return answer
 
 
-_idle: list[Child] = []  # those of this process; they end by themselves when their lease does
+_idle: list[Child] = []  # those of this process; they end by themselves when their lease does, or sooner
 _guard = threading.Lock()
 
 
@@ -418,6 +419,14 @@ def _idle_child(task: Task) -> Child:
                 _idle.remove(child)
                 return child
     return Child(task)
+
+
+def _close_idle(lease_path: str) -> None:
+    """End those of a client that is in this process, too."""
+    with _guard:
+        for child in [child for child in _idle if child.lease.path == lease_path]:
+            _idle.remove(child)
+            child.close()
 
 
 class Lease:
