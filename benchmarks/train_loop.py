@@ -1,6 +1,7 @@
 """The trainer against a plain PyTorch loop doing the same: images per second of processor time.
 
-    python benchmarks/train_loop.py          # about four minutes on two cores
+    python benchmarks/train_loop.py              # about four minutes on two cores
+    python benchmarks/train_loop.py --serving --batch-size 256 --steps 5
 
 L1 on EfficientNet-Lite0 with random weights, JPEG files, batch 32, one thread, decoding in, one pass so that no decoded
 picture is seen twice. The plain loop is what one would write by hand: the same files, crops, layers, optimiser, rates
@@ -108,6 +109,34 @@ def ours(table: Path, backbone: str, size: int, steps: int, batch_size: int) -> 
     return sum(entry["processor_ms"] for entry in log[WARM_UP:]) / 1000 / (steps - WARM_UP)
 
 
+def serving(backbone: str, size: int, batch_size: int, batches: int, way: str) -> float:
+    """A model of `from_pretrained` encodes batches; processor seconds a batch.
+
+    Args:
+        way: "as loaded"; "contiguous", in the other memory order; "memory given back", without `keep_freed_memory`.
+    """
+    import torch
+
+    from ordinalclip import OrdinalModel, Ranks
+    from ordinalclip.memory import keep_freed_memory
+
+    if way != "memory given back":
+        keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Ranks.linear(0, 100, 101)
+        model = OrdinalModel.build(f"timm:{backbone}", ranks, "l1", load_weights=False, image_size=size)
+        model.save_pretrained(folder)
+        model = OrdinalModel.from_pretrained(folder)
+    if way == "contiguous":
+        model.to(memory_format=torch.contiguous_format)
+    pixels = torch.randn(batch_size, 3, size, size)
+    model.predict(pixels)
+    started = time.process_time()
+    for _ in range(batches):
+        model.predict(pixels)
+    return (time.process_time() - started) / batches
+
+
 def write_pictures(folder: Path, number: int, size: int) -> Path:
     """Gauges as JPEG files with a table, as people have them."""
     from ordinalclip.gauges import drawn_gauges
@@ -128,17 +157,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--serving", action="store_true", help="how fast what is loaded answers, instead")
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "TABLE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     shape = arguments.backbone, arguments.size, arguments.steps, arguments.batch_size
     if arguments.worker:
         kind, table = arguments.worker
+        if arguments.serving:
+            print(serving(arguments.backbone, arguments.size, arguments.batch_size, arguments.steps, kind))
+            return
         print((plain if kind == "plain" else ours)(Path(table), *shape))
         return
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         table = write_pictures(Path(folder), arguments.steps * arguments.batch_size, arguments.size)
-        seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+        kinds = ["contiguous", "memory given back", "as loaded"] if arguments.serving else ["plain", "ours"]
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(arguments.repeats):
             for kind, found in seconds.items():
                 command = [sys.executable, *sys.argv, "--worker", kind, str(table)]
@@ -154,11 +188,13 @@ def main() -> None:
         f"{arguments.size} px, {arguments.steps} steps of batch {arguments.batch_size}, {arguments.repeats} repeats, "
         "seed 1"
     )
-    ratios = [one / other for one, other in zip(seconds["plain"], seconds["ours"], strict=True)]
     for kind, found in seconds.items():
         each = f"{1000 * min(found):.0f} to {1000 * max(found):.0f}"
         print(f"{kind}: {arguments.batch_size / statistics.median(found):.1f} images per processor second ({each} ms)")
-    print(f"ours / plain: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    *others, last = seconds
+    for other in others:
+        ratios = [one / mine for one, mine in zip(seconds[other], seconds[last], strict=True)]
+        print(f"{last} / {other}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 if __name__ == "__main__":

@@ -140,6 +140,8 @@ class Ranks:
         >>> Ranks((0, 1), ("no", "yes")).say(0.7)
         'yes (0.7)'
         """
+        import torch
+
         rank = int(self.nearest(torch.tensor([value], dtype=torch.float64)))
         exact = _as_float32(value) == _as_float32(self.values[rank])  # as models compute
         if exact and self.worded:

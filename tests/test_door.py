@@ -11,6 +11,7 @@ import time
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
@@ -18,10 +19,11 @@ from transformers import AutoModel, AutoModelForImageClassification, pipeline
 import ordinalclip
 from ordinalclip import OrdinalModel, Ranks, gauges, shipped
 from ordinalclip.backbones import FAMILIES
-from ordinalclip.cli import COMMANDS, main, make_gauges
+from ordinalclip.cli import COMMANDS, main, make_gauges, tune
 from ordinalclip.config import load_config
 from ordinalclip.heads import available_heads, head_options
 from ordinalclip.signals import INTERRUPTED
+from ordinalclip.tuning.plan import Pruner
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
@@ -159,6 +161,10 @@ def test_quiet_stands_before_or_after_the_command(tmp_path, monkeypatch):
     ):
         assert main(words) == 0
     assert seen == [(False, False), (True, False), (True, False), (False, True)]
+
+
+def test_tune_knows_the_pruners():
+    assert get_args(Pruner) == tune.PRUNERS
 
 
 def test_make_gauges_knows_the_gauges():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
+import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,11 @@ class Seen(NamedTuple):
 
 def play(case: Case, folder: Path) -> Seen:
     """Lay out a case's files in an empty folder, and run its command there."""
-    with contextlib.chdir(folder), tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(folder))
+        out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+        # a case that lets no file grow, and then fails, must not do so to those after it
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE))
         words = case.arrange(folder)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
