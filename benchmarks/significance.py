@@ -1,6 +1,6 @@
 """How often the stars of a comparison are wrong: simulated comparisons with planted effects of pictures and seeds.
 
-    python benchmarks/significance.py                   # the tables in results/significance, 20 minutes
+    python benchmarks/significance.py                   # the tables in results/significance, 6 minutes
     python benchmarks/significance.py --repeats 50      # a first look
 
 An error is mean + picture + method x picture + method x seed + rest; all are normal. Rates are those of what a table

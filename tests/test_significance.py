@@ -1,9 +1,13 @@
 """Whose errors are larger beyond these seeds and pictures, and how often equal methods get a star all the same."""
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from ordinalclip.results.leaderboard import Leaderboard
 from ordinalclip.results.significance import Covariances, behrens_fisher, judge
 
 SLOW = pytest.mark.slow
@@ -187,3 +191,24 @@ def test_errors_of_other_images_are_refused():
         judge({"a": [np.ones(3)], "b": [np.ones(4)]}, [[1, 2, 3]])
     with pytest.raises(ValueError, match="errors on the same images"):
         judge({"a": [np.ones(3)], "b": [np.ones(3), np.ones(3)]}, [[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "worse", "sentence"),
+    [
+        (3, (), "These 3 seeds and 500 pictures tell no difference between m0 and m1, m2 or m3."),
+        (3, (3,), "m0 is better than m3 (p < 0.05); these 3 seeds and 500 pictures do not tell it from m1 or m2."),
+        (3, (1, 2, 3), "m0 is better than m1, m2 and m3 (p < 0.05)."),
+        (2, (3,), "With 2 seeds nothing can be said about methods, only about these runs: .* 3 seeds are the least."),
+        (1, (3,), "With one seed nothing can be said about methods, only about these runs: .* 3 seeds are the least."),
+    ],
+)
+def test_the_sentence_below_a_table(seeds, worse, sentence):
+    errors = drawn(np.random.default_rng(9), seeds=seeds, methods=4, seed=0.05)
+    errors[..., 0] -= 0.1  # first, but by no more than three seeds could bring
+    errors[..., list(worse)] += 3 + np.arange(len(worse))
+    images = [list(range(500))] * seeds
+    board = Leaderboard.__new__(Leaderboard)
+    board.verdicts = judged(errors, images, simulations=2000)
+    board.entries = [SimpleNamespace(name=f"m{k}", folders=[None] * seeds, images=images) for k in range(4)]
+    assert re.fullmatch(sentence.replace("(", r"\(").replace(")", r"\)"), board.claim)
