@@ -93,7 +93,8 @@ def test_another_input_size(spec, tmp_path):
             assert torch.allclose(features, own(pixels), atol=1e-5 * features.abs().max().item())
         elif spec == "timm:resnet10t":  # convolutions take any size
             torch.manual_seed(0)
-            assert torch.equal(features, load_backbone(spec).encoder.eval()(pixels))
+            own = load_backbone(spec).encoder.eval()(pixels)  # in another memory order: not bit for bit
+            assert torch.allclose(features, own, atol=1e-6 * own.abs().max().item())
     model.save_pretrained(tmp_path / "model")
     loaded = OrdinalModel.from_pretrained(tmp_path / "model")
     assert torch.allclose(loaded(pixels).logits, model(pixels).logits, atol=1e-4)
