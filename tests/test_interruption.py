@@ -87,7 +87,7 @@ def signalled(monkeypatch, where, number):
         (["predict", "x.png", "--model", "run"], "ordinalclip.images.find_images"),
         (["make-gauges", "out"], "ordinalclip.gauges.drawn_gauges"),
         (["convert", "a.pt", "out"], "ordinalclip.convert.convert"),
-        (["report", "run"], "ordinalclip.run_folder.RunFolder.read_metrics"),
+        (["report", "run"], "ordinalclip.results.comparison.is_comparison"),
         (["evaluate", "run"], "ordinalclip.runs.evaluate_run"),
     ],
 )
