@@ -578,7 +578,7 @@ def _options_left(method: Any, merged: dict[str, Any], below: Sequence[Layer]) -
         known = head_options(method)
     except ValueError:  # which the configuration says in its turn
         return given
-    for key in given.keys() - known.keys():
+    for key in sorted(given.keys() - known.keys()):
         name = next(layer.name for layer in reversed(below) if key in (layer.content.get("head") or {}))
         logger.warning("head.%s of %s is not an option of method %s: left out", key, name, method)
     return {key: value for key, value in given.items() if key in known}
