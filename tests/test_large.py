@@ -293,6 +293,7 @@ def test_sorting_needs_no_labels():
         (lambda: large.signed_distances(np.ones((2, 4, 3)), np.zeros((4, 3))), "direction has length 0"),
         (lambda: large.signed_distances(np.ones((2, 1, 1)), [[math.nan]]), "normals must be finite; row 0"),
         (lambda: large.signed_distances(np.ones((2, 1, 1)), [[1.0]], math.inf), "intercept must be finite"),
+        (lambda: large.signed_distances([[[1.0], [1.0, 2.0]]], [[1.0]]), "codes must be one array of numbers"),
         (lambda: large.signed_distances([[["a"]]], [[1.0]]), "codes must be real numbers"),
         (lambda: large.signed_distances(np.ones((2, 1, 1)) * 1j, [[1.0]]), "codes must be real numbers"),
         (lambda: large.signed_distances(np.ones((0, 1, 1)), [[1.0]]), "not empty"),

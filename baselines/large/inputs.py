@@ -21,10 +21,13 @@ def numbers(given: ArrayLike | Tensor, name: str, axes: str) -> Tensor:
         ValueError: other axes, an empty one, no real numbers, or one that is not finite.
     """
     if not isinstance(given, Tensor):
-        array = np.array(given)
+        try:
+            array = np.array(given)
+        except (ValueError, TypeError) as error:  # rows of different length, tensors on a GPU
+            raise ValueError(f"{name} must be one array of numbers ({error})") from error
         if array.dtype.kind not in "fiub":
             raise ValueError(f"{name} must be real numbers, got {array.dtype}")
-        given = torch.from_numpy(array.astype(_native(array.dtype)))
+        given = torch.from_numpy(array.astype(_native(array.dtype), copy=False))
     if given.is_complex():
         raise ValueError(f"{name} must be real numbers, got {given.dtype}")
     wanted = axes.split()

@@ -182,9 +182,9 @@ def convert(codes: ArrayLike | Tensor, source: Layout, target: Layout, generator
     >>> convert([[[1.0, 2.0]]], Layout("w", (2,)), Layout("w+", (2, 2, 2))).tolist()
     [[[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]]
     """
-    codes = source.check(codes)
+    points = source.check(codes)
     if source == target:
-        return codes
+        return points
     order = get_args(Space)
     back = (source.space, target.space) == ("w+", "w")
     if not back and order.index(source.space) >= order.index(target.space):
@@ -192,16 +192,16 @@ def convert(codes: ArrayLike | Tensor, source: Layout, target: Layout, generator
     if generator is None and (source.space == "z" or target.space == "s"):
         raise ValueError(f"{source} -> {target} goes through the generator: pass generator=")
     if generator is not None and (own := next(generator.parameters(), None)) is not None:
-        codes = codes.to(own)
+        points = points.to(own)
     if source.space == "z":
-        codes = _module(generator, "style")(codes[:, 0])[:, None]
+        points = _module(generator, "style")(points[:, 0])[:, None]
     elif back:
-        codes = _without_layers(codes)
+        points = _without_layers(points)
     if target.space == "w+":
-        codes = codes.expand(-1, len(target.widths), -1).contiguous()
+        points = points.expand(-1, len(target.widths), -1).contiguous()
     elif target.space == "s":
-        codes = _to_styles(codes, target, generator)
-    return target.check(codes)
+        points = _to_styles(points, target, generator)
+    return target.check(points)
 
 
 def read_codes(file: str | Path, layout: Layout) -> Tensor:
