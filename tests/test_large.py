@@ -14,6 +14,9 @@ from torch import nn
 
 from baselines import large
 from baselines.large import Layout, layout
+from baselines.large.head import LatentRegressor
+from ordinalclip.heads import HeadContext, Targets, build_head
+from ordinalclip.ranks import Ranks
 
 
 def normal(*shape, seed=0):
@@ -533,9 +536,10 @@ def test_extremes_that_show_nothing(codes, scores, options, message):
 
 
 def encode(texts):
-    """Features of 3 numbers: words counted, so that their mean over templates is known; not of unit length."""
-    words = ("young", "old", "photo")
-    return torch.tensor([[2.0 * text.split().count(word) + 0.5 for word in words] for text in texts]).double()
+    """Features of 3 numbers: words counted, each with a weight of its own, so that no two have the same length."""
+    words = {"young": 5.0, "old": 1.0, "photo": 2.0}
+    counts = [[weight * text.split().count(word) + 0.5 for word, weight in words.items()] for text in texts]
+    return torch.tensor(counts).double()
 
 
 def test_text_direction_against_loops():
@@ -815,3 +819,114 @@ def test_two_labels_suffice_where_the_direction_is_known():
     slope, offset = large.calibrate(distances[few], values[few])
     errors = np.abs(slope * distances[1500:].numpy() + offset - values[1500:])
     assert errors.mean() < 0.5 * np.abs(values[1500:] - np.median(values[1500:])).mean()
+
+
+# The head, on layer-wise features
+
+
+def part(num, seed, num_layers=4, width=8):
+    """Outputs and targets whose label is a line along a direction of all layers, but for noise of 1."""
+    truth = normal(num_layers, width, seed=3)
+    codes = normal(num, num_layers, width, seed=seed)
+    values = 40 + 12 * (codes * truth).sum(axis=(1, 2)) / np.linalg.norm(truth) + normal(num, seed=seed + 1)
+    values = torch.tensor(np.clip(values, 0, 100)).float()
+    return torch.tensor(codes).float(), Targets(values, Ranks(range(101)).nearest(values))
+
+
+def context(**options):
+    return HeadContext(Ranks(range(101)), 8, label_mean=40.0, label_std=12.0, **options)
+
+
+def regressor(**options):
+    return build_head("baselines.large.head:LatentRegressor", context(), options)
+
+
+def fitted(features, targets, **options):
+    head = regressor(**options)
+    head.fit((head(features), targets), None)
+    return head
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"budget": 2},
+        {"layers": "separate"},
+        {"layers": "separate", "penalty": "ridge", "budget": 20},
+        {"penalty": "elastic_net", "strength": 0.01},
+    ],
+)
+def test_the_head_reads_values_off_the_distance(options):
+    train, targets = part(1500, seed=10)
+    test, wanted = part(300, seed=20)
+    head = fitted(train, targets, share=0.1, **options)
+    errors = (head.predict(head(test)).value - wanted.values).abs()
+    constant = (wanted.values - targets.values.median()).abs().mean()
+    assert errors.mean() < 0.4 * constant
+    assert head.loss(head(test), wanted)["loss"] == pytest.approx(errors.mean().item() / 12, rel=1e-4)
+
+
+def test_the_head_is_its_parts():
+    train, targets = part(400, seed=10)
+    head = fitted(train, targets, share=0.1, budget=5, seed=3, unit_length=True)
+    codes = train / train.norm(dim=2, keepdim=True)
+    found = large.direction_from_extremes(codes, targets.values, share=0.1, seed=3).normal
+    distances = large.weighted_distance(large.signed_distances(codes, found))
+    rows = large.spread_out(distances, 5, seed=3)
+    slope, offset = large.calibrate(distances[rows], targets.values[rows])
+    assert_allclose(head.predict(head(train)).value, slope * distances + offset, rtol=1e-4)
+    assert_allclose(head.space(train).mean(dim=1), distances, atol=1e-5)
+
+
+def test_before_fit_the_answer_is_the_mean_and_after_loading_the_same():
+    train, targets = part(400, seed=10)
+    head = fitted(train, targets, share=0.1)
+    fresh = regressor(share=0.1)
+    assert fresh.needs_fit
+    assert not list(fresh.parameters())
+    assert fresh.predict(fresh(train[:3])).value.tolist() == [40.0] * 3
+    assert fresh.space(train[:3]).shape == (3, 32)
+    fresh.load_state_dict(head.state_dict())
+    assert torch.equal(fresh.predict(fresh(train)).value, head.predict(head(train)).value)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fresh.load_state_dict({**head.state_dict(), "slopes": torch.zeros(3)})
+
+
+def texts(sentences):
+    return torch.tensor([[float("old" in text), float("young" in text), 1.0] for text in sentences])
+
+
+def test_a_text_direction_counts_in_the_last_layer_alone():
+    options = {"direction": "text", "source": "a young face", "target": "an old face"}
+    head = LatentRegressor(context(text=texts, shared_space=True), **options)
+    train, targets = part(50, seed=1)
+    train[:, -1, 3:] = 0  # the last layer is narrower than the others
+    head.fit((head(train), targets), None)
+    assert not head.normals[:-1].any()
+    assert_allclose(head.normals[-1], [2**-0.5, -(2**-0.5), 0, 0, 0, 0, 0, 0], rtol=1e-6)
+    served = LatentRegressor(context(), **options)
+    served.load_state_dict(head.state_dict())
+    assert torch.equal(served.predict(served(train)).value, head.predict(head(train)).value)
+    with pytest.raises(ValueError, match="needs a backbone with a text tower"):
+        LatentRegressor(context(), **options).fit((head(train), targets), None)
+    with pytest.raises(ValueError, match="of the same CLIP"):
+        LatentRegressor(context(text=texts, shared_space=False), **options)
+    with pytest.raises(ValueError, match=r"needs head\.source and head\.target"):
+        LatentRegressor(context(), direction="text", source="young")
+
+
+def test_bad_options_of_the_head():
+    for options, message in (
+        ({"budget": 1}, "budget"),
+        ({"share": 0.7}, "share"),
+        ({"penalty": "l2"}, "penalty"),
+        ({"direction": "sefa"}, "direction"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            regressor(**options)
+    train, targets = part(20, seed=1)
+    with pytest.raises(ValueError, match="budget must be between 1 and the size of the pool, 20; got 21"):
+        fitted(train, targets, share=0.1, budget=21)
+    with pytest.raises(ValueError, match="do not tell two ends apart"):
+        fitted(train, Targets(torch.full((20,), 5.0), torch.full((20,), 5)))
