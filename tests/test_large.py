@@ -2,7 +2,9 @@
 whose answers are known."""
 
 import math
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -819,6 +821,20 @@ def test_two_labels_suffice_where_the_direction_is_known():
     slope, offset = large.calibrate(distances[few], values[few])
     errors = np.abs(slope * distances[1500:].numpy() + offset - values[1500:])
     assert errors.mean() < 0.5 * np.abs(values[1500:] - np.median(values[1500:])).mean()
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "large.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    codes, normals = normal(30, 18, 512), normal(18, 512, seed=1)
+    np.save(tmp_path / "codes.npy", codes.reshape(30, -1).astype("f4"))
+    np.save(tmp_path / "age.npy", normals)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert_allclose(names["ages"][names["rows"]], [23, 61], rtol=1e-4)
+    order = np.argsort(np.einsum("nld,ld->n", codes, normals))
+    assert np.argsort(names["ages"].numpy()).tolist() in (order.tolist(), order[::-1].tolist())
 
 
 # The head, on layer-wise features
