@@ -4,8 +4,9 @@
     python benchmarks/large_gan.py --out FOLDER --pictures 32000     # less, or more than before
 
 FOLDER gets `generator.pt` and `encoder.pt`, in the public layouts that `baselines.large.stylegan2.load_generator` and
-`baselines.large.e4e.load_encoder` read, `samples-*.png` and `encoded-*.png` to look at (rows of pictures in pairs: drawn
-above, encoded below), and `gan-state.pt` and `encoder-state.pt`, from which it resumes bit for bit.
+`baselines.large.e4e.load_encoder` read; `samples-*.png` and `encoded-*.png` to look at (in the latter every second row
+is what the generator makes of the codes of the row above it); and `gan-state.pt` and `encoder-state.pt`, from which it
+resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Settings:
     rate: float = 2e-3
     r1: float = 10.0  # weight of the gradient penalty, halved as in the paper
     r1_every: int = 16  # steps
+    fresh_noise: bool = False  # drawn for every picture in training; a calm gauge has nothing that noise could draw
     mixing: float = 0.5  # share of pictures whose rows come from two codes
     encoder_rate: float = 1e-3
     feature_weight: float = 0.5
@@ -95,9 +97,7 @@ class GAN:
     def __init__(self, settings: Settings) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.step = settings, 0
-        self.generator = Generator(
-            settings.size, settings.style_dim, settings.n_mlp, channels=settings.channels
-        )
+        self.generator = Generator(settings.size, settings.style_dim, settings.n_mlp, channels=settings.channels)
         self.discriminator = Discriminator(settings.size, channels=settings.channels)
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
         lazy = settings.r1_every / (settings.r1_every + 1)  # the penalty is a step of its own every so often
@@ -135,7 +135,7 @@ class GAN:
 
     def pictures(self) -> Tensor:
         codes = sampled_codes(self.generator, self.settings.batch_size, self.settings.mixing)
-        return self.generator(codes, fresh_noise=True)
+        return self.generator(codes, self.settings.fresh_noise)
 
     @staticmethod
     def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -223,7 +223,13 @@ class Encoding:
     def look(self, file: Path) -> None:
         """Write 32 gauges that were not trained on, each with its reconstruction below it."""
         pictures, _ = drawn(self.settings, EVALUATION, 32)
-        pairs = torch.stack([pictures.view(4, 8, *pictures.shape[1:]), self.generator(self.codes(pictures)).view(4, 8, *pictures.shape[1:])], dim=1)
+        pairs = torch.stack(
+            [
+                pictures.view(4, 8, *pictures.shape[1:]),
+                self.generator(self.codes(pictures)).view(4, 8, *pictures.shape[1:]),
+            ],
+            dim=1,
+        )
         write_sheet(file, pairs.flatten(0, 2))
 
     @torch.no_grad()
@@ -317,7 +323,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4_000, help="pictures between checkpoints and sheets")
     parser.add_argument("--threads", type=int, default=1)
     for name, default in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        kind = argparse.BooleanOptionalAction if isinstance(default, bool) else None
+        option = {"action": kind} if kind else {"type": type(default)}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **option)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     settings = Settings(**{name: getattr(arguments, name) for name in asdict(Settings())})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ class Encoder(nn.Module):
         style_dim: D.
         input_size: of the pictures that are encoded, 32 or more; the public encoders take 256 px whatever `size` is.
         units: residual units in each of the four stages.
-        widths: their channels.
+        widths: their channels, in each stage other ones.
         differences: rows are the first row plus what their heads give, as in e4e; else pSp's, each by itself.
 
     Raises:
@@ -102,8 +103,11 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         rows = num_rows(size)
+        if any(a == b for a, b in pairwise(widths)):  # a file would not say where one stage ends
+            raise ValueError(f"widths are {tuple(widths)}; neighbouring stages must have different numbers of channels")
         if input_size < 32 or input_size & (input_size - 1):
             raise ValueError(f"input_size is {input_size!r}; it must be a power of two from 32 on")
+        self.num_rows, self.style_dim = rows, style_dim
         self.input_size, self.differences = input_size, differences
         self.input_layer = nn.Sequential(
             nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.PReLU(widths[0])
@@ -135,9 +139,7 @@ class Encoder(nn.Module):
         fine, middle, coarse = levels
         middle = _enlarged(coarse) + self.latlayer1(middle)
         fine = _enlarged(middle) + self.latlayer2(fine)
-        rows = [
-            head(coarse if i < COARSE else middle if i < MIDDLE else fine) for i, head in enumerate(self.styles)
-        ]
+        rows = [head(coarse if i < COARSE else middle if i < MIDDLE else fine) for i, head in enumerate(self.styles)]
         if self.differences:
             rows = rows[:1] + [rows[0] + row for row in rows[1:]]
         return torch.stack(rows, dim=1)
@@ -169,7 +171,7 @@ def load_encoder(file: str | Path) -> tuple[Encoder, Tensor]:
     with limited(file, state):
         encoder = _fitting(file, state, differences=TYPES[options["encoder_type"]])
     fill(file, encoder, state)
-    rows, style_dim = len(encoder.styles), encoder.styles[0].linear.weight.shape[0]
+    rows, style_dim = encoder.num_rows, encoder.style_dim
     offset = torch.zeros(rows, style_dim)
     if options.get("start_from_latent_avg", True):
         mean = content.get("latent_avg")
@@ -191,7 +193,8 @@ def _fitting(file: str | Path, state: dict[str, Tensor], differences: bool) -> E
             raise ValueError(f"{file}: encoder.{name} is missing, or has not {ndim} dimensions: no encoder to W+")
     rows = len({name.split(".")[1] for name in state if name.startswith("styles.")})
     halvings = sum(name.startswith("styles.0.convs.") and name.endswith("weight") for name in state)
-    widths, units = [], []
+    widths: list[int] = []
+    units: list[int] = []
     for i in range(len({name.split(".")[1] for name in state if name.startswith("body.")})):
         weight = state.get(f"body.{i}.res_layer.1.weight")
         if weight is None or weight.ndim != 4:

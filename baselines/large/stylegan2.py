@@ -266,11 +266,10 @@ class Generator(nn.Module):
 
         A picture layer shares its row with the first convolution of the next resolution.
         """
-        order = [(self.conv1.conv, 0), (self.to_rgb1.conv, 1)]
+        order: list[tuple[Any, int]] = [(self.conv1, 0), (self.to_rgb1, 1)]
         for i, to_rgb in enumerate(self.to_rgbs):
-            order += [(self.convs[2 * i].conv, 2 * i + 1), (self.convs[2 * i + 1].conv, 2 * i + 2)]
-            order += [(to_rgb.conv, 2 * i + 3)]
-        return order
+            order += [(self.convs[2 * i], 2 * i + 1), (self.convs[2 * i + 1], 2 * i + 2), (to_rgb, 2 * i + 3)]
+        return [(layer.conv, row) for layer, row in order]
 
     def styles(self, codes: Tensor) -> list[Tensor]:
         """The S codes of codes in W (B, D) or W+ (B, rows, D): a tensor (B, channels) for every modulated layer.
