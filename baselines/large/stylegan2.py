@@ -440,7 +440,7 @@ def _fitting(file: str | Path, state: Mapping[str, Tensor]) -> Generator:
         raise ValueError(f"{file}: to_rgbs and convs are not those of a generator of {MIN_SIZE} to {MAX_SIZE} px")
     # Above 32 px there are 16384 / size times the multiplier, unless that is more than the cap.
     multiplier = max(1, math.ceil(last.shape[1] * size / 16384)) if size > 32 else 2
-    return Generator(size, state["style.1.weight"].shape[1], n_mlp, multiplier, cap if cap != 512 else None)
+    return Generator(size, state["style.1.weight"].shape[1], n_mlp, multiplier, cap)
 
 
 def limited(file: str | Path, state: Mapping[str, Tensor]) -> AbstractContextManager[None]:
