@@ -5,8 +5,8 @@
 
 FOLDER gets `generator.pt` and `encoder.pt`, in the public layouts that `baselines.large.stylegan2.load_generator` and
 `baselines.large.e4e.load_encoder` read; `samples-*.png` and `encoded-*.png` to look at (in the latter every second row
-is what the generator makes of the codes of the row above it); and `gan-state.pt` and `encoder-state.pt`, from which it
-resumes bit for bit.
+is what the generator makes of the codes of the row above it); and `gan-state.pt` and `encoder-state-*.pt`, from which
+it resumes bit for bit. An encoder belongs to a generator, so after more pictures a new one is trained.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from baselines.large.e4e import Encoder
 from baselines.large.stylegan2 import Discriminator, Generator
 from ordinalclip import gauges
 from ordinalclip.backbones import load_backbone
-from ordinalclip.files import whole
+from ordinalclip.files import lock, whole
 
 UNITS, WIDTHS = (1, 1, 1, 1), (16, 32, 48, 64)  # of the encoder
 HALF_LIFE = 10_000  # of the running average, in pictures, and at most `RAMP` of those seen so far
@@ -51,7 +51,6 @@ class Settings:
     rate: float = 2e-3
     r1: float = 10.0  # weight of the gradient penalty, halved as in the paper
     r1_every: int = 16  # steps
-    fresh_noise: bool = False  # drawn for every picture in training; a calm gauge has nothing that noise could draw
     mixing: float = 0.5  # share of pictures whose rows come from two codes
     encoder_rate: float = 1e-3
     feature_weight: float = 0.5
@@ -135,7 +134,7 @@ class GAN:
 
     def pictures(self) -> Tensor:
         codes = sampled_codes(self.generator, self.settings.batch_size, self.settings.mixing)
-        return self.generator(codes, self.settings.fresh_noise)
+        return self.generator(codes, fresh_noise=True)
 
     @staticmethod
     def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -283,12 +282,11 @@ def run(training: GAN | Encoding, file: Path, steps: int, every: int, look: Call
     """Train up to `steps` in all, save and look every so many, and say how it goes."""
     if file.exists():
         load_state(file, training)
-    batch_size, sums, number = training.settings.batch_size, {}, 0
+    batch_size, sums = training.settings.batch_size, {}
     began, processor, first = time.perf_counter(), time.process_time(), training.step
     while training.step < steps:
         for name, loss in training.train_step().items():
             sums.setdefault(name, []).append(loss)
-        number += 1
         if training.step % every == 0 or training.step == steps:
             seen = (training.step - first) * batch_size
             wall, own = time.perf_counter() - began, time.process_time() - processor
@@ -299,7 +297,7 @@ def run(training: GAN | Encoding, file: Path, steps: int, every: int, look: Call
                 f"{training.step * batch_size:7d} pictures: {losses}; {seen / wall:.0f} pictures per second, "
                 f"{seen / own:.0f} per second of processor time"
             )
-            sums, number = {}, 0
+            sums = {}
 
 
 def write_models(folder: Path, encoding: Encoding) -> None:
@@ -323,33 +321,27 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4_000, help="pictures between checkpoints and sheets")
     parser.add_argument("--threads", type=int, default=1)
     for name, default in asdict(Settings()).items():
-        kind = argparse.BooleanOptionalAction if isinstance(default, bool) else None
-        option = {"action": kind} if kind else {"type": type(default)}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **option)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     settings = Settings(**{name: getattr(arguments, name) for name in asdict(Settings())})
     arguments.out.mkdir(parents=True, exist_ok=True)
     every = max(1, arguments.every // settings.batch_size)
 
-    gan = GAN(settings)
-    steps = arguments.pictures // settings.batch_size
-    for line in run(
-        gan, arguments.out / "gan-state.pt", steps, every, lambda n: gan.look(arguments.out / f"samples-{n:07d}.png")
-    ):
-        print(line, flush=True)
+    with lock(arguments.out / "run.lock"):
+        train(settings, arguments.out, arguments.pictures, arguments.encoder_pictures, every)
 
-    encoding = Encoding(settings, gan.average)
-    steps = arguments.encoder_pictures // settings.batch_size
-    for line in run(
-        encoding,
-        arguments.out / "encoder-state.pt",
-        steps,
-        every,
-        lambda n: encoding.look(arguments.out / f"encoded-{n:07d}.png"),
-    ):
+
+def train(settings: Settings, out: Path, pictures: int, encoder_pictures: int, every: int) -> None:
+    """Train what is not trained yet, write the models, and print how good they are; `every` is in steps."""
+    gan, steps = GAN(settings), pictures // settings.batch_size
+    for line in run(gan, out / "gan-state.pt", steps, every, lambda n: gan.look(out / f"samples-{n:07d}.png")):
         print(line, flush=True)
-    write_models(arguments.out, encoding)
+    encoding, steps = Encoding(settings, gan.average), encoder_pictures // settings.batch_size
+    file = out / f"encoder-state-{gan.step * settings.batch_size:07d}.pt"
+    for line in run(encoding, file, steps, every, lambda n: encoding.look(out / f"encoded-{n:07d}.png")):
+        print(line, flush=True)
+    write_models(out, encoding)
     print(", ".join(f"{name} {number:.2f}" for name, number in encoding.quality().items()))
 
 

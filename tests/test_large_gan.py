@@ -131,7 +131,35 @@ def test_other_settings_do_not_go_on(script, settings, tmp_path):
         script.load_state(tmp_path / "state.pt", script.GAN(replace(settings, r1=1.0)))
 
 
-def test_the_average_follows_and_the_discriminator_learns_only_in_its_steps(script, settings):
+def test_a_step_is_of_the_discriminator_then_of_its_penalty_every_so_often_then_of_the_generator(
+    script, settings, monkeypatch
+):
+    gan = script.GAN(settings)
+    descents = []
+
+    def recorded(optimizer, loss):
+        open_to_learning = all(p.requires_grad for p in gan.discriminator.parameters())
+        descents.append((optimizer, loss.item(), open_to_learning))
+
+    monkeypatch.setattr(gan, "descend", recorded)  # nothing is learned, so that the losses can be computed afterwards
+    for _ in range(2):
+        gan.train_step()
+    optimizers = [optimizer for optimizer, _, _ in descents]
+    assert optimizers == [gan.d_optimizer] * 2 + [gan.g_optimizer, gan.d_optimizer, gan.g_optimizer]
+    assert [learns for _, _, learns in descents] == [True, True, False, True, False]
+    real, _ = script.drawn(settings, 0, 4)
+    penalty = script.gradient_penalty(gan.discriminator, real).item()
+    assert descents[1][1] == pytest.approx(10 / 2 * 2 * penalty)  # r1 / 2, and as many times more as it is rarer
+    torch.manual_seed(0)
+    fake = gan.pictures()
+    logits = [gan.discriminator(pictures).detach().double().numpy() for pictures in (real, fake)]
+    expected = np.log1p(np.exp(-logits[0])).mean() + np.log1p(np.exp(logits[1])).mean()
+    assert descents[0][1] == pytest.approx(expected, rel=1e-4)
+    fake = gan.discriminator(gan.pictures()).detach().double().numpy()
+    assert descents[2][1] == pytest.approx(np.log1p(np.exp(-fake)).mean(), rel=1e-4)
+
+
+def test_the_average_follows_with_a_half_life_in_pictures(script, settings):
     gan = script.GAN(settings)
     before = [p.clone() for p in gan.average.parameters()]
     with torch.no_grad():
@@ -142,12 +170,10 @@ def test_the_average_follows_and_the_discriminator_learns_only_in_its_steps(scri
     keep = 0.5 ** (4 / 10_000)
     for old, mean in zip(before, gan.average.parameters(), strict=True):
         torch.testing.assert_close(mean, old + (1 - keep), rtol=1e-4, atol=1e-5)
-    gan.step = 1
-    gan.train_step()
-    assert all(p.requires_grad for p in gan.discriminator.parameters())
     assert not any(p.requires_grad for p in gan.average.parameters())
 
 
+@pytest.mark.slow
 def test_the_script_leaves_what_the_readers_read(script, tmp_path, monkeypatch, capsys):
     small = "--style-dim 8 --n-mlp 2 --channels 8 --batch-size 4 --pictures 8 --encoder-pictures 8 --every 4"
     monkeypatch.setattr(sys, "argv", ["large_gan.py", "--out", str(tmp_path), *small.split()])

@@ -290,9 +290,7 @@ def test_sizes_that_are_no_powers_of_two_are_refused(size):
             build(size)
 
 
-@pytest.mark.parametrize(
-    "arguments", [(32, 16, 2, 2, 8), (64, 16, 3, 2, 24), (256, 16, 2, 1, 80), (256, 16, 2, 2, 80)]
-)
+@pytest.mark.parametrize("arguments", [(32, 16, 2, 2, 8), (64, 16, 3, 2, 24), (256, 16, 2, 1, 80), (256, 16, 2, 2, 80)])
 def test_a_public_file_loads(tmp_path, arguments):
     with torch.random.fork_rng():
         torch.manual_seed(7)
