@@ -168,7 +168,7 @@ def test_tune_knows_the_pruners():
 
 
 def test_make_gauges_knows_the_gauges():
-    for name in ("KINDS", "MAX_IMAGES", "MAX_SEED", "MIN_SIZE", "MAX_SIZE"):
+    for name in ("KINDS", "STYLES", "MAX_IMAGES", "MAX_SEED", "MIN_SIZE", "MAX_SIZE"):
         assert getattr(make_gauges, name) == getattr(gauges, name)
 
 

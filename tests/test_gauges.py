@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import ordinalclip
-from ordinalclip.gauges import COLOURS, KINDS, TEMPLATES, UNSEEN, draw, make_gauges
+from ordinalclip.gauges import COLOURS, KINDS, STYLES, TEMPLATES, UNSEEN, draw, drawn_gauges, make_gauges
 
 ASSET = Path(ordinalclip.__file__).parent / "assets" / "tiny-clip"
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tiny_clip.py"
@@ -39,6 +40,59 @@ def test_an_image_depends_neither_on_how_many_nor_on_which_kinds_are_asked_for()
     short, long = make_gauges("bar", 2, seed=1), make_gauges(["tank", "bar"], 5, seed=1)[5:]
     assert [image.tobytes() for image in short["image"]] == [image.tobytes() for image in long["image"]][:2]
     assert short["value"][:] == long["value"][:2]
+
+
+def test_the_varied_style_is_drawn_as_ever():
+    """Of the pictures that the shipped CLIP and all results are from; another Pillow may round edges differently."""
+    known = {
+        "dial": 2624422333,
+        "tank": 3268927672,
+        "bar": 627296591,
+        "pie": 3504927491,
+        "clock": 1289430390,
+        "counter": 1049345091,
+        "thermometer": 2992343371,
+        "slider": 156770125,
+    }
+    assert {k: zlib.crc32(b"".join(p.tobytes() for p, _ in drawn_gauges(k, 3, seed=7))) for k in KINDS} == known
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_calm_gauge_stands_alone_and_always_in_the_same_place(kind):
+    varied, calm = (list(drawn_gauges(kind, 30, 2, 32, style)) for style in STYLES)
+    assert [value for _, value in varied] == [value for _, value in calm]
+    pictures = np.stack([np.asarray(picture, dtype=int) for picture, _ in calm])
+    corners = pictures[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners == corners[:, :1, :1]).all()  # one grey
+    assert len(np.unique(corners[:, 0, 0])) > 5
+    box = {
+        "dial": (1, 31, 1, 31),
+        "clock": (1, 31, 1, 31),
+        "counter": (7, 25, 1, 31),
+        "slider": (8, 25, 1, 31),
+        "thermometer": (1, 31, 9, 24),
+        "tank": (1, 31, 4, 31),
+        "bar": (8, 27, 1, 31),
+        "pie": (1, 31, 1, 31),
+    }[kind]
+    inside = np.zeros((32, 32), dtype=bool)
+    inside[box[0] : box[1], box[2] : box[3]] = True
+    assert (pictures[:, ~inside] == corners[:, :1]).all()
+    assert (pictures[:, inside].std(axis=1) > 20).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_varies_in_calm_pictures_is_mostly_the_reading(kind):
+    """Neighbours in pixels are neighbours in value more often than in the varied style, where they are not by far."""
+    errors = []
+    for style in STYLES:
+        pictures, values = zip(*drawn_gauges(kind, 300, 3, 32, style), strict=True)
+        x, values = np.stack([pixels(picture) for picture in pictures]), np.array(values)
+        squares = np.square(x).sum(axis=1)
+        distances = squares[:, None] + squares[None] - 2 * x @ x.T
+        np.fill_diagonal(distances, np.inf)
+        errors.append(np.abs(values[distances.argmin(axis=1)] - values).mean())
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_columns():
@@ -119,6 +173,7 @@ def test_pixels_do_not_give_the_reading_away(kind):
         (("dial", 10**9), r"num_images is 1000000000"),
         (("dial", 3, -1), r"seed is -1"),
         (("dial", 3, 0, 8), r"size is 8; it must be an integer from 16 to 2048"),
+        (("dial", 3, 0, 64, "quiet"), r"unknown style 'quiet'; choose from varied, calm"),
     ],
 )
 def test_bad_requests_are_named(arguments, message):
@@ -130,6 +185,11 @@ def test_bad_requests_are_named(arguments, message):
 def test_a_value_off_the_scale_is_refused(value):
     with pytest.raises(ValueError, match="shows values from 0 to 100"):
         draw("dial", value, np.random.default_rng(0))
+
+
+def test_an_unknown_style_is_refused():
+    with pytest.raises(ValueError, match="unknown style 'quiet'; choose from varied, calm"):
+        draw("dial", 5, np.random.default_rng(0), style="quiet")
 
 
 def test_an_unknown_colour_is_refused():

@@ -3,9 +3,9 @@
 Paper: Nitzan, Gal, Brenner, Cohen-Or, "LARGE: Latent-Based Regression through GAN Semantics", CVPR 2022,
 arXiv:2107.11186.
 
-`latents.py` has the spaces of codes, `directions.py` and `importance.py` what is found out about them, `distances.py`
-the feature, `calibration.py` the way to a value. docs/large.md says what follows the paper, what the authors' code, and
-what is ours.
+`stylegan2.py` and `e4e.py` are generator and encoder, `latents.py` has the spaces of codes, `directions.py` and
+`importance.py` what is found out about them, `distances.py` the feature, `calibration.py` the way to a value.
+docs/large.md says what follows the paper, what the authors' code, and what is ours.
 """
 
 from baselines.large.calibration import calibrate, calibrate_layers, spread_out

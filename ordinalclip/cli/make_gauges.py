@@ -12,6 +12,7 @@ from ordinalclip.cli import whole_number
 NEEDS = ("gauges",)
 # What gauges.py knows, which takes NumPy and Pillow to import; a test compares them.
 KINDS = ("dial", "tank", "bar", "pie", "clock", "counter", "thermometer", "slider")
+STYLES = ("varied", "calm")
 MAX_IMAGES, MAX_SEED, MIN_SIZE, MAX_SIZE = 1_000_000, 2**63 - 1, 16, 2048
 TABLE = "labels.csv"
 
@@ -24,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=whole_number(1, MAX_IMAGES), default=10, help="number of pictures (default 10)")
     parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="seed (default 0)")
     parser.add_argument("--size", type=whole_number(MIN_SIZE, MAX_SIZE), default=64, help="side in pixels (default 64)")
+    parser.add_argument(
+        "--style", choices=STYLES, default="varied", help="varied (default), or calm: the gauge alone on plain grey"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace labels.csv and pictures of the same names")
 
 
@@ -49,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     if lasting := [name for name in there if not (folder / name).is_file()]:
         raise FileExistsError(f"{folder / lasting[0]}: not a file, so it is not replaced")
     lines = ["image,label"]
-    gauges = drawn_gauges(arguments.kind, arguments.num, arguments.seed, arguments.size)
+    gauges = drawn_gauges(arguments.kind, arguments.num, arguments.seed, arguments.size, arguments.style)
     bar = Progress(names, "drawing", unit="images", quiet=arguments.quiet)
     with TemporaryDirectory(prefix=ASIDE, dir=folder) as aside:  # what is there stays until all are drawn
         for name, (picture, value) in zip(bar, gauges, strict=True):
