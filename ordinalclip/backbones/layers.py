@@ -49,8 +49,8 @@ class LayerFeatures:
         dims: width of each layer, L numbers, that of the tower's own features last.
 
     Raises:
-        ValueError: no layer, one that is called more than once, or one whose output is no tokens or map of a known
-            order of axes.
+        ValueError: no layer; one that is called more than once, or gives neither tokens nor a map in one piece; a class
+            token that joins the others on their way (CaiT, XCiT), so that it cannot be told which layers have it.
     """
 
     def __init__(self, tower: nn.Module, pooling: Pooling, size: int):
@@ -76,25 +76,32 @@ class LayerFeatures:
     def _encode(self, tower: nn.Module, pixel_values: Tensor) -> list[Tensor]:
         """(B, D_l) for each layer, (B, D) of the whole last."""
         found: dict[nn.Module, Tensor] = {}
+        counts: set[int] = set()
 
         def keep(layer: nn.Module, _inputs: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output  # hidden states come first
             where = f"layer-wise features: a {type(layer).__name__} of {type(tower).__name__}"
             if layer in found:
                 raise ValueError(f"{where} is called more than once for a picture")
-            if not isinstance(output, Tensor) or len(output) != len(pixel_values) or output.ndim not in (2, 3, 4):
-                raise ValueError(f"{where} gives neither tokens (B, N, D) nor a map")
+            output, *others = output if isinstance(output, tuple) else (output,)  # hidden states come first
+            in_pieces = any(isinstance(other, Tensor) and other.ndim == 4 == output.ndim for other in others)
+            whole = isinstance(output, Tensor) and len(output) == len(pixel_values) and not in_pieces
+            if not whole or output.ndim not in (2, 3, 4):
+                raise ValueError(f"{where} gives neither tokens (B, N, D) nor a map of 4 axes")
+            if output.ndim == 3 and self.pooling.num_prefix_tokens:
+                counts.add(output.shape[1])
+                if len(counts) > 1:
+                    raise ValueError(f"{where} has another number of tokens than those before: which is whose?")
             if output.ndim > 2:  # else it comes after pooling
                 found[layer] = self.pooling(output)
 
         with _one_at_a_time:
             hooks = [layer.register_forward_hook(keep) for layer in _called(encoder_layers(tower))]
             try:
-                whole = tower(pixel_values)
+                features = tower(pixel_values)
             finally:
                 for hook in hooks:
                     hook.remove()
-        return [*found.values(), whole]
+        return [*found.values(), features]
 
 
 def _called(layers: list[nn.Module]) -> Iterator[nn.Module]:
