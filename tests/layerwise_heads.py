@@ -8,5 +8,9 @@ class MeanOfLayers(L1):
 
     layerwise = True
 
+    def __init__(self, context):
+        super().__init__(context)
+        self.layer_dims = context.layer_dims
+
     def forward(self, features):
         return super().forward(features.mean(dim=1))

@@ -33,7 +33,8 @@ class LayerFeatures:
     """What each layer of a tower gives for a picture, pooled to one vector: (B, 3, H, W) -> (B, L, D).
 
     The first L - 1 layers are those of `encoder_layers` that give tokens or a map, in the order in which they are
-    called, as they leave the layer, without the tower's last norm; the last one is what the tower itself gives. Widths
+    called, as they leave the layer, without the tower's last norm; the last one is what the tower itself gives, for a
+    plain ResNet the same once more. Widths
     differ between the layers of convolutional towers: D is the largest, and narrower layers are filled up with zeros,
     so that features stay one tensor for gathering, micro-batches and mirrors, while products with vectors of a layer's
     own width, filled up alike, and norms and distances within a layer are what they are without.
