@@ -206,6 +206,7 @@ def test_mirrors_and_threads():
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(answers) == len(threads)  # what goes wrong in a thread is lost
     for number, found in answers.items():
         for features in found:
             assert torch.allclose(features[0], expected[number], atol=1e-5)
