@@ -81,9 +81,11 @@ class HeadContext:
         input_dim: width D of the image features.
         text: the frozen text tower, or None when there is none (a deployed model).
         logit_scale: log of the CLIP's temperature factor.
-        shared_space: whether the image features already live in the text tower's output space.
+        shared_space: whether the image features, or those of the last layer, already live in the text tower's output
+            space.
         label_mean, label_std: of the training labels, for heads that regress standardised labels.
         decoding: how a distribution becomes one value.
+        layer_dims: for heads on layer-wise features the width of each layer, of which D is the largest; else empty.
     """
 
     ranks: Ranks
@@ -94,6 +96,7 @@ class HeadContext:
     label_mean: float = 0.0
     label_std: float = 1.0
     decoding: Decoding = "median"
+    layer_dims: tuple[int, ...] = ()
 
 
 def decode(probabilities: Tensor, ranks: Ranks, decoding: Decoding) -> Prediction:
@@ -134,11 +137,14 @@ class Head(nn.Module):
         learns: whether anything of the method is trained; a comparison asks no settings to try of one that does not.
         rebuilt: submodules that come back from the backbone's own weights, so that no checkpoint holds them.
         views: how many augmented views of every picture are in a training batch, as rows of their own.
+        layerwise: whether features are those of every layer of the image encoder, (B, L, D), instead of its own pooled
+            ones, (B, D): see `ordinalclip.backbones.layers.LayerFeatures`. What is deployed takes the same.
     """
 
     learns: ClassVar[bool] = True
     rebuilt: ClassVar[tuple[str, ...]] = ()
     views = 1
+    layerwise: ClassVar[bool] = False
 
     def __init__(self, context: HeadContext):
         super().__init__()
@@ -147,13 +153,13 @@ class Head(nn.Module):
         self.label_mean, self.label_std = context.label_mean, context.label_std  # numbers: no cast rounds them
 
     def forward(self, features: Tensor) -> Outputs:
-        """(B, D) features -> named tensors whose first dimension is B."""
+        """(B, D) features, or (B, L, D) if `layerwise` -> named tensors whose first dimension is B."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
     def space(self, features: Tensor) -> Tensor:
-        """(B, D) features -> (B, E), the space that answers are read from, for D5 and residual variance.
-        Default: the features."""
-        return features
+        """Features -> (B, E), the space that answers are read from, for D5 and residual variance.
+        Default: the features, those of all layers side by side."""
+        return features.flatten(1)
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         """Scalars on the WHOLE batch: "loss" is the total that is minimised, the rest is logged."""

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ordinalclip.backbones import Backbone, load_backbone
+from ordinalclip.backbones.layers import LayerFeatures
 from ordinalclip.files import read_json_object
 from ordinalclip.heads import (
     Decoding,
@@ -74,6 +75,7 @@ class OrdinalConfig(PreTrainedConfig):
         input_dim: width of the image features; shared_space: whether they live in the text tower's space.
         logit_scale, label_mean, label_std, decoding: see `HeadContext`.
         dropout, mirror: see `Encoder`.
+        layer_dims: widths of the layers for heads on layer-wise features, else None.
     """
 
     model_type = "ordinalclip"
@@ -95,6 +97,7 @@ class OrdinalConfig(PreTrainedConfig):
     decoding: str = "median"
     dropout: float = 0.0
     mirror: list | None = None
+    layer_dims: list | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         foreign = sorted(key for key in kwargs if key not in KNOWN_KEYS and not key.startswith("_"))
@@ -256,6 +259,7 @@ class OrdinalModel(PreTrainedModel):
         if other is not None and other.text is None:
             raise ValueError(f"model.text {text!r} has no text tower; use tiny, or the CLIP of an open_clip or hf spec")
         tower = other or (image if image.text else None)
+        layers = _layers(image, head_class(method))
         config = OrdinalConfig(
             backbone=backbone,
             backbone_architecture=image.architecture,
@@ -266,7 +270,7 @@ class OrdinalModel(PreTrainedModel):
             head_class=foreign_class(method),
             ranks=ranks.to_dict(),
             pixels=asdict(image.pixels),
-            input_dim=image.output_dim,
+            input_dim=max(layers.dims) if layers else image.output_dim,
             shared_space=other is None and image.text is not None,
             logit_scale=(tower or image).logit_scale,
             label_mean=label_mean,
@@ -274,9 +278,10 @@ class OrdinalModel(PreTrainedModel):
             decoding=decoding,
             dropout=dropout,
             mirror=list(mirror),
+            layer_dims=list(layers.dims) if layers else None,
         )
         tokenizer = tower.text.tokenizer if tower and tower.text else None
-        return cls(config, Encoder(image.encoder, dropout, mirror), _head(config, tower), tokenizer)
+        return cls(config, Encoder(image.encoder, dropout, mirror, layers), _head(config, tower), tokenizer)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> OrdinalOutput:
         """Predict.
@@ -313,6 +318,8 @@ class OrdinalModel(PreTrainedModel):
         if (deployed := head.deploy()) is not None:
             config.method, config.head, head = deployed
             config.head_class = foreign_class(config.method)
+            if head.layerwise != self.head.layerwise:
+                raise TypeError(f"{type(self.head).__name__}.deploy: {config.method} takes other features: layerwise")
         return OrdinalModel(config, self.encoder, head).eval()
 
     @property
@@ -469,9 +476,10 @@ def _check_ranks(file: Path, config: OrdinalConfig, tensors: dict[str, Any]) -> 
 
 
 class Encoder(nn.Module):
-    """An image tower with optional dropout on its features: (B, 3, H, W) -> (B, D).
+    """An image tower with optional dropout on its features: (B, 3, H, W) -> (B, D), or (B, L, D) of all layers.
 
     Args:
+        layers: what reads the layers of the tower, for layer-wise features.
         mirror: "horizontal", "vertical" or both: in evaluation, features are averaged over the picture and its mirrors.
 
     Attributes:
@@ -479,11 +487,18 @@ class Encoder(nn.Module):
             features do not depend on the rest of its batch. Their affine part still learns.
     """
 
-    def __init__(self, tower: nn.Module, dropout: float = 0.0, mirror: Sequence[str] = ()):
+    def __init__(
+        self,
+        tower: nn.Module,
+        dropout: float = 0.0,
+        mirror: Sequence[str] = (),
+        layers: LayerFeatures | None = None,
+    ):
         super().__init__()
         # Convolutions are faster so, by 1.1 to 1.7 on CPUs; here, so that what is loaded has it as what was trained.
         self.tower = tower.to(memory_format=torch.channels_last)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.layers = layers
         self.frozen_statistics = True
         self.mirrors: list[tuple[int, ...]] = [()]  # axes to flip, the picture itself first
         for way in mirror:
@@ -501,9 +516,17 @@ class Encoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if self.training or len(self.mirrors) == 1:
-            return self.dropout(self.tower(pixel_values))
-        features = [self.tower(pixel_values.flip(axes) if axes else pixel_values) for axes in self.mirrors]
+            return self.dropout(self._encode(pixel_values))
+        features = [self._encode(pixel_values.flip(axes) if axes else pixel_values) for axes in self.mirrors]
         return torch.stack(features).mean(dim=0)
+
+    def _encode(self, pixel_values: Tensor) -> Tensor:
+        return self.tower(pixel_values) if self.layers is None else self.layers(self.tower, pixel_values)
+
+
+def _layers(image: Backbone, head: type[Head]) -> LayerFeatures | None:
+    """What reads the layers of an image encoder, if the head wants layer-wise features."""
+    return LayerFeatures(image.encoder, image.pooling, image.pixels.size) if head.layerwise else None
 
 
 def _rebuild(config: OrdinalConfig, tokenizer: Path | None = None) -> tuple[Encoder, Head, Any]:
@@ -518,12 +541,17 @@ def _rebuild(config: OrdinalConfig, tokenizer: Path | None = None) -> tuple[Enco
     if config.text and not own:
         tower = load_backbone(config.text, False, config.text_architecture, tokenizer=tokenizer)
     text = tower.text if tower else None
-    if (config.input_dim, config.pixel_spec.size) != (image.output_dim, image.pixels.size):
-        raise ValueError(
-            f"input_dim {config.input_dim} and pixels.size {config.pixel_spec.size} are not those of the backbone, "
-            f"{image.output_dim} and {image.pixels.size}"
-        )
-    encoder = Encoder(image.encoder, config.dropout, config.mirror or ())
+    layers = _layers(image, head_class(_method(config)))
+    expected = {
+        "input_dim": max(layers.dims) if layers else image.output_dim,
+        "layer_dims": list(layers.dims) if layers else None,
+        "pixels.size": image.pixels.size,
+    }
+    given = {"input_dim": config.input_dim, "layer_dims": config.layer_dims, "pixels.size": config.pixel_spec.size}
+    for name, value in expected.items():
+        if given[name] != value:
+            raise ValueError(f"{name} {given[name]} is not that of the backbone and the method, {value}")
+    encoder = Encoder(image.encoder, config.dropout, config.mirror or (), layers)
     return encoder, _head(config, tower), text.tokenizer if text else None
 
 
@@ -548,6 +576,7 @@ def _head(config: OrdinalConfig, tower: Backbone | None) -> Head:
         label_mean=config.label_mean,
         label_std=config.label_std,
         decoding=cast(Decoding, config.decoding),
+        layer_dims=tuple(config.layer_dims or ()),
     )
     return build_head(_method(config), context, config.head or {})
 

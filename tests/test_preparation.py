@@ -12,11 +12,12 @@ from torch import nn
 
 from ordinalclip import OrdinalModel
 from ordinalclip.backbones import load_backbone
+from ordinalclip.backbones.layers import encoder_layers
 from ordinalclip.config import ModelConfig
 from ordinalclip.model import Encoder
 from ordinalclip.training import train
 from ordinalclip.training.distributed import check_batch_norm, frozen_running_statistics
-from ordinalclip.training.layers import add_drop_path, checkpoint_activations, encoder_layers, parameter_depths
+from ordinalclip.training.layers import add_drop_path, checkpoint_activations, parameter_depths
 from ordinalclip.training.preparation import add_adapters, merge_adapters
 from ordinalclip.training.sampling import use_sample_noise
 

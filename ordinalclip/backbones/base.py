@@ -10,11 +10,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ordinalclip.images import PixelSpec
 from ordinalclip.text import TextTower
 from ordinalclip.weights import first_line
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How an image tower makes one vector of the tokens or the map of a layer: the way it does so at its end.
+
+    Towers that end in an attention layer of their own (SigLIP, CLIP's ResNets) have trained it for their last layer
+    alone: of the others the mean is taken.
+
+    Attributes:
+        class_token: the first token stands for the picture; else it is the mean over tokens.
+        num_prefix_tokens: tokens before those of the patches, which the mean leaves out.
+        channels_last: maps are (B, H, W, D), not (B, D, H, W).
+    """
+
+    class_token: bool = False
+    num_prefix_tokens: int = 0
+    channels_last: bool = False
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """(B, N, D) tokens or a map of 4 axes -> (B, D)."""
+        if output.ndim == 4:
+            return output.mean(dim=(1, 2) if self.channels_last else (2, 3))
+        if self.class_token:
+            return output[:, 0].clone()  # no view: what comes after may work in place
+        return output[:, self.num_prefix_tokens :].mean(dim=1)
 
 
 @dataclass
@@ -27,6 +53,7 @@ class Backbone:
         pixels: input size and statistics.
         text: the frozen text tower of the same CLIP, or None.
         logit_scale: log of the CLIP's temperature factor.
+        pooling: how a layer's tokens or map become one vector.
         spec: the spec that it was built from.
         architecture: what rebuilds the same architecture without its weights, as JSON data.
     """
@@ -36,6 +63,7 @@ class Backbone:
     pixels: PixelSpec
     text: TextTower | None = None
     logit_scale: float = math.log(1 / 0.07)
+    pooling: Pooling = Pooling()
     spec: str = ""
     architecture: dict[str, Any] = field(default_factory=dict)
 

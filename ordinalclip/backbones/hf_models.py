@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ordinalclip.backbones.base import Backbone, Request, fetching
+from ordinalclip.backbones.base import Backbone, Pooling, Request, fetching
 from ordinalclip.files import check_no_code
 from ordinalclip.images import PixelSpec
 from ordinalclip.suggestions import near_matches
@@ -92,12 +92,22 @@ def load(name: str, request: Request) -> Backbone:
     encoder = PooledVision(_without_foreign_drop_path(vision), projection, _size_options(vision, pixels.size))
     fields = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
     architecture = {"config": fields, "pixels": asdict(pixels), "pooler": pooler}
-    backbone = Backbone(encoder.eval(), _probe(name, encoder, pixels.size), pixels, architecture=architecture)
+    width = _probe(name, encoder, pixels.size)
+    backbone = Backbone(encoder.eval(), width, pixels, pooling=_pooling(vision), architecture=architecture)
     if dual and request.with_text:
         tokenizer, architecture["tokenizer"] = _tokenizer(name, config, request)
         backbone.text = TextTower.from_transformers(model, tokenizer)
         backbone.logit_scale = model.logit_scale.item()
     return backbone
+
+
+def _pooling(vision: Any) -> Pooling:
+    """How a vision model pools the outputs of its layers: by a class token that all of them have, or by the mean."""
+    names = dict(vision.named_parameters())
+    has_class_token = any(f"embeddings.{name}" in names for name in ("cls_token", "class_embedding"))
+    registers = getattr(vision.config, "num_register_tokens", 0)
+    means = getattr(vision.config, "use_mean_pooling", False)  # BEiT: over the patches
+    return Pooling(has_class_token and not means, has_class_token + registers)
 
 
 def _published_config(name: str) -> Any:

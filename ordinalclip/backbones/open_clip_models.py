@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ordinalclip.backbones.base import Backbone, Request, fetching
+from ordinalclip.backbones.base import Backbone, Pooling, Request, fetching
+from ordinalclip.backbones.timm_models import pooling_of as timm_pooling
 from ordinalclip.files import read_json_object
 from ordinalclip.images import PixelSpec
 from ordinalclip.suggestions import near_matches
@@ -235,8 +236,16 @@ def _from_model(model: Any, architecture: dict[str, Any], request: Request, fold
         pixels=pixels,
         text=text,
         logit_scale=model.logit_scale.item(),
+        pooling=_pooling(model.visual),
         architecture={**architecture, "preprocess_cfg": {**asdict(pixels), "resize_mode": pixels.resize}},
     )
+
+
+def _pooling(visual: Any) -> Pooling:
+    """How an image tower pools the outputs of its layers: a timm model's own way, or a ViT's; ResNets have maps."""
+    if hasattr(visual, "trunk"):
+        return timm_pooling(visual.trunk)
+    return Pooling(getattr(visual, "pool_type", "") == "tok" and visual.attn_pool is None, num_prefix_tokens=1)
 
 
 def _pixels(visual: Any, architecture: dict[str, Any]) -> PixelSpec:

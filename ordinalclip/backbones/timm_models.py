@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ordinalclip.backbones.base import Backbone, Request, fetching
+from ordinalclip.backbones.base import Backbone, Pooling, Request, fetching
 from ordinalclip.files import read_json_object
 from ordinalclip.images import PixelSpec
 from ordinalclip.suggestions import near_matches
@@ -53,7 +53,18 @@ def load(name: str, request: Request) -> Backbone:
         1 / data["crop_pct"],
     )
     output_dim = getattr(encoder, "head_hidden_size", None) or encoder.num_features
-    return Backbone(encoder, output_dim, pixels, architecture={"image_size": image_size} if image_size else {})
+    architecture = {"image_size": image_size} if image_size else {}
+    return Backbone(encoder, output_dim, pixels, pooling=pooling_of(encoder), architecture=architecture)
+
+
+def pooling_of(model: Any) -> Pooling:
+    """How a timm model pools the outputs of its layers."""
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    return Pooling(
+        class_token=prefix > 0 and getattr(model, "global_pool", "") == "token",
+        num_prefix_tokens=0 if getattr(model, "pool_include_prefix", False) else prefix,
+        channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC",
+    )
 
 
 def _load_file(encoder: Any, file: Path, name: str, published: Any) -> None:

@@ -1,4 +1,4 @@
-"""The layers of an image encoder in order of depth, and what is done by layer: freezing, drop-path, checkpointing."""
+"""What is done to an image encoder layer by layer: depths, freezing, drop-path, checkpointing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ordinalclip.backbones.layers import encoder_layers
+
 # Blocks without a place for drop-path: the modules that end their residual branches.
 BRANCH_ENDS = {
     "Bottleneck": ("bn3",),
@@ -19,21 +21,6 @@ BRANCH_ENDS = {
     "SiglipEncoderLayer": ("self_attn.out_proj", "mlp"),
 }
 BRANCH_PLACES = ("drop_path", "drop_path1", "drop_path2")  # of timm's and transformers' blocks
-
-
-def encoder_layers(tower: nn.Module) -> list[nn.Module]:
-    """The layers of an image tower, first to last.
-
-    A layer is a part with parameters of one of the outermost `Sequential`s and `ModuleList`s: a block of a ViT or a
-    ResNet, a stage of a Swin or ConvNeXt, a convolution of a VGG.
-    """
-    layers: list[nn.Module] = []
-    for child in tower.children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
-            layers += [part for part in child if next(part.parameters(), None) is not None]
-        else:
-            layers += encoder_layers(child)
-    return layers
 
 
 def parameter_depths(tower: nn.Module) -> dict[str, int]:

@@ -1,0 +1,114 @@
+"""The layers of an image tower, and the features of each of them beside the pooled ones of the whole tower."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ordinalclip.backbones.base import Pooling
+
+_one_at_a_time = threading.RLock()  # hooks see whoever calls the tower, threads of a server that share it too
+
+
+def encoder_layers(tower: nn.Module) -> list[nn.Module]:
+    """The layers of an image tower, first to last.
+
+    A layer is a part with parameters of one of the outermost `Sequential`s and `ModuleList`s: a block of a ViT or a
+    ResNet, a stage of a Swin or ConvNeXt, a convolution of a VGG.
+    """
+    layers: list[nn.Module] = []
+    for child in tower.children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            layers += [part for part in child if next(part.parameters(), None) is not None]
+        else:
+            layers += encoder_layers(child)
+    return layers
+
+
+class LayerFeatures:
+    """What each layer of a tower gives for a picture, pooled to one vector: (B, 3, H, W) -> (B, L, D).
+
+    The first L - 1 layers are those of `encoder_layers` that give tokens or a map, in the order in which they are
+    called, as they leave the layer, without the tower's last norm; the last one is what the tower itself gives, for a
+    plain ResNet the same once more. Widths
+    differ between the layers of convolutional towers: D is the largest, and narrower layers are filled up with zeros,
+    so that features stay one tensor for gathering, micro-batches and mirrors, while products with vectors of a layer's
+    own width, filled up alike, and norms and distances within a layer are what they are without.
+
+    The layers are looked up anew for every call: adapters and other BatchNorms may have taken their places.
+
+    Args:
+        tower: an image encoder, (B, 3, H, W) -> (B, D).
+        pooling: how it pools.
+        size: of its input in pixels: one empty image is encoded to see what the layers give.
+
+    Attributes:
+        dims: width of each layer, L numbers, that of the tower's own features last.
+
+    Raises:
+        ValueError: no layer; one that is called more than once, or gives neither tokens nor a map in one piece; a class
+            token that joins the others on their way (CaiT, XCiT), so that it cannot be told which layers have it.
+    """
+
+    def __init__(self, tower: nn.Module, pooling: Pooling, size: int):
+        self.pooling = pooling
+        self.dims: tuple[int, ...] = ()
+        like, training = next(tower.parameters()), [module for module in tower.modules() if module.training]
+        with torch.no_grad():
+            found = self._encode(tower.eval(), torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))
+        for module in training:
+            module.training = True
+        self.dims = tuple(features.shape[1] for features in found)
+        if len(self.dims) == 1:
+            raise ValueError(f"layer-wise features: the layers of {type(tower).__name__} are not known")
+
+    def __call__(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels -> (B, L, D) features of `tower`, which is that of the constructor or became of it."""
+        found = self._encode(tower, pixel_values)
+        if (dims := tuple(features.shape[1] for features in found)) != self.dims:
+            raise RuntimeError(f"layer-wise features have widths {dims}, were {self.dims} when the model was built")
+        width = max(dims)
+        return torch.stack([nn.functional.pad(features, (0, width - features.shape[1])) for features in found], dim=1)
+
+    def _encode(self, tower: nn.Module, pixel_values: Tensor) -> list[Tensor]:
+        """(B, D_l) for each layer, (B, D) of the whole last."""
+        found: dict[nn.Module, Tensor] = {}
+        counts: set[int] = set()
+
+        def keep(layer: nn.Module, _inputs: Any, output: Any) -> None:
+            where = f"layer-wise features: a {type(layer).__name__} of {type(tower).__name__}"
+            if layer in found:
+                raise ValueError(f"{where} is called more than once for a picture")
+            output, *others = output if isinstance(output, tuple) else (output,)  # hidden states come first
+            in_pieces = any(isinstance(other, Tensor) and other.ndim == 4 == output.ndim for other in others)
+            whole = isinstance(output, Tensor) and len(output) == len(pixel_values) and not in_pieces
+            if not whole or output.ndim not in (2, 3, 4):
+                raise ValueError(f"{where} gives neither tokens (B, N, D) nor a map of 4 axes")
+            if output.ndim == 3 and self.pooling.num_prefix_tokens:
+                counts.add(output.shape[1])
+                if len(counts) > 1:
+                    raise ValueError(f"{where} has another number of tokens than those before: which is whose?")
+            if output.ndim > 2:  # else it comes after pooling
+                found[layer] = self.pooling(output)
+
+        with _one_at_a_time:
+            hooks = [layer.register_forward_hook(keep) for layer in _called(encoder_layers(tower))]
+            try:
+                features = tower(pixel_values)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return [*found.values(), features]
+
+
+def _called(layers: list[nn.Module]) -> Iterator[nn.Module]:
+    """Layers that can be called: in place of a mere list its parts."""
+    for layer in layers:
+        if isinstance(layer, nn.ModuleList):
+            yield from _called(list(layer))
+        else:
+            yield layer
