@@ -46,6 +46,7 @@ from ordinalclip import __version__
 from ordinalclip.files import FolderInUse, write_text
 from ordinalclip.provenance import num_cores, source
 from ordinalclip.signals import Preempted, leave, listening
+from ordinalclip.training.sampling import portable
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -569,9 +570,4 @@ def _answer(cwd: str, content: bytes) -> bytes:
     except (Preempted, KeyboardInterrupt) as stopped:
         os._exit(stopped.status if isinstance(stopped, Preempted) else 1)
     except Exception as error:
-        try:
-            answer = pickle.dumps((False, error))
-            pickle.loads(answer)  # some errors can be pickled, and not be read
-        except Exception:
-            answer = pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
-        return answer
+        return pickle.dumps((False, portable(error)))

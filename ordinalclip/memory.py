@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
     """Tell the C library to use the memory of this process again instead of giving it back.
 
     By default glibc returns what a layer of a network freed and asks for as much in the next one, which the kernel
-    fills with zeros page by page: on a CPU that was up to 60 % of an evaluation. The process stays as large as it once
-    was. Blocks over a gigabyte are given back all the same.
+    fills with zeros page by page: two thirds of the time of large batches (`benchmarks/train_loop.py --serving`). The
+    process stays as large as it once was. Blocks over a gigabyte are given back all the same.
 
     Returns:
         whether there is such a library: only on Linux.

@@ -287,7 +287,7 @@ def test_micro_batches_do_not_change_the_curve(quick, tmp_path):
         scores.append((losses_of(folder), json.loads((folder / "metrics.json").read_text())["test"]))
     assert np.abs(scores[1][0] / scores[0][0] - 1).max() < 1e-10
     assert scores[1][1]["mae"] == pytest.approx(scores[0][1]["mae"], rel=1e-8)
-    assert scores[0][1]["d5"] is not None
+    assert scores[1][1]["d5"] == pytest.approx(scores[0][1]["d5"], rel=1e-8)
 
 
 @pytest.mark.slow

@@ -52,7 +52,10 @@ class Spread:
             return 0.0
         share = (self.seeds / total) ** 2
         most = special.stdtrit(min(self.df_seeds, self.df_images), 1 - LEVEL / 2)  # quantiles grow as df fall
-        excess = lambda t: behrens_fisher(t, share, self.df_seeds, self.df_images) - LEVEL  # noqa: E731
+
+        def excess(t: float) -> float:
+            return float(behrens_fisher(t, share, self.df_seeds, self.df_images)) - LEVEL
+
         return total * float(brentq(excess, 0, 1.5 * most))
 
 
