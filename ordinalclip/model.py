@@ -495,7 +495,7 @@ class Encoder(nn.Module):
         layers: LayerFeatures | None = None,
     ):
         super().__init__()
-        # Convolutions are faster so (benchmarks/train_loop.py); here, so that what is loaded has it like what was trained.
+        # Convolutions are faster so (benchmarks/train_loop.py); here, so that what is loaded has it like what learns.
         self.tower = tower.to(memory_format=torch.channels_last)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.layers = layers
