@@ -476,11 +476,12 @@ def read_layers(path: str | Path | None, places: Sequence[str] = shipped.RUNS) -
         FileNotFoundError: no such file; ValueError: not YAML, not a mapping, or files that extend each other.
     """
     layers: list[Layer] = []
-    file = None if path in (None, "default") else _file(str(path), places)
+    defaults = path is None or (path == "default" and not Path(path).is_file())
+    file = None if defaults else _file(str(path), places)
     while file is not None:
         content = _read_mapping(file)
         layers.insert(0, Layer(str(file), content))
-        file = _extended(file, content.pop("extends")) if "extends" in content else None
+        file = _extended(file, content.pop("extends"), places) if "extends" in content else None
         if file is not None and any(file.samefile(layer.name) for layer in layers):
             chain = " extends ".join([*(layer.name for layer in reversed(layers)), str(file)])
             raise ValueError(f"configurations extend each other in a circle: {chain}")
@@ -492,15 +493,23 @@ def names_of(layers: Sequence[Layer]) -> str:
     return ", which extends ".join(layer.name for layer in reversed(layers)) or "configuration"
 
 
-def _extended(file: Path, value: Any) -> Path:
+def _extended(file: Path, value: Any, places: Sequence[str]) -> Path:
     if not isinstance(value, str) or (isinstance(value, Written) and value.value is None):
         raise ValueError(f"{file}: extends is the path of one file from the folder of this one, got {value or None!r}")
     other = file.parent / value
     if not other.is_file():
-        if (named := shipped.find(value, shipped.RUNS)) is not None:
+        if (named := shipped.find(value, places)) is not None:
+            _check_meant(other, named)
             return named
         raise FileNotFoundError(f"{file} extends {other}: no such configuration file{_beside(other)}")
     return other
+
+
+def _check_meant(file: Path, named: Path) -> None:
+    """Raises:
+    ValueError: a file of one's own, but for its ending, is called like the configuration of the package."""
+    if (own := file.with_name(f"{file.name}{shipped.ENDING}")).is_file():
+        raise ValueError(f"{file}: there is {own}, and {_name(named)} of the package; write {own} or {_name(named)}")
 
 
 def _file(given: str, places: Sequence[str]) -> Path:
@@ -512,6 +521,8 @@ def _file(given: str, places: Sequence[str]) -> Path:
     file = Path(given)
     if file.is_file() or (named := shipped.find(given, places)) is None:
         named = file
+    else:
+        _check_meant(file, named)
     if named.exists():
         return named
     if file.suffix in (".yaml", ".yml"):

@@ -240,13 +240,13 @@ def against_constant(predictions: ArrayLike, references: ArrayLike, answer: floa
     """
     predicted, true = _pair(predictions, references)
     errors, constant = np.abs(predicted - true), np.abs(answer - true)
-    gains, deviation = constant - errors, true.std()
-    if len(gains) < 2:
+    deviation = true.std()
+    if len(true) < 2:
         p = None
-    elif np.ptp(gains) == 0:  # the t statistic is 0 / 0, or infinite
-        p = 0.0 if gains[0] > 0 else 1.0
+    elif np.ptp(constant - errors) == 0:  # the t statistic is 0 / 0, or infinite
+        p = 0.0 if constant[0] > errors[0] else 1.0
     else:
-        p = float(stats.ttest_1samp(gains, 0, alternative="greater").pvalue)
+        p = float(stats.ttest_rel(constant, errors, alternative="greater").pvalue)
     spread = float(predicted.std() / deviation) if deviation > 0 else None
     return {"answer": float(answer), "mae": float(constant.mean()), "p": p, "spread": spread}
 
@@ -254,25 +254,25 @@ def against_constant(predictions: ArrayLike, references: ArrayLike, answer: floa
 STILL = 0.05  # answers that vary less than this share of the labels' spread are nearly constant
 
 
-def doubt(scores: Mapping[str, Any], unit: str = "") -> str:
+def doubt(scores: Mapping[str, Any], say: Callable[[float], str] = "{:.7g}".format) -> str:
     """Why a model that was scored is no success, in words; "" where nothing speaks against it.
 
     Args:
         scores: of a part, as in metrics.json.
+        say: how a value is said, e.g. `Ranks.say`.
     """
     beside, mae = scores.get("constant"), scores.get("mae")
     if beside is None or mae is None:
+        return ""
+    if mae < beside["mae"] and beside["p"] is not None and beside["p"] < 0.05:
         return ""
     if beside["spread"] is not None and beside["spread"] < STILL:
         why = "nearly the same answer for every picture"
     elif mae >= beside["mae"]:
         why = "no better than one answer for every picture"
-    elif beside["p"] is None or beside["p"] >= 0.05:
-        why = f"not shown to be better than one answer for every picture, with {scores['num']} images"
     else:
-        return ""
-    constant = f"always answering {beside['answer']:g} {unit}".rstrip()
-    return f"{why} (MAE {mae:.4g}; {constant}: {beside['mae']:.4g})"
+        why = f"not shown to be better than one answer for every picture, with {scores['num']} images"
+    return f"{why} (MAE {mae:.4g}; always answering {say(beside['answer'])}: {beside['mae']:.4g})"
 
 
 def ordinality(prototypes: Tensor) -> float:

@@ -20,6 +20,7 @@ import ordinalclip
 from ordinalclip import OrdinalModel, Ranks, gauges, shipped
 from ordinalclip.backbones import FAMILIES
 from ordinalclip.cli import COMMANDS, main, make_gauges, tune
+from ordinalclip.compare import load_plan
 from ordinalclip.config import load_config
 from ordinalclip.heads import available_heads, head_options
 from ordinalclip.signals import INTERRUPTED
@@ -255,8 +256,18 @@ def test_names_are_found_where_the_command_wants_them(tmp_path, monkeypatch, cap
     assert load_config("default") == load_config()
     (tmp_path / "mine.yaml").write_text("extends: corn\nseed: 9\n")
     assert load_config("mine.yaml") == load_config("corn", ["seed=9"])
-    (tmp_path / "corn").write_text("seed: 7\n")  # a file that is there is the file
-    assert load_config("corn") == load_config(None, ["seed=7"])
+    (tmp_path / "default").write_text("seed: 7\n")  # a file that is there is the file
+    (tmp_path / "corn").write_text("seed: 7\n")
+    assert load_config("corn") == load_config("default") == load_config(None, ["seed=7"])
+    (tmp_path / "l1.yaml").write_text("seed: 8\n")  # which of the two is meant is not guessed
+    (tmp_path / "mine.yaml").write_text("extends: l1\n")
+    for given in ("l1", "mine.yaml"):
+        with pytest.raises(ValueError, match=r"l1: there is .*l1\.yaml, and methods/l1 of the package; write"):
+            load_config(given)
+    assert load_config("methods/l1").method == "l1"
+    (tmp_path / "l1.yaml").unlink()
+    (tmp_path / "wide.yaml").write_text("extends: demo\nseeds: [7]\n")
+    assert load_plan("wide.yaml").config.seeds == [7]  # of a comparison, the comparison of that name
     for words, said in (
         (["train", "gauges"], "gauges is a comparison: ordinalclip compare gauges"),
         (["compare", "l1"], "l1 is the configuration of a run: ordinalclip train l1"),

@@ -591,6 +591,16 @@ def every_figure():
     yield "mae_by_variant", figures.mae_by_variant({n: [v] * 3 for n, v in errors.items()}, variants, "km")
     log = [{"step": k, "loss": 1 / k, **({} if k % 9 else {"validation_mae": 9 / k})} for k in range(1, 100)]
     yield "learning_curves", figures.learning_curves(log, 90, "points of the association")
+    maes, ended = [9e5, *rng.uniform(1, 2, 29)], [False, True] * 15
+    yield "best_so_far", figures.best_so_far(range(30), maes, ended, "points of the association")
+    yield "importances", figures.importances({f"head.key_{k}_{LONG}": 0.1 * k for k in range(6)})
+    for count in (2, 3, 12):
+        choices = [f"a choice, number {k % count}" for k in range(30)]
+        yield f"mae_by_setting, {count}", figures.mae_by_setting(f"head.{LONG}", choices, maes, ended, "km")
+    rates = np.geomspace(1e-6, 0.1, 30).tolist()
+    yield "mae_by_setting, rates", figures.mae_by_setting("train.lr", rates, maes, ended, log=True)
+    curves = [[(k, mae + k) for k in range(1, 1000, 100)] for mae in maes]
+    yield "validations_by_trial", figures.validations_by_trial(curves, ended, 2, "points of the association")
     for kind, ranks in spaces.items():
         labels = rng.choice(ranks.values, 90)
         values = rng.choice(ranks.values, 90)

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.tuning import tune
 
     text, errors = tune(
-        None if arguments.config == "default" else arguments.config,
+        arguments.config,
         arguments.overrides,
         arguments.trials,
         arguments.seeds,

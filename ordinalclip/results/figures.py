@@ -259,8 +259,8 @@ def best_so_far(numbers: Sequence[int], maes: Sequence[float], pruned: Sequence[
         numbers, np.where(np.isinf(known), np.nan, known), where="post", color=ORANGE, linewidth=1.6, label="best"
     )
     axes.set(xlabel="trial", ylabel=_label("validation MAE", unit))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, columnspacing=1.2)
+    axes.xaxis.set_major_locator(_even_ticks(6, integer=True))
+    _legend(axes)
     return figure
 
 
@@ -294,7 +294,7 @@ def mae_by_setting(
     names = [] if any(not isinstance(value, str) for value in values) else list(dict.fromkeys(sorted(map(str, values))))
     places = [names.index(str(value)) if names else float(value) for value in values]
     if names:
-        axes.set_xticks(range(len(names)), [_short(name) for name in names])
+        _name_ticks(axes, range(len(names)), names, sides="x")
         axes.set_xlim(-0.6, len(names) - 0.4)
     elif log:
         axes.set_xscale("log")
@@ -303,7 +303,7 @@ def mae_by_setting(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     _trial_points(axes, np.asarray(places), np.asarray(maes), np.asarray(pruned, dtype=bool))
-    axes.set(xlabel=printable(key), ylabel=_label("validation MAE", unit))
+    axes.set(xlabel=_short(key, 34), ylabel=_label("validation MAE", unit))
     return figure
 
 
@@ -331,8 +331,8 @@ def validations_by_trial(
             axes.plot(*shown[-1], marker="x", color=MUTED, markersize=6, linestyle="none")
     axes.plot([], [], marker="x", color=MUTED, linestyle="none", label="pruned")
     axes.set(xlabel="validation", ylabel=_label("validation MAE", unit))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
+    axes.xaxis.set_major_locator(_even_ticks(6, integer=True))
+    _legend(axes)
     return figure
 
 

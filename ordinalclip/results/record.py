@@ -132,7 +132,7 @@ class RunRecord:
     @property
     def doubt(self) -> str:
         """Why this model is no success: see `metrics.doubt`."""
-        return doubt(self.scores, self.ranks.unit)
+        return doubt(self.scores, self.ranks.say)
 
 
 def read_run(folder: str | Path, parts: Parts | None = None, model: OrdinalModel | None = None) -> RunRecord:

@@ -228,17 +228,17 @@ def _corrected(p: np.ndarray, means: np.ndarray, covariances: Covariances, simul
     if num == 1:
         return p
     rng = np.random.default_rng(0)
-    by_seed, by_image = covariances.own()
-    scale = np.sqrt(by_seed * num_seeds)
+    of_seeds, of_images = covariances.own()
+    scale = np.sqrt(of_seeds * num_seeds)
     log_p = _log_p(covariances.df_seeds, int(float(f"{covariances.df_images:.2g}")))  # splits differ by a few images
     smallest = np.empty(simulations)
     for begin in range(0, simulations, BLOCK):
         rows = np.arange(min(BLOCK, simulations - begin))
         drawn = scale * rng.standard_normal((len(rows), num_seeds, num))
-        drawn += (np.sqrt(by_image) * rng.standard_normal((len(rows), num)))[:, None]
+        drawn += (np.sqrt(of_images) * rng.standard_normal((len(rows), num)))[:, None]
         first = drawn.mean(axis=1).argmin(axis=1)
         gaps = drawn - drawn[rows, :, first][..., None]
-        seeds, images = gaps.var(axis=1, ddof=1) / num_seeds, by_image + by_image[first][:, None]
+        seeds, images = gaps.var(axis=1, ddof=1) / num_seeds, of_images + of_images[first][:, None]
         total = np.maximum(seeds + images, np.finfo(float).tiny)
         t = np.abs(gaps.mean(axis=1)) / np.sqrt(total)
         found = log_p(np.stack([t.clip(max=MOST), seeds / total], axis=-1))
