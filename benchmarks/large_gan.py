@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
 from baselines.large.e4e import Encoder
@@ -240,12 +241,9 @@ class Encoding:
         pictures, values = drawn(self.settings, EVALUATION, 500)
         codes = self.codes(pictures)
         rmse = (self.generator(codes) - pictures).square().mean().sqrt().item() * 127.5
-        x = codes.flatten(1).double()
-        x = torch.cat([x - x[:300].mean(dim=0), torch.ones(len(x), 1)], dim=1)
-        y = values.double()
-        solution = torch.linalg.solve(x[:300].T @ x[:300] + torch.eye(x.shape[1]).double(), x[:300].T @ y[:300])
-        error = (x[300:] @ solution - y[300:]).abs().mean().item()
-        constant = (y[300:] - y[:300].median()).abs().mean().item()
+        x, y = codes.flatten(1).double().numpy(), values.double().numpy()
+        error = np.abs(Ridge().fit(x[:300], y[:300]).predict(x[300:]) - y[300:]).mean().item()
+        constant = np.abs(y[300:] - np.median(y[:300])).mean().item()
         return {"pixel RMSE of 255": rmse, "MAE of the reading": error, "constant": constant}
 
 

@@ -381,6 +381,19 @@ def test_transformers_models_that_cannot_serve(tmp_path, make, message):
         load_backbone(f"hf:{tmp_path}")
 
 
+def test_maps_with_channels_last_are_refused(tmp_path):
+    """The mean over a place's row and its channels would be features without a word."""
+    small = {"hidden_size": 8, "num_attention_heads": 1, "image_size": [64, 64], "blocks_per_stage": [1, 1, 1, 1]}
+    widths = {"embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 1, 1]}
+    config = transformers.Sam2HieraDetConfig(**small, **widths, global_attention_blocks=[])
+    transformers.Sam2HieraDetModel(config).save_pretrained(tmp_path / "sam2")
+    transformers.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "sam2")
+    with pytest.raises(
+        ValueError, match=r"sam2 cannot encode pictures of 64 x 64 .*gives a map \(1, 2, 2, 64\): which"
+    ):
+        load_backbone(f"hf:{tmp_path / 'sam2'}")
+
+
 def test_image_processors_that_cannot_be_followed(spec_of, tmp_path):
     shutil.copytree(spec_of("hf:hf_vit").partition(":")[2], tmp_path / "vit")
     for options, message in (

@@ -17,6 +17,7 @@ from torch import nn
 from baselines import large
 from baselines.large import Layout, layout
 from baselines.large.head import LatentRegressor
+from baselines.large.stylegan2 import Generator
 from ordinalclip.heads import HeadContext, Targets, build_head
 from ordinalclip.ranks import Ranks
 
@@ -73,6 +74,18 @@ def test_every_layer_of_s_takes_the_row_of_its_module():
     assert names["convs.15.conv.modulation"] == 16
     assert names["to_rgbs.7.conv.modulation"] == 17
     assert list(names)[23:] == ["convs.14.conv.modulation", "convs.15.conv.modulation", "to_rgbs.7.conv.modulation"]
+
+
+@pytest.mark.parametrize("size", [8, 32, 128])
+def test_layouts_of_narrow_generators_and_what_has_so_many_layers(size):
+    generator = Generator(size, 64, 4, channels=48)
+    w = torch.randn(2, 1, 64)
+    with torch.no_grad():
+        styles = large.convert(w, layout("w", size, 64), layout("s", size, 64, channels=48), generator)
+        assert torch.equal(styles, torch.stack(generator.styles(w[:, 0]), dim=1))
+    s = layout("s", size)
+    with pytest.raises(ValueError, match=f"got {len(s.widths)} layers of up to 512, as many as .*S at {size} px"):
+        layout("w+", 512).check(np.zeros((1, *s.shape)))
 
 
 def test_flattened_codes_come_back():
@@ -752,6 +765,14 @@ def test_channels_that_divide_by_zero_are_left_out():
     share = edit.mean(axis=0) / np.where(random.mean(axis=0) > 1e-20, random.mean(axis=0), np.inf)
     means = np.array([share[0, [0, 2, 3]].mean(), share[1, :3].mean(), 0])
     assert_allclose(weights, means / means.sum())
+
+
+def test_rounding_is_that_of_the_gradients_as_they_came():
+    """What float32 cannot tell from zero beside the largest is a gradient in float64."""
+    edit, random = np.ones((2, 2, 2)), np.ones((2, 2, 2))
+    random[:, 0, 0] = 1e-9
+    assert_allclose(large.layer_importance(edit, torch.tensor(random, dtype=torch.float32)), [0.5, 0.5])
+    assert large.layer_importance(edit, random)[0] > 0.99
 
 
 def test_importance_counts_the_channels_of_narrow_layers_alone():

@@ -159,15 +159,19 @@ def test_a_step_is_of_the_discriminator_then_of_its_penalty_every_so_often_then_
     assert descents[2][1] == pytest.approx(np.log1p(np.exp(-fake)).mean(), rel=1e-4)
 
 
-def test_the_average_follows_with_a_half_life_in_pictures(script, settings):
+@pytest.mark.parametrize(
+    ("step", "half_life"),
+    [(1_000_000, 10_000), (100, 20)],  # in pictures: 2,500 steps of 4, and early on 5 % of the 400 that were seen
+)
+def test_the_average_follows_with_a_half_life_in_pictures(script, settings, step, half_life):
     gan = script.GAN(settings)
     before = [p.clone() for p in gan.average.parameters()]
     with torch.no_grad():
         for p in gan.generator.parameters():
             p.add_(1)
-    gan.step = 1_000_000  # half-life of 10,000 pictures: 2,500 steps of 4
+    gan.step = step
     gan.follow()
-    keep = 0.5 ** (4 / 10_000)
+    keep = 0.5 ** (4 / half_life)
     for old, mean in zip(before, gan.average.parameters(), strict=True):
         torch.testing.assert_close(mean, old + (1 - keep), rtol=1e-4, atol=1e-5)
     assert not any(p.requires_grad for p in gan.average.parameters())

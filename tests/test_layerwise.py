@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import losses_of
 from families import FAMILIES, make_family
@@ -20,6 +21,7 @@ from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.backbones import load_backbone
 from ordinalclip.backbones.base import Pooling
 from ordinalclip.backbones.layers import LayerFeatures, encoder_layers
+from ordinalclip.backbones.timm_models import pooling_of
 from ordinalclip.config import ModelConfig
 from ordinalclip.heads import HeadContext, build_head
 from ordinalclip.images import prepare
@@ -130,6 +132,13 @@ def test_means_leave_out_what_is_no_patch():
     assert Pooling(channels_last=True)(maps).tolist() == [[10, 11, 12, 13]]
 
 
+def test_maps_with_channels_last_are_known_by_their_tower():
+    for name, last in (("mambaout_femto", True), ("swin_tiny_patch4_window7_224", True), ("test_resnet", False)):
+        with torch.device("meta"):
+            tower = timm.create_model(name, num_classes=0)
+        assert pooling_of(tower).channels_last == last, name
+
+
 class Halves(nn.Linear):
     """A map in two pieces, as a dual-path network has it between its blocks."""
 
@@ -143,7 +152,7 @@ class Halves(nn.Linear):
 class Blocks(nn.Module):
     """Blocks of tokens (B, N, 4), whose order a test can change."""
 
-    def __init__(self, order=(0, 1)):
+    def __init__(self, order=(0, 1)):  # "token": one more from here on; "map": from here on, with its channels last
         super().__init__()
         self.stem, self.order = nn.Conv2d(3, 4, 4, 4), order
         self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), Halves()])
@@ -153,11 +162,13 @@ class Blocks(nn.Module):
         for block in self.order:
             if block == "token":
                 x = torch.cat([x[:, :1], x], dim=1)
+            elif block == "map":
+                x = x.unflatten(1, (2, 2))
             elif block == 2:
                 x = self.blocks[block](x)[0][..., 0]
             else:
                 x = self.blocks[block](x)
-        return x.mean(dim=1)
+        return x.flatten(1, -2).mean(dim=1)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +178,7 @@ class Blocks(nn.Module):
         (Blocks((0, 1, 0)), "a Linear of Blocks is called more than once"),
         (Blocks((0, 2)), "a Halves of Blocks gives neither tokens .* nor a map"),
         (Blocks((0, "token", 1)), "a Linear of Blocks has another number of tokens than those before"),
+        (Blocks(("map", 0, 1)), r"a Linear of Blocks gives a map \(1, 2, 2, 4\): which axis are its channels"),
     ],
 )
 def test_what_has_no_layers_to_read(tower, message):

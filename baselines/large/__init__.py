@@ -20,7 +20,8 @@ from baselines.large.directions import (
 )
 from baselines.large.distances import signed_distances, sort_by_direction, weighted_distance
 from baselines.large.importance import edit_pairs, layer_importance, path_gradients
-from baselines.large.latents import Layout, convert, layout, read_codes, style_layers
+from baselines.large.latents import Layout, convert, layout, read_codes
+from baselines.large.stylegan2 import style_layers
 
 __all__ = [
     "Layout",

@@ -54,9 +54,9 @@ def calibrate_layers(
     Args:
         distances: (n, L), n >= 2.
         labels: (n,).
-        penalty: none (least squares; the shortest solution where layers are more than labels), ridge
-            (strength |slope|^2 beside the sum of squared errors), lasso or elastic_net (strength |slope|_1, or half of
-            it and a quarter of |slope|^2, beside half of the mean squared error).
+        penalty: none (least squares; where layers are more than labels, the shortest solution in standardised
+            distances), ridge (strength |slope|^2 beside the sum of squared errors), lasso or elastic_net (strength
+            |slope|_1, or half of it and a quarter of |slope|^2, beside half of the mean squared error).
         strength: scikit-learn's `alpha`, where there is a penalty.
 
     Returns:
@@ -138,7 +138,7 @@ def spread_out(
         gaps[place] = -1
 
     for place in range(len(order)):
-        if len(taken) < budget and gaps[place] >= 0 and (minimum < 0 or gaps[place] > minimum):
+        if len(taken) < budget and gaps[place] > minimum:
             take(place)
     if len(taken) < budget:
         warnings.warn(

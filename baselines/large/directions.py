@@ -70,11 +70,14 @@ def direction_from_extremes(
     rng = np.random.default_rng(seed)
     train = max(1, int(0.7 * count))
     low, high = rng.permutation(low), rng.permutation(high)
-    flat = points.detach().cpu().double().flatten(1).numpy()
+
+    def flat(rows: np.ndarray) -> np.ndarray:  # of the extremes alone: all codes in double precision would take room
+        return points[torch.from_numpy(rows)].detach().cpu().double().flatten(1).numpy()
+
     model = _classifier(classifier)
-    model.fit(flat[np.concatenate([low[:train], high[:train]])], np.repeat([0, 1], train))
+    model.fit(flat(np.concatenate([low[:train], high[:train]])), np.repeat([0, 1], train))
     held_out = np.concatenate([low[train:], high[train:]])
-    accuracy = float(model.score(flat[held_out], np.repeat([0, 1], count - train))) if len(held_out) else None
+    accuracy = float(model.score(flat(held_out), np.repeat([0, 1], count - train))) if len(held_out) else None
     normal = torch.tensor(model.coef_.reshape(points.shape[1:])).to(points)
     if not normal.any():
         raise ValueError("the codes at the two ends are the same: no direction leads from the one to the other")

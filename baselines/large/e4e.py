@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.large.stylegan2 import EqualLinear, fill, limited, num_rows, part_of
-from ordinalclip.weights import check_floats, fault, read_weights
+from baselines.large.stylegan2 import EqualLinear, fill, limited, mean_of, num_rows, part_of, tensors_of
+from ordinalclip.weights import read_weights
 
 UNITS, WIDTHS = (3, 4, 14, 3), (64, 128, 256, 512)  # of IR-SE-50
 COARSE, MIDDLE = 3, 7  # rows below the first read the coarsest level of the pyramid, rows from the second on the finest
@@ -161,9 +161,7 @@ def load_encoder(file: str | Path) -> tuple[Encoder, Tensor]:
             foreign or of the wrong shape, by its name.
     """
     content = read_weights(file)
-    given, options = content.get("state_dict"), content.get("opts")
-    if not isinstance(given, dict) or not all(isinstance(value, Tensor) for value in given.values()):
-        raise ValueError(f"{file}: has no dictionary of tensors in state_dict; an encoder is there, as encoder.*")
+    given, options = tensors_of(file, content, "state_dict"), content.get("opts")
     if not isinstance(options, dict) or options.get("encoder_type") not in TYPES:
         kind = options.get("encoder_type") if isinstance(options, dict) else None
         raise ValueError(f"{file}: encoder_type in opts is {kind!r}; choose from {', '.join(TYPES)}")
@@ -174,13 +172,7 @@ def load_encoder(file: str | Path) -> tuple[Encoder, Tensor]:
     rows, style_dim = encoder.num_rows, encoder.style_dim
     offset = torch.zeros(rows, style_dim)
     if options.get("start_from_latent_avg", True):
-        mean = content.get("latent_avg")
-        if not isinstance(mean, Tensor) or mean.shape not in ((style_dim,), (1, style_dim), (rows, style_dim)):
-            raise ValueError(f"{file}: latent_avg is no tensor of {style_dim} numbers, or of {rows} x {style_dim}")
-        check_floats(file, {"latent_avg": mean})
-        if bad := fault({"latent_avg": mean}):
-            raise ValueError(f"{file}: {bad}")
-        offset = offset + mean
+        offset = offset + mean_of(file, content, rows, style_dim)
     return encoder.eval(), offset
 
 

@@ -136,13 +136,14 @@ def layer_importance(
     tensor([0.6667, 0.3333], dtype=torch.float64)
     """
     edit = numbers(edit_gradients, "edit gradients", "M L D").double()
-    random = numbers(random_gradients, "random gradients", "M L D").double().to(edit)
+    given = numbers(random_gradients, "random gradients", "M L D")
+    random, rounding = given.double().to(edit), torch.finfo(given.dtype).eps
     shape = tuple(edit.shape[1:]) if layout is None else layout.shape
     for name, gradients in (("edit", edit), ("random", random)):
         if tuple(gradients.shape[1:]) != shape:
             raise ValueError(f"{name} gradients must be (M, {shape[0]}, {shape[1]}), got {tuple(gradients.shape)}")
     used, usual = edit.abs().mean(dim=0), random.abs().mean(dim=0)
-    counted = usual > torch.finfo(usual.dtype).eps * usual.max()
+    counted = usual > rounding * usual.max()
     if layout is not None:
         counted &= layout.channels().to(counted.device)
     share = torch.where(counted, used / torch.where(counted, usual, 1), 0)

@@ -7,7 +7,6 @@ and narrower ones are filled up with zeros, which no distance notices.
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,10 +17,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from baselines.large.inputs import numbers
+from baselines.large.stylegan2 import SIZES, num_channels, num_rows, style_layers
 from ordinalclip.weights import FLOATS, read_safetensors
 
 Space = Literal["z", "w", "w+", "s"]
-SMALLEST, LARGEST = 8, 1024  # sizes of the pictures of published generators, and of small ones for tests
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,9 @@ class Layout:
         return self.space.upper()
 
 
-def layout(space: Space, size: int = 1024, style_dim: int = 512, channel_multiplier: int = 2) -> Layout:
+def layout(
+    space: Space, size: int = 1024, style_dim: int = 512, channel_multiplier: int = 2, channels: int | None = None
+) -> Layout:
     """The codes of a StyleGAN2 generator of pictures of `size` pixels.
 
     W+ has n = 2 log2(size) - 2 layers. S has 3 (log2(size) - 2) + 2, in the order of the layers in the network, the
@@ -116,6 +117,7 @@ def layout(space: Space, size: int = 1024, style_dim: int = 512, channel_multipl
         size: a power of two from 8 to 1024.
         style_dim: width of z and w.
         channel_multiplier: of the channels from 64 px on; 2 in config-f.
+        channels: at most so many in every layer of s, as of small generators.
 
     Raises:
         ValueError: another size or an unknown space.
@@ -126,37 +128,16 @@ def layout(space: Space, size: int = 1024, style_dim: int = 512, channel_multipl
     >>> len(s.widths), s.total, s.widths[-6:]
     (26, 9088, (128, 64, 64, 64, 32, 32))
     """
-    if size not in (allowed := [2**power for power in range(SMALLEST.bit_length() - 1, LARGEST.bit_length())]):
-        raise ValueError(f"size must be one of {', '.join(map(str, allowed))}, got {size}")
-    levels = int(math.log2(size)) - 2  # resolutions above 4 px
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(map(str, SIZES))}, got {size}")
     if space != "s":
-        return Layout(space, (style_dim,) * (2 * levels + 2 if space == "w+" else 1))
-    channels = [
-        512 if side <= 32 else 16384 * channel_multiplier // side for side in (4 << k for k in range(levels + 1))
-    ]
-    widths = [channels[0], channels[0]]
-    for below, own in itertools.pairwise(channels):
+        return Layout(space, (style_dim,) * (num_rows(size) if space == "w+" else 1))
+    sides = [4, *(side for side in SIZES if side <= size)]
+    outputs = [num_channels(side, channel_multiplier, channels) for side in sides]
+    widths = [outputs[0], outputs[0]]
+    for below, own in itertools.pairwise(outputs):
         widths += [below, own, own]  # of the convolution that upsamples, the next, and the one to RGB
     return Layout("s", tuple(widths))
-
-
-def style_layers(levels: int) -> list[tuple[str, int]]:
-    """Where each layer of S comes from, in the names of the public PyTorch ports of StyleGAN2.
-
-    Args:
-        levels: number of resolutions above 4 px.
-
-    Returns:
-        for each layer the name of the affine module that makes it, and the row of W+ that this module takes.
-
-    >>> style_layers(1)[1:]
-    [('to_rgb1.conv.modulation', 1), ('convs.0.conv.modulation', 1), ('convs.1.conv.modulation', 2), \
-('to_rgbs.0.conv.modulation', 3)]
-    """
-    layers = [("conv1", 0), ("to_rgb1", 1)]
-    for i in range(levels):
-        layers += [(f"convs.{2 * i}", 2 * i + 1), (f"convs.{2 * i + 1}", 2 * i + 2), (f"to_rgbs.{i}", 2 * i + 3)]
-    return [(f"{name}.conv.modulation", row) for name, row in layers]
 
 
 def convert(codes: ArrayLike | Tensor, source: Layout, target: Layout, generator: nn.Module | None = None) -> Tensor:
@@ -262,11 +243,8 @@ def _meant(layers: int) -> str:
     """Which spaces have so many layers, in words."""
     if layers == 1:
         return "W or Z"
-    found = []
-    for power in range(SMALLEST.bit_length() - 1, LARGEST.bit_length()):
-        counts = {"W+": 2 * power - 2, "S": 3 * power - 4}
-        found += [f"{space} at {2**power} px" for space, count in counts.items() if count == layers]
-    return " or ".join(found)
+    of_all = [(size, layout(space, size)) for size in SIZES for space in ("w+", "s")]
+    return " or ".join(f"{codes} at {size} px" for size, codes in of_all if len(codes.widths) == layers)
 
 
 def _module(generator: nn.Module | None, name: str) -> nn.Module:

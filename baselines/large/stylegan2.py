@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ordinalclip.weights import check_floats, fault, limited_memory, misfit, read_weights
 
 BLUR = (1.0, 3.0, 3.0, 1.0)
-MIN_SIZE, MAX_SIZE = 8, 1024
+SIZES = tuple(2**power for power in range(3, 11))  # of pictures, published generators' and those of small ones
 LR_MUL = 0.01  # of the mapping network
 SLOPE, GAIN = 0.2, math.sqrt(2)
 # Rewritten by every model from its size alone, except for the fixed noise, which changes details that no code holds.
@@ -33,8 +33,8 @@ ABSENT = (".kernel", "noises.noise_")  # parts of the names of buffers that a fi
 
 def check_size(size: int) -> None:
     """Raises: ValueError: a size that is no power of two, or beyond the limits."""
-    if not isinstance(size, int) or not MIN_SIZE <= size <= MAX_SIZE or size & (size - 1):
-        raise ValueError(f"size is {size!r}; it must be a power of two from {MIN_SIZE} to {MAX_SIZE}")
+    if not isinstance(size, int) or size not in SIZES:
+        raise ValueError(f"size is {size!r}; it must be a power of two from {SIZES[0]} to {SIZES[-1]}")
 
 
 def num_rows(size: int) -> int:
@@ -47,6 +47,27 @@ def num_channels(resolution: int, channel_multiplier: int = 2, channels: int | N
     """Channels at a resolution: 512 up to 32 px, then half as many at every doubling; never more than `channels`."""
     width = 512 if resolution <= 32 else 16384 // resolution * channel_multiplier
     return width if channels is None else min(width, channels)
+
+
+def style_layers(levels: int) -> list[tuple[str, int]]:
+    """Where each layer of S comes from, in the names of the public PyTorch ports of StyleGAN2.
+
+    A picture layer shares its row of W+ with the first convolution of the next resolution.
+
+    Args:
+        levels: number of resolutions above 4 px.
+
+    Returns:
+        for each layer the name of the affine module that makes it, and the row of W+ that this module takes.
+
+    >>> style_layers(1)[1:]
+    [('to_rgb1.conv.modulation', 1), ('convs.0.conv.modulation', 1), ('convs.1.conv.modulation', 2), \
+('to_rgbs.0.conv.modulation', 3)]
+    """
+    layers = [("conv1", 0), ("to_rgb1", 1)]
+    for i in range(levels):
+        layers += [(f"convs.{2 * i}", 2 * i + 1), (f"convs.{2 * i + 1}", 2 * i + 2), (f"to_rgbs.{i}", 2 * i + 3)]
+    return [(f"{name}.conv.modulation", row) for name, row in layers]
 
 
 def blur_kernel(gain: float = 1.0) -> Tensor:
@@ -261,15 +282,9 @@ class Generator(nn.Module):
             side = 2 ** ((k + 5) // 2)
             self.noises.register_buffer(f"noise_{k}", torch.randn(1, 1, side, side))
 
-    def layers(self) -> list[tuple[ModulatedConv2d, int]]:
-        """The modulated convolutions in the order of S, each with the row of W+ that it reads.
-
-        A picture layer shares its row with the first convolution of the next resolution.
-        """
-        order: list[tuple[Any, int]] = [(self.conv1, 0), (self.to_rgb1, 1)]
-        for i, to_rgb in enumerate(self.to_rgbs):
-            order += [(self.convs[2 * i], 2 * i + 1), (self.convs[2 * i + 1], 2 * i + 2), (to_rgb, 2 * i + 3)]
-        return [(layer.conv, row) for layer, row in order]
+    def modulations(self) -> list[tuple[Any, int]]:
+        """The affine maps of the convolutions in the order of S, each with the row of W+ that it reads."""
+        return [(self.get_submodule(name), row) for name, row in style_layers(len(self.to_rgbs))]
 
     def styles(self, codes: Tensor) -> list[Tensor]:
         """The S codes of codes in W (B, D) or W+ (B, rows, D): a tensor (B, channels) for every modulated layer.
@@ -284,7 +299,7 @@ class Generator(nn.Module):
                 f"codes have shape {tuple(codes.shape)}; this generator takes W (B, {self.style_dim}) or "
                 f"W+ (B, {self.num_rows}, {self.style_dim})"
             )
-        return [conv.modulation(codes[:, row]) for conv, row in self.layers()]
+        return [modulation(codes[:, row]) for modulation, row in self.modulations()]
 
     def render(self, styles: Sequence[Tensor], fresh_noise: bool = False) -> Tensor:
         """Pictures (B, 3, size, size) of S codes, as `styles` gives them.
@@ -295,7 +310,7 @@ class Generator(nn.Module):
         Raises:
             ValueError: for another number of layers or of channels in one.
         """
-        widths = [conv.weight.shape[2] for conv, _ in self.layers()]
+        widths = [len(modulation.bias) for modulation, _ in self.modulations()]
         given = [style.shape[-1] for style in styles]
         if given != widths:
             raise ValueError(f"styles have {given} channels; this generator takes {widths}")
@@ -404,24 +419,18 @@ def load_generator(file: str | Path) -> tuple[Generator, Tensor]:
     """
     content = read_weights(file)
     if "g_ema" in content:
-        state = _tensors(file, content["g_ema"], "g_ema")
+        state = tensors_of(file, content, "g_ema")
     elif "state_dict" in content:
-        state = part_of(_tensors(file, content["state_dict"], "state_dict"), "decoder.")
+        state = part_of(tensors_of(file, content, "state_dict"), "decoder.")
     else:
         raise ValueError(f"{file}: holds {_listed(content)}; a generator is in g_ema, or in state_dict as decoder.*")
     with torch.random.fork_rng(devices=[]), limited(file, state):
         torch.manual_seed(0)
         generator = _fitting(file, state)
     fill(file, generator, state, absent=ABSENT)
-    mean_code = content.get("latent_avg")
-    if mean_code is None:
+    if content.get("latent_avg") is None:
         return generator, generator.mean_code()
-    if not isinstance(mean_code, Tensor) or mean_code.shape[-1:] != (generator.style_dim,) or mean_code.ndim > 2:
-        raise ValueError(f"{file}: latent_avg is no tensor of {generator.style_dim} numbers a row")
-    check_floats(file, {"latent_avg": mean_code})
-    if bad := fault({"latent_avg": mean_code}):
-        raise ValueError(f"{file}: {bad}")
-    rows = mean_code.float().reshape(-1, generator.style_dim)
+    rows = mean_of(file, content, generator.num_rows, generator.style_dim)
     if not torch.equal(rows, rows[:1].expand_as(rows)):
         raise ValueError(f"{file}: the rows of latent_avg differ; a mean of W has the same in all")
     return generator, rows[0].clone()
@@ -436,8 +445,8 @@ def _fitting(file: str | Path, state: Mapping[str, Tensor]) -> Generator:
     n_mlp = len({name.split(".")[1] for name in state if name.startswith("style.")})
     size, cap = 2 ** (levels + 2), state["conv1.conv.weight"].shape[1]
     last = state.get(f"convs.{2 * levels - 1}.conv.weight")
-    if not MIN_SIZE <= size <= MAX_SIZE or last is None or last.ndim != 5:
-        raise ValueError(f"{file}: to_rgbs and convs are not those of a generator of {MIN_SIZE} to {MAX_SIZE} px")
+    if size not in SIZES or last is None or last.ndim != 5:
+        raise ValueError(f"{file}: to_rgbs and convs are not those of a generator of {SIZES[0]} to {SIZES[-1]} px")
     # Above 32 px there are 16384 / size times the multiplier, unless that is more than the cap.
     multiplier = max(1, math.ceil(last.shape[1] * size / 16384)) if size > 32 else 2
     return Generator(size, state["style.1.weight"].shape[1], n_mlp, multiplier, cap)
@@ -476,10 +485,28 @@ def fill(file: str | Path, module: nn.Module, state: Mapping[str, Tensor], absen
     module.load_state_dict(whole)
 
 
-def _tensors(file: str | Path, state: Any, key: str) -> dict[str, Tensor]:
+def tensors_of(file: str | Path, content: Mapping[str, Any], key: str) -> dict[str, Tensor]:
+    """Raises:
+    ValueError: there is no dictionary of tensors under that key."""
+    state = content.get(key)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file}: {key} is not a dictionary of tensors")
     return state
+
+
+def mean_of(file: str | Path, content: Mapping[str, Any], rows: int, style_dim: int) -> Tensor:
+    """The tensor `latent_avg` as (rows, D) or (1, D), float32.
+
+    Raises:
+        ValueError: none, one of another shape, or of numbers that are no weights.
+    """
+    mean = content.get("latent_avg")
+    if not isinstance(mean, Tensor) or mean.shape not in ((style_dim,), (1, style_dim), (rows, style_dim)):
+        raise ValueError(f"{file}: latent_avg is no tensor of {style_dim} numbers, or of {rows} x {style_dim}")
+    check_floats(file, {"latent_avg": mean})
+    if bad := fault({"latent_avg": mean}):
+        raise ValueError(f"{file}: {bad}")
+    return mean.float().reshape(-1, style_dim)
 
 
 def _listed(names: Iterable[Any]) -> str:

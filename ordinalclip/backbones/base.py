@@ -43,6 +43,21 @@ class Pooling:
         return output[:, self.num_prefix_tokens :].mean(dim=1)
 
 
+def check_map(output: Tensor, where: str, channels_last: bool = False) -> None:
+    """Pictures are square, and so is a map of one, unless its channels are on one of the axes that would be averaged.
+
+    Args:
+        output: (B, D, S, S), or (B, S, S, D) if `channels_last`.
+        where: begins the message of the error.
+
+    Raises:
+        ValueError: the two axes differ.
+    """
+    height, width = output.shape[1:3] if channels_last else output.shape[2:]
+    if height != width:
+        raise ValueError(f"{where} gives a map {tuple(output.shape)}: which axis are its channels?")
+
+
 @dataclass
 class Backbone:
     """An image encoder with what belongs to it.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ordinalclip.backbones.base import Backbone, Pooling, Request, fetching
+from ordinalclip.backbones.base import Backbone, Pooling, Request, check_map, fetching
 from ordinalclip.files import check_no_code
 from ordinalclip.images import PixelSpec
 from ordinalclip.suggestions import near_matches
@@ -30,6 +30,9 @@ class PooledVision(nn.Module):
 
     The feature is the model's `pooler_output` where it has one; else its class token; else the mean over tokens, or
     over the places of a convolutional map. CLIP's visual projection follows where there is one.
+
+    Raises:
+        ValueError: `forward` meets a map whose channels come last: see `check_map`.
     """
 
     def __init__(self, model: nn.Module, projection: nn.Module | None = None, options: dict[str, Any] | None = None):
@@ -46,6 +49,7 @@ class PooledVision(nn.Module):
             return self.projection(pooled.flatten(1))
         hidden = outputs.last_hidden_state
         if hidden.ndim == 4:
+            check_map(hidden, type(self.model).__name__)
             return self.projection(hidden.mean(dim=(2, 3)))
         return self.projection(hidden[:, 0] if self.has_class_token else hidden.mean(dim=1))
 

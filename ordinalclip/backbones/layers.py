@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ordinalclip.backbones.base import Pooling
+from ordinalclip.backbones.base import Pooling, check_map
 
 _one_at_a_time = threading.RLock()  # hooks see whoever calls the tower, threads of a server that share it too
 
@@ -18,7 +18,8 @@ def encoder_layers(tower: nn.Module) -> list[nn.Module]:
     """The layers of an image tower, first to last.
 
     A layer is a part with parameters of one of the outermost `Sequential`s and `ModuleList`s: a block of a ViT or a
-    ResNet, a stage of a Swin or ConvNeXt, a convolution of a VGG.
+    ResNet, a stage of a Swin or ConvNeXt, a convolution or a BatchNorm of a VGG; where the stem is a `Sequential`, too
+    (ConvNeXt), its convolutions and norms count as well.
     """
     layers: list[nn.Module] = []
     for child in tower.children():
@@ -34,10 +35,10 @@ class LayerFeatures:
 
     The first L - 1 layers are those of `encoder_layers` that give tokens or a map, in the order in which they are
     called, as they leave the layer, without the tower's last norm; the last one is what the tower itself gives, for a
-    plain ResNet the same once more. Widths
-    differ between the layers of convolutional towers: D is the largest, and narrower layers are filled up with zeros,
-    so that features stay one tensor for gathering, micro-batches and mirrors, while products with vectors of a layer's
-    own width, filled up alike, and norms and distances within a layer are what they are without.
+    plain ResNet the same once more. Class tokens that are kept beside a map (PiT, CvT) are not read. Widths differ
+    between the layers of convolutional towers: D is the largest, and narrower layers are filled up with zeros, so that
+    features stay one tensor for gathering, micro-batches and mirrors, while products with vectors of a layer's own
+    width, filled up alike, and norms and distances within a layer are what they are without.
 
     The layers are looked up anew for every call: adapters and other BatchNorms may have taken their places.
 
@@ -50,8 +51,9 @@ class LayerFeatures:
         dims: width of each layer, L numbers, that of the tower's own features last.
 
     Raises:
-        ValueError: no layer; one that is called more than once, or gives neither tokens nor a map in one piece; a class
-            token that joins the others on their way (CaiT, XCiT), so that it cannot be told which layers have it.
+        ValueError: no layer; one that is called more than once, or gives neither tokens nor a map in one piece; a map
+            whose channels come last, which the tower does not say (SAM, VOLO); a class token that joins the others on
+            their way (CaiT, XCiT), so that it cannot be told which layers have it.
     """
 
     def __init__(self, tower: nn.Module, pooling: Pooling, size: int):
@@ -92,6 +94,8 @@ class LayerFeatures:
                 counts.add(output.shape[1])
                 if len(counts) > 1:
                     raise ValueError(f"{where} has another number of tokens than those before: which is whose?")
+            if output.ndim == 4:
+                check_map(output, where, self.pooling.channels_last)
             if output.ndim > 2:  # else it comes after pooling
                 found[layer] = self.pooling(output)
 
