@@ -154,8 +154,9 @@ def _take(study: Study, trial: Trial, done: Future[Tried], errors: list[str], po
         tried = done.result()
     except Exception as error:  # its process was killed, time and again
         tried = Tried(None, f"{trial.runs[0].output_dir}: {error}")
-    if (foreign := next(filter(None, (other_data(pool, run) for run in trial.runs)), None)) is not None:
-        tried = Tried(None, foreign)
+    for run in trial.runs:
+        if (foreign := other_data(pool, run)) is not None:
+            tried = Tried(None, foreign)
     if tried.error is not None:
         study.fail(trial.number, tried.error)
         errors.append(tried.error)
