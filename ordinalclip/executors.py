@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -115,7 +114,7 @@ class Pool(Protocol):
 
 
 @contextmanager
-def open_pool(where: str, jobs: int | str, folder: Path, executor: Executor | None = None) -> Iterator[Pool]:
+def open_pool(where: str, jobs: int, folder: Path, executor: Executor | None = None) -> Iterator[Pool]:
     """A pool within a `with` block, at whose end nothing runs any more.
 
     Args:
@@ -130,16 +129,16 @@ def open_pool(where: str, jobs: int | str, folder: Path, executor: Executor | No
     """
     for lease in folder.glob(f"{LEASE}*"):  # of clients that are dead, since the lock is ours: their runs end
         lease.unlink(missing_ok=True)
-    if executor is None and where == "local" and (jobs := num_jobs(jobs)) == 1:
+    if executor is None and where == "local" and jobs == 1:
         yield _Here()
         return
     with _lease(folder) as lease:
         if executor is not None:
-            with _Workers(lease, executor, partial(num_jobs, jobs)) as pool:
+            with _Workers(lease, executor, lambda: jobs) as pool:
                 yield pool
         elif where == "local":
-            share = max(1, num_cores() // int(jobs))
-            with ThreadPoolExecutor(int(jobs)) as threads, _Workers(lease, threads, partial(int, jobs), share) as pool:
+            share = max(1, num_cores() // jobs)
+            with ThreadPoolExecutor(jobs) as threads, _Workers(lease, threads, lambda: jobs, share) as pool:
                 yield pool
         else:
             with _dask(lease, where) as pool:
@@ -466,6 +465,15 @@ class Lease:
             self.renewed, self.since = status.st_mtime_ns, now
         return status.st_size > 0 and now - self.since < SILENCE
 
+    def check(self) -> None:
+        """Before something is begun.
+
+        Raises:
+            WorkerDied: it is no longer wanted.
+        """
+        if not self.holds():
+            raise WorkerDied(f"its process on {socket.gethostname()} was told to stop")
+
 
 class Child:
     """A process that does what it is sent, one task after the other, in its main thread.
@@ -474,11 +482,12 @@ class Child:
         task: one of those that it is for; all of one client, with one number of threads.
 
     Raises:
-        OSError: the lease is not seen here.
+        OSError: the lease is not seen here; WorkerDied: it does not hold.
     """
 
     def __init__(self, task: Task):
         self.lease = Lease(task.lease_path)
+        self.lease.check()
         self.connection, theirs = Pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         if task.threads is not None:
@@ -502,6 +511,7 @@ class Child:
         """
         told = None
         try:
+            self.lease.check()
             self.connection.send((task.cwd, task.content))
             while not self.connection.poll(POLL):
                 if told is None and not self.lease.holds():

@@ -13,25 +13,27 @@ quotes, `data.root="a|b"`.
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import islice, product
+from itertools import product
 from typing import Any
 
 from scipy.stats import qmc
 
 from ordinalclip.config import RunConfig, flat_keys, override_value
+from ordinalclip.run_folder import EXECUTION
 from ordinalclip.sections import brief
 from ordinalclip.written import Written
 
 Setting = dict[str, Any]  # dotted keys of a run
 
 NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
-RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})((?::.*)?)")
+RANGE = re.compile(rf"({NUMBER})(\.{{2,}})({NUMBER})((?::.*)?)")
 STEP = re.compile(rf"step=({NUMBER})")
-MOST_COMBINATIONS = 256  # of ends and choices that are checked together, a millisecond each
+MOST_COMBINATIONS = 256  # of ends and choices that are checked together, a millisecond each; of more a sample
 MOST_CHOICES = 1000
 # The pictures by which trials are judged are the same for all: of the data, only what is made of training pictures.
 TRAINING_DATA = ("data.augment.", "data.shots", "data.train_share", "data.shift_ranks", "data.shift_keep")
@@ -40,8 +42,9 @@ NEVER = {  # keys of a run that nobody searches, and why
     "overwrite": "it is for the whole search to say",
     "seed": "several seeds are averaged, not searched",
     "evaluation.test": "the test part is not read by a search",
-    "evaluation.report": "it changes no model",
+    "evaluation.decoding": "all trials are judged by the same answers",
     "train.resume": "an interrupted search goes on by itself",
+    "train.eval_every": "all trials are judged equally often, and pruning counts validations",
 }
 
 
@@ -138,6 +141,18 @@ def _is_searched(text: str) -> bool:
     return RANGE.fullmatch(text) is not None or ("|" in text and text != "|")
 
 
+def refuse_set(searched: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: a key that is searched has a value, too.
+
+    Args:
+        searched: texts by dotted key.
+        given: values by dotted key.
+    """
+    if both := sorted(given.keys() & searched.keys()):
+        raise ValueError(f"{both[0]} is searched, as {searched[both[0]]}, and set, to {given[both[0]]}")
+
+
 def read_search(
     written: Mapping[str, str], check: Callable[[Setting, str], RunConfig], source: str = "search"
 ) -> Search:
@@ -155,7 +170,7 @@ def read_search(
     if not written:
         raise ValueError(f"{source}: nothing to search: give a range or choices, such as train.lr=1e-5..1e-3:log")
     for key in written:
-        why = NEVER.get(key, "")
+        why = NEVER.get(key, "it changes no model" if key in EXECUTION or key.startswith("evaluation.") else "")
         if key.startswith("data.") and not key.startswith(TRAINING_DATA):
             why = "all trials are judged by the same pictures"
         if why:
@@ -171,11 +186,19 @@ def read_search(
         search[key] = (
             _range(key, written[key], found, source) if _is_range(written[key]) else Choice(written[key], tuple(ends))
         )
-    for together in islice(product(*texts.values()), MOST_COMBINATIONS):
+    for together in _together(list(texts.values())):
         setting = dict(zip(texts, map(override_value, together), strict=True))
         words = ", ".join(f"{key}={brief(text)}" for key, text in zip(texts, together, strict=True))
         check(setting, f"{source}, {words}")
     return search
+
+
+def _together(texts: Sequence[Sequence[str]]) -> Iterable[Sequence[str]]:
+    """Combinations of ends and choices: all, or a sample of so many that any two of few choices are in it together."""
+    if math.prod(map(len, texts)) <= MOST_COMBINATIONS:
+        return product(*texts)
+    chosen = random.Random(0)
+    return [[chosen.choice(ends) for ends in texts] for _ in range(MOST_COMBINATIONS)]
 
 
 def _is_range(text: str) -> bool:
@@ -184,10 +207,12 @@ def _is_range(text: str) -> bool:
 
 def _ends(key: str, text: str, source: str) -> list[str]:
     """The two ends of a range, or the choices, as they are written."""
-    if found := RANGE.fullmatch(text):
-        return [found[1], found[2]]
-    ends = [part.strip() for part in text.split("|")]
     what = f"{source}: {key}={brief(text)}"
+    if found := RANGE.fullmatch(text):
+        if len(found[2]) > 2:
+            raise ValueError(f"{what}: a range has two dots, {found[1]}..{found[3]}; write .5 as 0.5")
+        return [found[1], found[3]]
+    ends = [part.strip() for part in text.split("|")]
     if len(ends) < 2:
         raise ValueError(f"{what}: write a range, low..high or low..high:log, or choices, a|b|c")
     if "" in ends:
@@ -214,7 +239,7 @@ def _range(key: str, text: str, ends: Sequence[Any], source: str) -> Range:
     if low >= high:
         raise ValueError(f"{what}: the low end comes first, and is less than the high one")
     log, step = False, None
-    for extra in written[3].split(":")[1:]:
+    for extra in written[4].split(":")[1:]:
         if extra == "log" and not log:
             log = True
         elif (found := STEP.fullmatch(extra)) and step is None:

@@ -424,6 +424,13 @@ def test_a_search_of_a_comparison_is_refused_by_name(comparison, changes, messag
         load_plan(comparison)
 
 
+def test_a_key_that_a_comparison_searches_is_not_set_too(comparison):
+    comparison.write_text(yaml.safe_dump(searching()))
+    message = r"method 'L1': train\.lr is searched, as 1e-5\.\.1e-2:log, and set, to 1e-3$"
+    with pytest.raises(ValueError, match=message):
+        load_plan(comparison, ["train.lr=1e-3"])
+
+
 @pytest.mark.slow
 def test_the_table_against_what_the_runs_left(comparison, tmp_path):
     """Figures of the table, worked out again from predictions, logs and models."""

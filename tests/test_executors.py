@@ -52,6 +52,11 @@ def die_of(victim, folder, number):
     return os.getpid()
 
 
+def leave_a_file(folder, number):
+    (folder / f"begun-{number}").touch()
+    time.sleep(0.1)
+
+
 @pytest.fixture
 def importable(monkeypatch):
     """This module, for the children."""
@@ -158,6 +163,22 @@ def test_processes_are_kept_and_one_that_dies_costs_no_other_item(tmp_path, impo
     wait_for(lambda: not any(psutil.pid_exists(owner) for owner in owners), 10)
 
 
+@pytest.mark.slow
+def test_after_a_stop_nothing_that_is_queued_is_begun(tmp_path, importable):
+    """An executor of one's own has got all items at once, and goes through its queue whatever comes."""
+    with ThreadPoolExecutor(1) as executor, open_pool("local", 20, tmp_path, executor) as pool:
+        next(pool.run(partial(leave_a_file, tmp_path), range(20)))
+        begun = len([*tmp_path.glob("begun-*")])
+    assert len([*tmp_path.glob("begun-*")]) <= begun + 1  # one was on its way
+
+
+def test_after_a_stop_no_process_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    (tmp_path / ".lease-1").touch()  # emptied
+    with pytest.raises(WorkerDied, match="was told to stop"):
+        executors.Child(Task(b"", ".lease-1", str(tmp_path), None, ("", None)))
+
+
 def small(folder, steps, methods=("L1",)):
     """A comparison of one seed; the command for it."""
     command = comparison(folder, 1, steps)
@@ -197,16 +218,20 @@ def test_an_executor_of_ones_own_gives_the_same_table(tmp_path, kind, monkeypatc
         assert figures(tmp_path, f"output_dir={tmp_path}/there", executor=executor) == here
 
 
-@pytest.mark.slow
-def test_a_worker_with_other_data_under_the_same_name_is_said(tmp_path, image_folder):
+class Elsewhere(ThreadPoolExecutor):
     """Its labels are changed once the client has read them: as if its disk were another."""
 
-    class Elsewhere(ThreadPoolExecutor):
-        def submit(self, *given):
-            labels = image_folder / "labels.csv"
-            labels.write_text(labels.read_text().replace("cell0.png,0", "cell0.png,2"))
-            return super().submit(*given)
+    def __init__(self, labels):
+        super().__init__(1)
+        self.labels = labels
 
+    def submit(self, *given):
+        self.labels.write_text(self.labels.read_text().replace("cell0.png,0", "cell0.png,2"))
+        return super().submit(*given)
+
+
+@pytest.mark.slow
+def test_a_worker_with_other_data_under_the_same_name_is_said(tmp_path, image_folder):
     small(tmp_path, 2)
     content = yaml.safe_load((tmp_path / "c1.yaml").read_text())
     data = {"source": "table", "root": str(image_folder), "table": "labels.csv", "image_column": "file"}
@@ -214,10 +239,23 @@ def test_a_worker_with_other_data_under_the_same_name_is_said(tmp_path, image_fo
     content["base"] |= {"ranks": {"values": [0, 1, 2]}, "train": {"max_steps": 1, "batch_size": 2}}
     (tmp_path / "c1.yaml").write_text(yaml.safe_dump(content))
     with (
-        Elsewhere(1) as executor,
+        Elsewhere(image_folder / "labels.csv") as executor,
         pytest.raises(ValueError, match=r"its worker has other data .*: the \w+ part has changed"),
     ):
         run_plan(load_plan(tmp_path / "c1.yaml"), quiet=True, executor=executor)
+
+
+@pytest.mark.slow
+def test_a_trials_worker_with_other_data_under_the_same_name_is_said(tmp_path, image_folder, monkeypatch):
+    from ordinalclip.tuning import trials, tune
+
+    data = [f"data.root={image_folder}", "data.source=table", "data.table=labels.csv", "data.image_column=file"]
+    data += ["data.label_column=grade", "data.split=[0.34, 0.33, 0.33]", "ranks.values=[0, 1, 2]"]
+    run = ["method=l1", "train.max_steps=1", "train.batch_size=2", "train.lr=1e-4..1e-2"]
+    with Elsewhere(image_folder / "labels.csv") as executor:
+        monkeypatch.setattr(trials, "open_pool", partial(open_pool, executor=executor))
+        with pytest.raises(ValueError, match=r"its worker has other data .*: the \w+ part has changed"):
+            tune(None, [f"output_dir={tmp_path}/search", *data, *run], trials=1, quiet=True)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,11 @@ from conftest import NOISY, QUICK, log_of, without_times
 
 from ordinalclip.config import load_config
 from ordinalclip.run_folder import RunFolder
+from ordinalclip.runs import train_run
 from ordinalclip.signals import PREEMPTED, Preempted
 from ordinalclip.training import Diverged, train
 from ordinalclip.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from ordinalclip.training.interruption import Pruned
 from ordinalclip.training.sampling import Stream
 from ordinalclip.training.step import Learner
 
@@ -262,6 +264,23 @@ def test_where_a_device_is_not_waited_for_the_weights_are_spared_all_the_same(qu
     moments = learners[0].optimizer.optimizer.state_dict()["state"].values()
     assert all(torch.isfinite(tensor).all() and state["step"] == 5 for state in moments for tensor in state.values())
     assert [row["step"] for row in log_of(config.output_dir)] == [1, 2, 3, 4, 5]
+
+
+def test_a_step_that_the_scaler_skips_takes_none_from_the_log_of_a_run_that_is_pruned(quick, monkeypatch):
+    """With fp16 an infinite gradient is no divergence."""
+    step = Learner.step
+
+    def overflows(self, number, *batch):
+        return step(self, number, *batch) | ({"grad_norm": torch.tensor(float("inf"))} if number == 1 else {})
+
+    def prune(validation, mae):
+        raise Pruned("enough")
+
+    monkeypatch.setattr(Learner, "step", overflows)
+    config = quick("method=l1", "train.eval_every=4", "train.log_every=4")
+    with pytest.raises(Pruned):
+        train_run(config, quiet=True, watch=prune)
+    assert [row["step"] for row in log_of(config.output_dir)] == [1, 2, 3, 4]
 
 
 def test_deferring_the_check_changes_no_number(quick, tmp_path, monkeypatch):

@@ -73,6 +73,11 @@ def test_what_is_no_range_stays_an_override(plain):
         (["evaluation.test=true|false"], r"the test part is not read by a search"),
         (["data.split_seed=1..3"], r"data\.split_seed cannot be searched: all trials are judged by the same pictures"),
         (["train.lr=1e-3"], r"nothing to search"),
+        (["train.lr=1e-5...1e-3:log"], r"train\.lr=1e-5\.\.\.1e-3:log: a range has two dots, 1e-5\.\.1e-3; write \.5"),
+        (["train.micro_batch_size=1|2"], r"train\.micro_batch_size cannot be searched: it changes no model"),
+        (["evaluation.space=true|false"], r"evaluation\.space cannot be searched: it changes no model"),
+        (["evaluation.decoding=median|argmax"], r"evaluation\.decoding cannot be searched: .* by the same answers"),
+        (["train.eval_every=1|2"], r"train\.eval_every cannot be searched: all trials are judged equally often"),
     ],
 )
 def test_a_search_is_refused_by_name_before_anything_runs(overrides, message):
@@ -88,6 +93,16 @@ def test_ends_that_are_fine_alone_are_checked_together():
 
     with pytest.raises(ValueError, match=r"^c\.yaml, train\.schedule=constant, train\.warmup_steps=9: not together$"):
         read_search({"train.schedule": "cosine|constant", "train.warmup_steps": "0..9"}, check, "c.yaml")
+
+
+def test_of_many_keys_a_sample_is_checked_together():
+    def check(setting, what):
+        if (setting["head.key0"], setting["head.key11"]) == ("b", "b"):
+            raise ValueError(f"{what}: not together")
+        return parse_config({}, what)
+
+    with pytest.raises(ValueError, match="not together"):
+        read_search({f"head.key{number}": "a|b" for number in range(12)}, check, "c.yaml")
 
 
 def test_ends_are_drawn_as_often_as_what_lies_between():

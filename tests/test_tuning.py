@@ -207,6 +207,66 @@ def test_a_search_goes_on_without_repeating_and_another_is_refused(searched):
     assert len(rows_of(folder)) == 4
 
 
+def test_data_that_changed_since_an_earlier_call_of_the_process_is_noticed(tmp_path, image_folder):
+    overrides = [f"output_dir={tmp_path}/search", f"data.root={image_folder}", "data.source=table", "method=l1"]
+    overrides += [
+        "data.table=labels.csv",
+        "data.image_column=file",
+        "data.label_column=grade",
+        "ranks.values=[0, 1, 2]",
+    ]
+    overrides += ["data.split=[0.34, 0.33, 0.33]", "train.max_steps=1", "train.batch_size=2", "train.lr=1e-4..1e-2"]
+    tune(None, overrides, trials=1, quiet=True)
+    labels = image_folder / "labels.csv"
+    labels.write_text(labels.read_text().replace("cell0.png,0", "cell0.png,2"))
+    with pytest.raises(ValueError, match=r"holds another search: the \w+ part has changed"):
+        tune(None, overrides, trials=2, quiet=True)
+
+
+@pytest.mark.slow
+def test_only_the_best_so_far_keeps_a_model_and_the_page_that_calls_it_so(tmp_path, monkeypatch):
+    """Each trial is better than the last; the second seed of the third breaks off."""
+    real = trials.train_one
+
+    def improves(run, **options):
+        if run.output_dir.endswith("002-seed2"):
+            return trials.Result(None, error=f"{run.output_dir}: a broken picture")
+        return real(run, **options)
+
+    monkeypatch.setattr(trials, "train_one", improves)
+    monkeypatch.setattr(trials, "_value", lambda run, result: 9.0 - int(run.output_dir[-9:-6]))
+    overrides, folder = (f"output_dir={tmp_path}/search", *L1, *SEARCHED), tmp_path / "search" / "trials"
+    tune(None, overrides, trials=2, seeds=2, quiet=True)
+    assert RunFolder(folder / "001-seed1").report.is_file()
+    tune(None, overrides, trials=4, seeds=2, quiet=True)
+    assert {row["trial"]: row["state"] for row in rows_of(tmp_path / "search")}["2"] == "failed"
+    assert {path.parent.name for path in folder.glob("*/model")} == {"003-seed1", "003-seed2"}
+    assert {path.parent.name for path in folder.glob("*/report.html")} == {"003-seed1"}
+
+
+def test_a_trial_ends_with_its_first_run_that_diverges_and_takes_one_that_has(tmp_path, monkeypatch):
+    trained = []
+
+    def diverges(run, **options):
+        trained.append(run.seed)
+        return trials.Result(None, "step 1: loss is nan")
+
+    monkeypatch.setattr(trials, "train_one", diverges)
+    plan = load_plan(None, [f"output_dir={tmp_path}/search", *L1, *SEARCHED], trials=1, seeds=3)
+    plan.folder.mkdir()
+    study = Study(plan.files.journal, "none")
+    trial = study.draw(plan.search)
+    work = trials.Trial(trial.number, plan.runs(trial.number, texts(trial)))
+    assert trials._run_trial(work, plan.files.journal, "none") == trials.Tried(math.inf)
+    assert trained == [1]
+    folder = RunFolder(work.runs[0].output_dir)
+    folder.path.mkdir(parents=True)
+    folder.write_config(work.runs[0])
+    folder.diverged.write_text("step 1: loss is nan")  # and then it was killed
+    assert trials._run_trial(work, plan.files.journal, "none") == trials.Tried(math.inf)
+    assert trained == [1]
+
+
 def test_a_search_takes_no_folder_of_another(tmp_path, quick):
     config = quick("method=constant")
     train_run(config, quiet=True)

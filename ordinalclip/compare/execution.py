@@ -93,8 +93,7 @@ def execute(plan: Plan, quiet: bool = False, executor: Executor | None = None) -
         ValueError: no validation or test part; FolderOccupied: see `run_plan`; Preempted: told to stop by SIGTERM or
             Ctrl-C, after a checkpoint of what was running.
     """
-    _load_parts_once.cache_clear()  # the data may have changed since an earlier call
-    _fingerprints_once.cache_clear()
+    forget_data()
     _check_parts(plan)
     results = _found(plan)
     tuned = [place for place in plan.runs if place.seed in plan.tuning_seeds]
@@ -157,16 +156,22 @@ def _found(plan: Plan) -> dict[Place, Result]:
             logger.warning("%s holds %s: it is done again", folder.path, state.text)
             continue
         other = folder.difference(run, _fingerprints_of(run))
-        if not other and state.kind == "finished":
-            results[place] = Result(folder.read_metrics())
-        elif not other and state.kind == "diverged":
-            results[place] = Result(None, folder.diverged.read_text(encoding="utf-8"))
+        if not other and (result := ended(folder)) is not None:
+            results[place] = result
         elif other and not plan.config.overwrite:
             raise FolderOccupied(
                 f"{folder.path} holds {state.text}, which is another experiment ({other}): overwrite=true replaces "
                 "such runs, another output_dir leaves them alone"
             )
     return results
+
+
+def ended(folder: RunFolder) -> Result | None:
+    """What a run came to that has finished or diverged in an earlier call; None for every other."""
+    kind = folder.state().kind
+    if kind == "finished":
+        return Result(folder.read_metrics())
+    return Result(None, folder.diverged.read_text(encoding="utf-8")) if kind == "diverged" else None
 
 
 def _choose(plan: Plan, results: dict[Place, Result], variant: str, name: str) -> int:
@@ -192,12 +197,19 @@ def _each(
     for run, done in pool.run(work, [plan.runs[place] for place in missing.values()]):
         try:
             result = done.result()
-        except WorkerDied as error:
-            result = _broken_off(run, error)
-        if pool.shares_files and (changed := RunFolder(run.output_dir).data_difference(_fingerprints_of(run))):
-            result = Result(None, error=f"{run.output_dir}: its worker has other data than this machine: {changed}")
+        except WorkerDied as died:
+            result = _broken_off(run, died)
+        if (error := other_data(pool, run)) is not None:
+            result = Result(None, error=error)
         results[missing[run.output_dir]] = result
         progress.advance(1, _folder_name(run))
+
+
+def other_data(pool: Pool, run: RunConfig) -> str | None:
+    """The error of a run whose worker, on another machine perhaps, has read other data than there is here, or None."""
+    if pool.shares_files and (changed := RunFolder(run.output_dir).data_difference(_fingerprints_of(run))):
+        return f"{run.output_dir}: its worker has other data than this machine: {changed}"
+    return None
 
 
 def train_one(run: RunConfig, keep_checkpoints: bool, overwrite: bool, watch: Watch = unwatched) -> Result:
@@ -260,6 +272,12 @@ def _is_tested(run: RunConfig, result: Result) -> bool:
 
 def _folder_name(run: RunConfig) -> str:
     return RunFolder(run.output_dir).path.name
+
+
+def forget_data() -> None:
+    """Before a comparison or a search: the data may have changed since an earlier call of this process."""
+    _load_parts_once.cache_clear()
+    _fingerprints_once.cache_clear()
 
 
 def parts_of(run: RunConfig) -> Parts:

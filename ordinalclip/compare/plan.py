@@ -26,7 +26,7 @@ from ordinalclip.config import (
 )
 from ordinalclip.executors import Jobs, Where
 from ordinalclip.heads import head_class
-from ordinalclip.search import Setting, drawn, read_search
+from ordinalclip.search import Setting, drawn, read_search, refuse_set
 from ordinalclip.sections import Section, parse_section
 from ordinalclip.shipped import COMPARISONS
 from ordinalclip.written import values
@@ -181,6 +181,10 @@ class Plan:
         """Before anything runs, so that what a method gets depends on nothing but the search: methods that share it get
         the same settings, and as many."""
         variant = next(iter(self.config.variants))
+        try:
+            refuse_set(searched, flat_keys(overrides))
+        except ValueError as error:
+            raise ValueError(f"{source}, {_where(variant, name)}: {error}") from None
 
         def check(setting: Setting, what: str) -> RunConfig:
             folder = self._run_folder(variant, name, 0, self.seeds[0])

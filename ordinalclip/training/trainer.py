@@ -206,10 +206,10 @@ class Trainer:
                         told = told or interruption.requested()
                         if "validation_mae" in entries[-1]:
                             self._tell(math.ceil(progression.step / every), entries[-1]["validation_mae"])
-                except (Diverged, Pruned):  # what led there is worth keeping, as far as it is numbers
+                except (Diverged, Pruned):  # what led there is worth keeping
                     if progression.step == first:
                         self._begin()
-                    self._write_log(list(takewhile(_is_finite, entries)))
+                    self._write_log(list(takewhile(_is_finite, entries)) if learner.deferred else entries)
                     raise
                 stop = told > 0 or self._is_stale()
                 if progression.step % options.log_every == 0 or due or stop:
@@ -370,7 +370,8 @@ class Trainer:
 
 
 def _is_finite(entry: dict[str, Any]) -> bool:
-    """Whether an entry of the log holds numbers: the last ones before a divergence was noticed may not."""
+    """Whether an entry of the log holds numbers: where checks are deferred, the last before a divergence may not. Of
+    others a gradient may be infinite, whose step the scaler of fp16 has skipped."""
     return all(math.isfinite(float(entry[name])) for name in ("loss", "grad_norm"))
 
 

@@ -26,7 +26,7 @@ from ordinalclip.config import (
 from ordinalclip.executors import Jobs, Where
 from ordinalclip.files import delete, read_json_object, write_json
 from ordinalclip.run_folder import WAYS, FolderOccupied, RunFolder, changed_data, changed_keys, described
-from ordinalclip.search import read_search, split
+from ordinalclip.search import read_search, refuse_set, split
 from ordinalclip.sections import Section, parse_section
 
 Pruner = Literal["median", "hyperband", "none"]
@@ -94,7 +94,7 @@ class TuningPlan:
 
     Attributes:
         search: ranges and choices by key.
-        example: the runs of a trial with the first end of everything.
+        base: the configuration with the first end of everything; the folder and the data are those of all trials.
 
     Raises:
         ValueError: what `read_search` refuses, or seeds beyond the largest.
@@ -102,17 +102,14 @@ class TuningPlan:
 
     def __init__(self, layers: Sequence[Layer], searched: Mapping[str, str], options: TuneConfig):
         self.layers, self.options, self.source = layers, options, names_of(layers)
-        given = flat_keys(layers[-1].content)
-        if both := sorted(given.keys() & searched.keys()):
-            raise ValueError(f"{both[0]} is searched, as {searched[both[0]]}, and set, to {given[both[0]]}")
+        refuse_set(searched, flat_keys(layers[-1].content))
         self.search = read_search(searched, self._checked, f"{self.source}, search")
         first = {key: each.ends[0] for key, each in self.search.items()}
-        base = self._checked({key: override_value(text) for key, text in first.items()}, self.source)
+        self.base = base = self._checked({key: override_value(text) for key, text in first.items()}, self.source)
         self.seeds = [base.seed + number for number in range(options.seeds)]
         if self.seeds[-1] > MAX_SEED:
             raise ValueError(f"seed={base.seed} with {options.seeds} seeds leads beyond {MAX_SEED}")
-        self.folder, self.overwrite, self.files = Path(base.output_dir), base.overwrite, Files(Path(base.output_dir))
-        self.base, self.example = base, self.runs(0, first)
+        self.folder, self.files = Path(base.output_dir), Files(Path(base.output_dir))
 
     def _checked(self, setting: Mapping[str, Any], source: str) -> RunConfig:
         return parse_config(stack([*self.layers, Layer("the search", nested(dict(setting)))]), source)
@@ -171,7 +168,7 @@ class TuningPlan:
                     f"{self.folder} holds {theirs[0]}, and no search: give the search another folder (output_dir)"
                 )
         elif difference := self._difference(read_json_object(files.record), data):
-            if not self.overwrite:
+            if not self.base.overwrite:
                 raise ValueError(f"{self.folder} holds another search: {difference}; {WAYS}")
             for path in (*files.own, *self.folder.glob("study.journal*")):
                 delete(path)

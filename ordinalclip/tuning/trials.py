@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from ordinalclip import __version__
-from ordinalclip.compare.execution import Result, parts_of, train_one
+from ordinalclip.compare.execution import Result, ended, forget_data, other_data, parts_of, train_one
 from ordinalclip.config import RunConfig
-from ordinalclip.executors import num_jobs, open_pool
+from ordinalclip.executors import Pool, num_jobs, open_pool
 from ordinalclip.files import delete, write_text
 from ordinalclip.progress import Progress
 from ordinalclip.provenance import device, fingerprints
@@ -56,7 +56,8 @@ class Tried(NamedTuple):
 
 def search(plan: TuningPlan, quiet: bool = False) -> Outcome:
     """Run what is missing of a search in its folder, which this job holds: see `ordinalclip.tuning.run_plan`."""
-    parts = parts_of(plan.example[0])
+    forget_data()
+    parts = parts_of(plan.base)
     if parts.validation is None:
         raise ValueError(f"{plan.source}: a search needs a validation part, by which trials are judged")
     plan.claim(fingerprints(parts))
@@ -71,7 +72,7 @@ def search(plan: TuningPlan, quiet: bool = False) -> Outcome:
     try:
         with open_pool(plan.options.execution, jobs, plan.folder) as pool:
             for trial, done in pool.run(work, _missing(plan, study, errors)):
-                _take(study, trial, done, errors)
+                _take(study, trial, done, errors, pool)
                 _keep_best_model(plan, study)
                 write_trials(plan.files.table, _rows(plan, study))
                 if time.monotonic() - written > SECONDS_BETWEEN_REPORTS:
@@ -122,12 +123,10 @@ def _run_trial(trial: Trial, journal: Path, pruner: str) -> Tried:
     for run in trial.runs:
         watch = unwatched if values else Study(journal, pruner).watch(trial.number)
         folder = RunFolder(run.output_dir)
-        kind = folder.state().kind
-        if kind == "pruned":
+        if folder.state().kind == "pruned":
             return Tried(None)
-        if kind == "finished" and not folder.difference(run):
-            result = Result(folder.read_metrics())
-        else:
+        result = None if folder.difference(run) else ended(folder)
+        if result is None:
             try:
                 result = train_one(run, keep_checkpoints=False, overwrite=False, watch=watch)
             except Pruned as pruned:
@@ -138,6 +137,8 @@ def _run_trial(trial: Trial, journal: Path, pruner: str) -> Tried:
         if result.error is not None:
             return Tried(None, result.error)
         values.append(_value(run, result))
+        if math.isinf(values[-1]):  # the mean is, whatever the other seeds give
+            break
     return Tried(float(np.mean(values)))
 
 
@@ -147,12 +148,15 @@ def _value(run: RunConfig, result: Result) -> float:
     return math.inf if mae is None else mae
 
 
-def _take(study: Study, trial: Trial, done: Future[Tried], errors: list[str]) -> None:
+def _take(study: Study, trial: Trial, done: Future[Tried], errors: list[str], pool: Pool) -> None:
     """Write down what a trial came to."""
     try:
         tried = done.result()
     except Exception as error:  # its process was killed, time and again
         tried = Tried(None, f"{trial.runs[0].output_dir}: {error}")
+    for run in trial.runs:
+        if (foreign := other_data(pool, run)) is not None:
+            tried = Tried(None, foreign)
     if tried.error is not None:
         study.fail(trial.number, tried.error)
         errors.append(tried.error)
@@ -174,11 +178,13 @@ def _best(plan: TuningPlan, study: Study) -> FrozenTrial | None:
 
 
 def _keep_best_model(plan: TuningPlan, study: Study) -> None:
-    """Models of the others would fill the disk; each can be trained again from its config.yaml."""
+    """Models of the others would fill the disk; each can be trained again from its config.yaml. With the model of an
+    earlier best goes its report, which calls it the best."""
     best = _best(plan, study)
-    for trial in _in_state(plan, study, TrialState.COMPLETE):
-        if best is not None and trial.number != best.number:
-            for folder in _folders(plan, trial):
+    for trial in _in_state(plan, study, TrialState.COMPLETE, TrialState.FAIL):
+        for folder in _folders(plan, trial):
+            if (best is None or trial.number != best.number) and folder.model.exists():
+                delete(folder.report)
                 delete(folder.model)
 
 
