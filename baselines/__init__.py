@@ -17,6 +17,8 @@ HEADS = {
     "ordreg": "baselines.thresholds:OrdReg",
     "coral": "baselines.thresholds:CORAL",
     "corn": "baselines.thresholds:CORN",
+    "large": "baselines.large.head:LatentRegressor",
+    "large_tuned": "baselines.large.head:TunedLatentRegressor",
     "rm_loss": "baselines.rm_loss:RMLossHead",
     "atrip": "baselines.adaptive_triplet:AdaptiveTriplet",
     "rank_n_contrast": "baselines.rank_n_contrast:RankNContrast",

@@ -4,7 +4,7 @@
     python benchmarks/large_gan.py --out FOLDER --pictures 32000     # less, or more than before
 
 FOLDER gets `generator.pt` and `encoder.pt`, in the public layouts that `baselines.large.stylegan2.load_generator` and
-`baselines.large.e4e.load_encoder` read; `samples-*.png` and `encoded-*.png` to look at (in the latter every second row
+`baselines.large.e4e.load_encoder` read, and both as `model.safetensors` in half precision; `samples-*.png` and `encoded-*.png` to look at (in the latter every second row
 is what the generator makes of the codes of the row above it); and `gan-state.pt` and `encoder-state-*.pt`, from which
 it resumes bit for bit. An encoder belongs to a generator, so after more pictures a new one is trained.
 """
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
@@ -309,6 +310,9 @@ def write_models(folder: Path, encoding: Encoding) -> None:
     offset = encoding.mean.repeat(encoding.generator.num_rows, 1)
     with whole(folder / "encoder.pt") as aside:
         torch.save({"state_dict": state, "opts": options, "latent_avg": offset}, aside)
+    halves = {name: tensor.half().contiguous() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    with whole(folder / "model.safetensors") as aside:  # what the package brings: ordinalclip/assets/tiny-gan
+        save_file({**halves, "latent_avg": offset}, aside, {"encoder_type": "Encoder4Editing"})
 
 
 def main() -> None:

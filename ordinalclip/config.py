@@ -198,6 +198,9 @@ class DataConfig(Section):
     )
     license: str = Field("", description="licence of the pictures, for the model card")
     kinds: list[str] = Field(["thermometer"], min_length=1, description="gauges: kinds of instrument")
+    style: Literal["varied", "calm"] = Field(
+        "varied", description="gauges: calm ones stand alone, upright and in the middle"
+    )
     num_train: Rows = Field(64, description="gauges: training images")
     num_validation: Rows = Field(100, description="gauges: validation images")
     num_test: Rows = Field(500, description="gauges: test images")
@@ -262,7 +265,7 @@ class ModelConfig(Section):
         "tiny",
         min_length=1,
         description="image encoder: tiny, open_clip:NAME[/TAG-or-FILE], open_clip:FOLDER, hf:NAME-or-FOLDER, "
-        "timm:NAME[/pretrained-or-FILE]",
+        "timm:NAME[/pretrained-or-FILE], e4e[:FILE]",
     )
     text: str = Field("", description="text tower, as a backbone spec; default: that of the backbone")
     image_size: int | None = Field(

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -86,6 +86,9 @@ class HeadContext:
         label_mean, label_std: of the training labels, for heads that regress standardised labels.
         decoding: how a distribution becomes one value.
         layer_dims: for heads on layer-wise features the width of each layer, of which D is the largest; else empty.
+        generator: where layers are those of a generator's codes and it is at hand: codes (B, L, D) -> pictures
+            (B, 3, H, W) in [-1, 1].
+        see: such pictures -> (B, E) features of the text tower's own image encoder; where there is a generator.
     """
 
     ranks: Ranks
@@ -97,6 +100,8 @@ class HeadContext:
     label_std: float = 1.0
     decoding: Decoding = "median"
     layer_dims: tuple[int, ...] = ()
+    generator: nn.Module | None = None
+    see: Callable[[Tensor], Tensor] | None = None
 
 
 def decode(probabilities: Tensor, ranks: Ranks, decoding: Decoding) -> Prediction:
@@ -165,8 +170,16 @@ class Head(nn.Module):
         """Scalars on the WHOLE batch: "loss" is the total that is minimised, the rest is logged."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
+    def start(self, train: tuple[Outputs, Targets]) -> None:
+        """Before the first step of a training, with the outputs and targets of the training part. Default: nothing."""
+
     def fit(self, train: tuple[Outputs, Targets], validation: tuple[Outputs, Targets] | None) -> None:
         """Before every evaluation, with the outputs and targets of both parts. Default: nothing."""
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether `start` does anything."""
+        return type(self).start is not Head.start
 
     @property
     def needs_fit(self) -> bool:

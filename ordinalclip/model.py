@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -16,6 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -281,7 +283,8 @@ class OrdinalModel(PreTrainedModel):
             layer_dims=list(layers.dims) if layers else None,
         )
         tokenizer = tower.text.tokenizer if tower and tower.text else None
-        return cls(config, Encoder(image.encoder, dropout, mirror, layers), _head(config, tower), tokenizer)
+        head_module = _head(config, tower, image.generator if layers else None)
+        return cls(config, Encoder(image.encoder, dropout, mirror, layers), head_module, tokenizer)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> OrdinalOutput:
         """Predict.
@@ -566,7 +569,7 @@ def _tokenizer_folder(name: str, config: OrdinalConfig, hub: dict[str, Any]) -> 
     return Path(name) / inside
 
 
-def _head(config: OrdinalConfig, tower: Backbone | None) -> Head:
+def _head(config: OrdinalConfig, tower: Backbone | None, generator: nn.Module | None = None) -> Head:
     context = HeadContext(
         ranks=config.label_space,
         input_dim=config.input_dim,
@@ -577,8 +580,18 @@ def _head(config: OrdinalConfig, tower: Backbone | None) -> Head:
         label_std=config.label_std,
         decoding=cast(Decoding, config.decoding),
         layer_dims=tuple(config.layer_dims or ()),
+        generator=generator,
+        see=None if generator is None or tower is None else partial(_seen, tower),
     )
     return build_head(_method(config), context, config.head or {})
+
+
+def _seen(clip: Backbone, pictures: Tensor) -> Tensor:
+    """Features (B, E) of pictures (B, 3, H, W) in [-1, 1] by the image encoder of a CLIP, differentiable."""
+    side, encoder = clip.pixels.size, clip.encoder.to(pictures.device).eval()
+    pixels = interpolate((pictures + 1) / 2, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+    mean, std = (pixels.new_tensor(numbers)[:, None, None] for numbers in (clip.pixels.mean, clip.pixels.std))
+    return encoder((pixels - mean) / std)
 
 
 def _method(config: OrdinalConfig) -> str:

@@ -16,7 +16,9 @@ from baselines.large.directions import (
     direction_from_relevance,
     modulation_weights,
     sefa_directions,
+    strongest_channels,
     text_direction,
+    text_gradient,
 )
 from baselines.large.distances import signed_distances, sort_by_direction, weighted_distance
 from baselines.large.importance import edit_pairs, layer_importance, path_gradients
@@ -42,7 +44,9 @@ __all__ = [
     "signed_distances",
     "sort_by_direction",
     "spread_out",
+    "strongest_channels",
     "style_layers",
     "text_direction",
+    "text_gradient",
     "weighted_distance",
 ]

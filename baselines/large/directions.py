@@ -168,13 +168,51 @@ def channel_relevance(
     return table
 
 
+def text_gradient(
+    codes: ArrayLike | Tensor,
+    render: Callable[[Tensor], Images],
+    features: Callable[[Images], Tensor],
+    text: ArrayLike | Tensor,
+    batch_size: int = 16,
+) -> Tensor:
+    """How far every channel moves the features of the picture along a text: the mean over codes of
+    d <features(render(w)), t> / d w.
+
+    Ours. It is `channel_relevance` times t for steps without end, at the cost of one picture and its gradient a code,
+    where that takes two pictures a channel.
+
+    Args:
+        codes: (N, L, D).
+        render: codes (B, L, D) -> pictures, differentiable, one by one independent of each other.
+        features: pictures -> (B, E), differentiable.
+        text: (E,) of `text_direction`.
+        batch_size: codes that are rendered at once.
+
+    Returns:
+        (L, D), for `strongest_channels`.
+
+    Raises:
+        ValueError: other shapes, or numbers that are not finite.
+    """
+    codes, text = numbers(codes, "codes", "N L D").detach(), numbers(text, "text", "E")
+    total = torch.zeros_like(codes[0])
+    for part in codes.split(batch_size):
+        part = part.clone().requires_grad_()
+        with torch.enable_grad():
+            seen = features(render(part))
+            if seen.shape != (len(part), len(text)):
+                raise ValueError(f"features must be ({len(part)}, {len(text)}), as the text, got {tuple(seen.shape)}")
+            (gradient,) = torch.autograd.grad((seen @ text.to(seen)).sum(), part)
+        total += gradient.sum(dim=0)
+    return numbers(total / len(codes), "gradients", "L D")
+
+
 def direction_from_relevance(
     relevance: ArrayLike | Tensor, text: ArrayLike | Tensor, quantile: float = 0.8, layout: Layout | None = None
 ) -> Tensor:
     """Normals of a text direction: how far every channel moves the features along it, the weak ones left out.
 
-    beta_lc = <relevance_lc, t>; entries with |beta| below the quantile of |beta| over all channels are set to 0. As in
-    LARGE's code, the result has no unit length.
+    beta_lc = <relevance_lc, t>, then `strongest_channels`. As in LARGE's code, the result has no unit length.
 
     Args:
         relevance: (L, D, E) of `channel_relevance`.
@@ -195,11 +233,29 @@ def direction_from_relevance(
     relevance, text = numbers(relevance, "relevance", "L D E"), numbers(text, "text", "E")
     if relevance.shape[2:] != text.shape:
         raise ValueError(f"relevance has {relevance.shape[2]} features and text {len(text)}: they must be of one CLIP")
+    return strongest_channels(relevance @ text.to(relevance), quantile, layout)
+
+
+def strongest_channels(beta: ArrayLike | Tensor, quantile: float = 0.8, layout: Layout | None = None) -> Tensor:
+    """What every channel does, with 0 for those whose size is below the quantile of all (LARGE's code: 0.8).
+
+    Args:
+        beta: (L, D).
+        quantile: of the sizes that are left out; 0: none.
+        layout: of codes whose layers differ in width.
+
+    Returns:
+        (L, D).
+
+    Raises:
+        ValueError: another shape, numbers that are not finite, a quantile outside of 0 to 1, or no channel that does
+            anything.
+    """
+    beta = numbers(beta, "channels", "L D")
     if not 0 <= quantile < 1:
         raise ValueError(f"quantile must be 0 or above and below 1, got {quantile}")
-    if layout is not None and tuple(relevance.shape[:2]) != layout.shape:
-        raise ValueError(f"relevance must be of {layout}, shape {layout.shape}, got {tuple(relevance.shape[:2])}")
-    beta = relevance @ text.to(relevance)
+    if layout is not None and tuple(beta.shape) != layout.shape:
+        raise ValueError(f"channels must be of {layout}, shape {layout.shape}, got {tuple(beta.shape)}")
     if not beta.any():
         raise ValueError("the direction has length 0: no channel moves the features along the text")
     channels = _channels(beta[None], layout)

@@ -9,16 +9,27 @@ that keeps rows near each other, where the generator's editing directions hold.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.large.stylegan2 import EqualLinear, fill, limited, mean_of, num_rows, part_of, tensors_of
-from ordinalclip.weights import read_weights
+from baselines.large.stylegan2 import (
+    EqualLinear,
+    Generator,
+    fill,
+    generator_of,
+    limited,
+    mean_of,
+    num_rows,
+    part_of,
+    read_checkpoint,
+    tensors_of,
+)
 
 UNITS, WIDTHS = (3, 4, 14, 3), (64, 128, 256, 512)  # of IR-SE-50
 COARSE, MIDDLE = 3, 7  # rows below the first read the coarsest level of the pyramid, rows from the second on the finest
@@ -108,6 +119,14 @@ class Encoder(nn.Module):
         if input_size < 32 or input_size & (input_size - 1):
             raise ValueError(f"input_size is {input_size!r}; it must be a power of two from 32 on")
         self.num_rows, self.style_dim = rows, style_dim
+        self.options = {  # JSON data: what builds such an encoder
+            "size": size,
+            "style_dim": style_dim,
+            "input_size": input_size,
+            "units": list(units),
+            "widths": list(widths),
+            "differences": differences,
+        }
         self.input_size, self.differences = input_size, differences
         self.input_layer = nn.Sequential(
             nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.PReLU(widths[0])
@@ -160,7 +179,30 @@ def load_encoder(file: str | Path) -> tuple[Encoder, Tensor]:
         FileNotFoundError: no such file; ValueError: a damaged file, another type of encoder, or a key that is missing,
             foreign or of the wrong shape, by its name.
     """
-    content = read_weights(file)
+    return _encoder_of(file, read_checkpoint(file))
+
+
+def load_pair(file: str | Path) -> tuple[Encoder, Tensor, Generator | None]:
+    """Read an encoder and its offset as `load_encoder` does, and from the same file its generator, if that is there.
+
+    Raises:
+        FileNotFoundError, ValueError: see there and `load_generator`; or the encoder of another generator.
+    """
+    content = read_checkpoint(file)
+    encoder, offset = _encoder_of(file, content)
+    if not part_of(content["state_dict"], "decoder."):
+        return encoder, offset, None
+    generator, _ = generator_of(file, content)
+    given, taken = (encoder.num_rows, encoder.style_dim), (generator.num_rows, generator.style_dim)
+    if given != taken:
+        raise ValueError(
+            f"{file}: the encoder gives codes of {given[0]} rows of {given[1]}, the generator in the same file takes "
+            f"{taken[0]} of {taken[1]}: it is the encoder of another generator"
+        )
+    return encoder, offset, generator
+
+
+def _encoder_of(file: str | Path, content: Mapping[str, Any]) -> tuple[Encoder, Tensor]:
     given, options = tensors_of(file, content, "state_dict"), content.get("opts")
     if not isinstance(options, dict) or options.get("encoder_type") not in TYPES:
         kind = options.get("encoder_type") if isinstance(options, dict) else None

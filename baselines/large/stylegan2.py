@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ordinalclip.weights import check_floats, fault, limited_memory, misfit, read_weights
+from ordinalclip.weights import check_floats, fault, limited_memory, misfit, read_safetensors, read_weights
 
 BLUR = (1.0, 3.0, 3.0, 1.0)
 SIZES = tuple(2**power for power in range(3, 11))  # of pictures, published generators' and those of small ones
@@ -417,7 +417,25 @@ def load_generator(file: str | Path) -> tuple[Generator, Tensor]:
         FileNotFoundError: no such file; ValueError: a damaged file, or a key that is missing, foreign or of the wrong
             shape, by its name.
     """
-    content = read_weights(file)
+    return generator_of(file, read_checkpoint(file))
+
+
+def read_checkpoint(file: str | Path) -> dict[str, Any]:
+    """The content of a PyTorch checkpoint, or of a safetensors file with the keys of its `state_dict`, `latent_avg` and,
+    as metadata, its `opts`.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: a damaged file, or more in it than data.
+    """
+    if Path(file).suffix != ".safetensors":
+        return read_weights(file)
+    tensors, options = read_safetensors(file)
+    mean = tensors.pop("latent_avg", None)
+    return {"state_dict": tensors, "opts": options, "latent_avg": mean}
+
+
+def generator_of(file: str | Path, content: Mapping[str, Any]) -> tuple[Generator, Tensor]:
+    """See `load_generator`; `content` is that of the file."""
     if "g_ema" in content:
         state = tensors_of(file, content, "g_ema")
     elif "state_dict" in content:

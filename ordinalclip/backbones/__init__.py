@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ordinalclip.backbones import hf_models, open_clip_models, timm_models
+from ordinalclip.backbones import hf_models, latent_models, open_clip_models, timm_models
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.backbones.open_clip_models import TINY_FOLDER
 from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault, limited_memory
@@ -74,6 +74,15 @@ FAMILIES = {
         },
         "none",
         "timm:vgg16/pretrained",
+    ),
+    "e4e": Family(
+        latent_models.load,
+        {
+            "e4e": "codes of a small StyleGAN2 that comes with the package and draws calm tanks of 32 px",
+            "e4e:FILE": "codes in W+ by an encoder of e4e or pSp in a public checkpoint, with its generator",
+        },
+        "none",
+        "e4e:e4e_ffhq_encode.pt",
     ),
 }
 

@@ -69,6 +69,7 @@ class Backbone:
         text: the frozen text tower of the same CLIP, or None.
         logit_scale: log of the CLIP's temperature factor.
         pooling: how a layer's tokens or map become one vector.
+        generator: for encoders to the latent space of a generator that is at hand: codes (B, L, D) -> pictures.
         spec: the spec that it was built from.
         architecture: what rebuilds the same architecture without its weights, as JSON data.
     """
@@ -79,6 +80,7 @@ class Backbone:
     text: TextTower | None = None
     logit_scale: float = math.log(1 / 0.07)
     pooling: Pooling = Pooling()
+    generator: nn.Module | None = None
     spec: str = ""
     architecture: dict[str, Any] = field(default_factory=dict)
 

@@ -40,6 +40,9 @@ class LayerFeatures:
     features stay one tensor for gathering, micro-batches and mirrors, while products with vectors of a layer's own
     width, filled up alike, and norms and distances within a layer are what they are without.
 
+    Of an encoder to a generator's latent space the layers are those of its codes: a tower that has a method
+    `layer_features`, (B, 3, H, W) -> (B, L, D), is asked for no others.
+
     The layers are looked up anew for every call: adapters and other BatchNorms may have taken their places.
 
     Args:
@@ -78,6 +81,8 @@ class LayerFeatures:
 
     def _encode(self, tower: nn.Module, pixel_values: Tensor) -> list[Tensor]:
         """(B, D_l) for each layer, (B, D) of the whole last."""
+        if (own := getattr(tower, "layer_features", None)) is not None:
+            return list(own(pixel_values).unbind(dim=1))
         found: dict[nn.Module, Tensor] = {}
         counts: set[int] = set()
 

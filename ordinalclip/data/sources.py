@@ -63,7 +63,8 @@ def _gauges(config: DataConfig, seed: int) -> dict[str, Table]:
     if config_columns != ("image", "label"):
         raise ValueError(f"gauges have the columns image and label, got {config_columns}")
     total = config.num_test + config.num_validation + config.num_train
-    rows = make_gauges(config.kinds, -(-total // len(config.kinds)), seed=seed).rename_column("value", "label")
+    rows = make_gauges(config.kinds, -(-total // len(config.kinds)), seed=seed, style=config.style)
+    rows = rows.rename_column("value", "label")
     rows = rows.select(_interleaved(len(rows), len(config.kinds))[:total])
     bounds = np.cumsum([0, config.num_test, config.num_validation, config.num_train])
     parts = ("test", "validation", "train")

@@ -90,6 +90,11 @@ class Evaluator:
         joined = {name: torch.cat([outputs[name] for outputs in collected])[:size] for name in collected[0]}
         return {name: tensor.cpu() for name, tensor in gather_outputs(joined, sizes).items()}
 
+    def start(self, model: OrdinalModel, parts: Parts) -> None:
+        """What the head takes from the training part before the first step, if anything."""
+        if model.head.needs_start:
+            model.head.start((self.outputs(model, parts.train), targets_of(parts.train)))
+
     def deployed(self, model: OrdinalModel, parts: Parts) -> OrdinalModel:
         """The model as it is served, its head first fitted on training and validation outputs if it wants that."""
         model.eval()

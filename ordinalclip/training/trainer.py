@@ -103,6 +103,7 @@ def run_training(
     evaluator = Evaluator.of(config, accelerator, quiet)
 
     if model.head.learns and num_steps(config, parts) > 0:
+        evaluator.start(model, parts)
         trainer = Trainer(Learner(model, parts, config, accelerator), parts, evaluator, folder, watch)
         trainer.resume()
         trainer.train()

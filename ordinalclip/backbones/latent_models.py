@@ -1,0 +1,68 @@
+"""Encoders to the latent space of a StyleGAN2, e4e's and pSp's: pictures -> codes in W+."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ordinalclip.backbones.base import Backbone, Request
+from ordinalclip.images import PixelSpec
+
+if TYPE_CHECKING:
+    from baselines.large.e4e import Encoder
+
+TINY_GAN = Path(__file__).parent.parent / "assets" / "tiny-gan" / "model.safetensors"
+
+
+class LatentEncoder(nn.Module):
+    """An encoder with the code that its codes are relative to: pictures (B, 3, S, S) -> (B, L * D), layer by layer.
+
+    Args:
+        encoder: pictures -> (B, L, D).
+        offset: (L, D), added to what it gives.
+    """
+
+    offset: Tensor
+
+    def __init__(self, encoder: Encoder, offset: Tensor):
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("offset", offset)
+
+    def layer_features(self, pixel_values: Tensor) -> Tensor:
+        """The codes as layers, (B, L, D): see `ordinalclip.backbones.layers.LayerFeatures`."""
+        return self.encoder(pixel_values) + self.offset
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.layer_features(pixel_values).flatten(1)
+
+
+def load(name: str, request: Request) -> Backbone:
+    """`e4e`: the small encoder in the package's assets; `e4e:FILE`: a checkpoint of e4e or pSp."""
+    from baselines.large.e4e import Encoder, load_pair  # which imports this package
+
+    spec = f"e4e:{name}" if name else "e4e"
+    generator: nn.Module | None = None
+    if request.architecture:
+        encoder = Encoder(**request.architecture)
+        offset = torch.zeros(encoder.num_rows, encoder.style_dim)
+    else:
+        encoder, offset, generator = load_pair(name or TINY_GAN)
+        if not request.load_weights:
+            encoder = Encoder(**encoder.options)
+    size = encoder.input_size
+    if request.image_size not in (None, size):
+        raise ValueError(
+            f"backbone {spec}: its encoder takes pictures of {size} px alone, model.image_size is {request.image_size}"
+        )
+    return Backbone(
+        LatentEncoder(encoder, offset),
+        encoder.num_rows * encoder.style_dim,
+        # The small one has learned from drawings that were made smaller by averaging; a saved model notes which it was.
+        PixelSpec(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear" if name else "box", "squash"),
+        architecture=encoder.options,
+        generator=None if generator is None else generator.eval().requires_grad_(False),
+    )
