@@ -19,8 +19,8 @@ unexport PYTHONDONTWRITEBYTECODE  # without bytecode the libraries take twice as
 # One installation, repeated only when pyproject.toml changes; uv when it is there, pip when not.
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	if command -v uv >/dev/null; then uv pip install -q --python $(BIN)/python -e '.[dev,bench]'; \
-	else $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,bench]'; fi
+	if command -v uv >/dev/null; then uv pip install -q --python $(BIN)/python -e '.[dev,bench,pretrained]'; \
+	else $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,bench,pretrained]'; fi
 	touch $@
 
 demo: $(VENV)/.installed

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ordinalclip.backbones import hf_models, latent_models, open_clip_models, timm_models
+from ordinalclip.backbones import hf_models, latent_models, open_clip_models, pretrained, timm_models
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.backbones.open_clip_models import TINY_FOLDER
 from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault, limited_memory
@@ -44,6 +44,12 @@ FAMILIES = {
         {"tiny": "the CLIP that comes with the package: ResNet, 64 px, 13 MB, trained on generated gauges"},
         f"CLIP's, prompts {PACKED}",
         "tiny",
+    ),
+    "efficientnet_lite0": Family(
+        pretrained.load_efficientnet_lite0,
+        {"efficientnet_lite0": "EfficientNet-Lite0 trained on ImageNet, 224 px, 19 MB: ordinalclip[pretrained]"},
+        "none",
+        "efficientnet_lite0",
     ),
     "open_clip": Family(
         open_clip_models.load,
