@@ -264,8 +264,8 @@ class ModelConfig(Section):
     backbone: str = Field(
         "tiny",
         min_length=1,
-        description="image encoder: tiny, efficientnet_lite0, open_clip:NAME[/TAG-or-FILE], open_clip:FOLDER, hf:NAME-or-FOLDER, "
-        "timm:NAME[/pretrained-or-FILE], e4e[:FILE]",
+        description="image encoder: tiny, efficientnet_lite0, open_clip:NAME[/TAG-or-FILE], open_clip:FOLDER, "
+        "hf:NAME-or-FOLDER, timm:NAME[/pretrained-or-FILE], e4e[:FILE]",
     )
     text: str = Field("", description="text tower, as a backbone spec; default: that of the backbone")
     image_size: int | None = Field(

@@ -1,4 +1,4 @@
-"""Weights that install as packages: the published file, under timm's names, knows photographs; without it, the command."""
+"""Weights that install as packages: the published file knows photographs; without it the error names the command."""
 
 import importlib.util
 
@@ -52,7 +52,7 @@ def test_without_the_package_the_error_names_the_command(tmp_path, monkeypatch, 
 
 
 def test_another_file_is_refused(tmp_path, monkeypatch):
-    package, file, sha256 = pretrained.EFFICIENTNET_LITE0
+    package, file, _ = pretrained.EFFICIENTNET_LITE0
     (tmp_path / package / "models").mkdir(parents=True)
     (tmp_path / package / "__init__.py").write_text("raise SystemExit('code of a package of weights was run')")
     monkeypatch.syspath_prepend(tmp_path)

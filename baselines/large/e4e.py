@@ -119,7 +119,7 @@ class Encoder(nn.Module):
         if input_size < 32 or input_size & (input_size - 1):
             raise ValueError(f"input_size is {input_size!r}; it must be a power of two from 32 on")
         self.num_rows, self.style_dim = rows, style_dim
-        self.options = {  # JSON data: what builds such an encoder
+        self.options: dict[str, Any] = {  # JSON data: what builds such an encoder
             "size": size,
             "style_dim": style_dim,
             "input_size": input_size,

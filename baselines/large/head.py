@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -89,8 +89,10 @@ class LatentRegressor(Head):
         self._hold("slopes", torch.zeros(len(context.layer_dims)))
         self._hold("offset", torch.zeros(()))
         # In a tuple, so that they are no part of the model that is saved.
-        self._generator, self._see = (context.generator,), context.see
-        self._shared, self._text = context.shared_space, None
+        self._generator: tuple[Any] = (context.generator,)
+        self._see = context.see
+        self._shared = context.shared_space
+        self._text: Tensor | None = None
         if direction == "text":
             self._text = self._between(context, source, target, templates)
 
@@ -169,8 +171,8 @@ class LatentRegressor(Head):
             return strongest_channels(beta).to(codes)
         if not self._shared:
             raise ValueError(
-                "direction=text needs an image encoder and a text tower of the same CLIP, or a generator's encoder with "
-                "its generator"
+                "direction=text needs an image encoder and a text tower of the same CLIP, or a generator's encoder "
+                "with its generator"
             )
         normals = codes.new_zeros(codes.shape[1:])
         normals[-1, : len(self._text)] = self._text.to(codes)  # narrower than the widest layer, perhaps
@@ -180,7 +182,7 @@ class LatentRegressor(Head):
         assert self._see is not None
         return self._see(pictures)
 
-    def _sampled(self, count: int) -> tuple[nn.Module, Tensor]:
+    def _sampled(self, count: int) -> tuple[Any, Tensor]:
         """The generator, and codes (count, L, D) of its own in W, repeated in every layer."""
         (generator,) = self._generator
         if generator is None:
