@@ -257,9 +257,13 @@ class OrdinalModel(PreTrainedModel):
             ValueError: unknown specs, methods or options.
         """
         image = load_backbone(backbone, load_weights, image_size=image_size)
+        if not image.output_dim:
+            raise ValueError(f"model.backbone {backbone!r} is a text encoder; it goes into model.text")
         other = load_backbone(text, load_weights) if text and text != backbone else None
         if other is not None and other.text is None:
-            raise ValueError(f"model.text {text!r} has no text tower; use tiny, or the CLIP of an open_clip or hf spec")
+            raise ValueError(
+                f"model.text {text!r} has no text tower; use tiny, minilm, or an open_clip or hf spec with one"
+            )
         tower = other or (image if image.text else None)
         layers = _layers(image, head_class(method))
         config = OrdinalConfig(

@@ -85,22 +85,24 @@ def full_stop(tokenizer: Any) -> int:
 
 
 def start_token(tokenizer: Any) -> int | None:
-    """Id of [SOT]; None for tokenizers that do not begin a text with one, even if they know one (SigLIP 2)."""
+    """Id of [SOT] or [CLS]; None for tokenizers that do not begin a text with one, even if they know one (SigLIP 2)."""
     if hasattr(tokenizer, "sot_token_id"):
         return int(tokenizer.sot_token_id)
     tokenizer = inner(tokenizer)
     first = list(tokenizer("")["input_ids"])[:1]
-    return first[0] if first and first[0] == tokenizer.bos_token_id != tokenizer.eos_token_id else None
+    starts = (tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None))
+    return first[0] if first and first[0] in starts and first[0] != tokenizer.eos_token_id else None
 
 
 def end_token(tokenizer: Any) -> int:
-    """Id of [EOT], the token that CLIP reads.
+    """Id of [EOT], the token that CLIP reads, or of [SEP].
 
     Raises:
         ValueError: the tokenizer names none.
     """
     token = getattr(tokenizer, "eot_token_id", None)
-    token = getattr(inner(tokenizer), "eos_token_id", None) if token is None else token
+    for name in ("eos_token_id", "sep_token_id"):
+        token = getattr(inner(tokenizer), name, None) if token is None else token
     if token is None:
         raise ValueError(f"tokenizer {type(inner(tokenizer)).__name__} names no end-of-text token")
     return int(token)

@@ -51,6 +51,12 @@ FAMILIES = {
         "none",
         "efficientnet_lite0",
     ),
+    "minilm": Family(
+        pretrained.load_minilm,
+        {"minilm": "for model.text: the sentence encoder all-MiniLM-L6-v2, 90 MB: ordinalclip[pretrained]"},
+        "a sentence encoder's, prompts together with those of their length, without padding",
+        "tiny model.text=minilm",
+    ),
     "open_clip": Family(
         open_clip_models.load,
         {
@@ -67,8 +73,9 @@ FAMILIES = {
         {
             "hf:NAME": "a CLIP, SigLIP or vision model (DINOv2, ViT, ConvNeXt, ResNet, ...) of the Hugging Face hub",
             "hf:FOLDER": "the same from a folder",
+            "hf:NAME (model.text)": "a text encoder: BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, DeBERTa, ALBERT",
         },
-        f"CLIP's, prompts {PACKED}; SigLIP's, prompts one by one at full length; of a vision model none",
+        f"CLIP's, prompts {PACKED}; SigLIP's, one by one at full length; a text encoder's, those of one length together",
         "hf:openai/clip-vit-base-patch16",
     ),
     "timm": Family(

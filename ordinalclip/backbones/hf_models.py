@@ -1,4 +1,4 @@
-"""transformers: CLIP and SigLIP with their text towers, and any vision model that takes plain pixels."""
+"""transformers: CLIP and SigLIP with their text towers, vision models that take plain pixels, and text encoders."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ordinalclip.backbones import hf_text
 from ordinalclip.backbones.base import Backbone, Pooling, Request, check_map, fetching
 from ordinalclip.files import check_no_code
 from ordinalclip.images import PixelSpec
@@ -64,6 +65,8 @@ def load(name: str, request: Request) -> Backbone:
     else:
         check_no_code(Path(name))
     config = AutoConfig.for_model(**stored["config"]) if stored else _published_config(name)
+    if config.model_type in hf_text.ENCODERS:
+        return hf_text.load(name, config, request)
     _check_type(name, config)
     dual = config.model_type in DUAL
     pixels = PixelSpec.from_dict(stored["pixels"]) if stored else _published_pixels(name)
@@ -146,7 +149,10 @@ def _check_type(name: str, config: Any) -> None:
     from transformers import MODEL_MAPPING
 
     kind = config.model_type
-    allowed = "supported are CLIP, SigLIP (its fixed-size SigLIP 2 too) and vision models that take plain pixels"
+    allowed = (
+        "supported are CLIP, SigLIP (its fixed-size SigLIP 2 too), vision models that take plain pixels, and as "
+        f"model.text {', '.join(hf_text.ENCODERS)}"
+    )
     if kind.startswith("siglip2"):
         raise ValueError(
             f"backbone hf:{name} is a SigLIP 2 of flexible resolution (NaFlex), whose input is patches and their "

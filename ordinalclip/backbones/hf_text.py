@@ -1,0 +1,98 @@
+"""transformers: text encoders alone (BERT, RoBERTa, XLM-R, MPNet, ...), for `model.text`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ordinalclip.backbones.base import Backbone, Request, fetching
+from ordinalclip.files import check_no_code, read_json, read_json_object
+from ordinalclip.images import PixelSpec
+from ordinalclip.text_encoders import EncoderTower, TextPooling, longest_text
+from ordinalclip.tokenization import load_tokenizer
+
+logger = logging.getLogger(__name__)
+ENCODERS = ("albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
+MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "class", "pooling_mode_max_tokens": "max"}
+KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
+NO_PIXELS = PixelSpec(1, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def load(name: str, config: Any, request: Request) -> Backbone:
+    """`hf:NAME` whose model is a text encoder: no image encoder, and the text tower with its published pooling.
+
+    Args:
+        config: the transformers configuration of NAME, or the one that is rebuilt.
+    """
+    from transformers import AutoModel
+
+    stored = request.architecture
+    if stored or not request.load_weights:
+        model: Any = AutoModel.from_config(config, dtype=torch.float32)
+    else:
+        if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
+            raise ValueError(f"backbone hf:{name}: the folder holds no .safetensors; pickled weights are not read")
+        with fetching(f"hf:{name}"):
+            model, found = AutoModel.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            )
+        missing = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
+        if missing:
+            raise ValueError(f"backbone hf:{name}: the weights lack {len(missing)} tensors, e.g. {missing[0]}")
+        if found["missing_keys"]:
+            model.pooler = None
+    pooling = stored["pooling"] if stored else published_pooling(name)
+    if pooling != "pooler" and getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    tokenizer = load_tokenizer(request.tokenizer if stored else name, f"hf:{name}")
+    length = stored["context_length"] if stored else longest_text(model, tokenizer)
+    tower = EncoderTower(model, pooling, None, tokenizer, length)
+    fields = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    architecture = {"config": fields, "pooling": pooling, "context_length": length, "tokenizer": "files"}
+    return Backbone(nn.Identity(), 0, NO_PIXELS, tower, architecture=architecture)
+
+
+def published_pooling(name: str) -> TextPooling:
+    """How a text encoder's tokens were pooled in its training, as sentence-transformers notes it beside the weights.
+
+    Without a note it is the mean, and a warning says so.
+
+    Raises:
+        ValueError: a note of something else than one mean, class token or maximum.
+    """
+    modules, pooling = (_beside(name, file) for file in ("modules.json", "1_Pooling/config.json"))
+    if modules is None or pooling is None:
+        logger.warning("hf:%s does not say how its tokens are pooled (1_Pooling/config.json): the mean is taken", name)
+        return "mean"
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in read_json(modules)]
+    if foreign := [kind for kind in kinds if kind not in KNOWN_MODULES]:
+        known = ", ".join(KNOWN_MODULES)
+        raise ValueError(f"backbone hf:{name}: modules.json names {', '.join(foreign)}; followed are {known}")
+    content = read_json_object(pooling)
+    on = [key for key, value in content.items() if key.startswith("pooling_mode") and value is True]
+    mode = content.get("pooling_mode")
+    found = [MODES[key] for key in on if key in MODES] if mode is None else [{"cls": "class"}.get(mode, mode)]
+    if len(found) != 1 or len(on) > 1 or found[0] not in MODES.values():
+        raise ValueError(f"{pooling}: pools by {', '.join(on) or mode}; followed are {', '.join(MODES)}, one of them")
+    return found[0]  # type: ignore[return-value]
+
+
+def _beside(name: str, file: str) -> Path | None:
+    """A file of a folder or of a model on the hub; None: it has none."""
+    if Path(name).is_dir():
+        check_no_code(Path(name))
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        with fetching(f"hf:{name}"):
+            return Path(hf_hub_download(name, file))
+    except ValueError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return None
+        raise
