@@ -94,7 +94,7 @@ class EncoderTower(TextTower):
 
 
 def of_open_clip(text: Any, tokenizer: Any) -> EncoderTower:
-    """The text tower of an open_clip model that is an encoder of transformers (`HFTextEncoder`), sharing its weights."""
+    """The text tower of an open_clip model that is an encoder of transformers (`HFTextEncoder`), with its weights."""
     pooler = type(text.pooler).__name__
     own = getattr(text.transformer, "pooler", None) is not None
     pooling: dict[str, TextPooling] = {

@@ -103,7 +103,7 @@ def test_another_input_size(spec, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("clip:RN50", "family 'clip' is unknown; choices: tiny, open_clip, hf, timm"),
+        ("clip:RN50", "family 'clip' is unknown; choices: tiny, efficientnet_lite0, minilm, open_clip, hf"),
         ("open_clip:RN5", "open_clip:RN5 is unknown; nearest: .*RN50"),
         ("open_clip:RN50/openia", "neither a local file nor a tag; nearest: openai"),
         ("timm:vgg61", "timm:vgg61 is unknown; nearest: .*vgg"),

@@ -244,14 +244,14 @@ def test_interpolated_position_embeddings_keep_their_grid(spec_of):
 
 
 def test_open_clip_with_a_text_tower_of_another_make(spec_of, tmp_path, caplog):
-    """RoBERTa and the like: the image tower alone, with a word about it, at any size, and back without the hub."""
+    """One whose make is not known: the image tower alone, with a word about it, at any size, and back without the hub."""
     folder = shutil.copytree(spec_of("open_clip:open_clip_custom").partition(":")[2], tmp_path / "roberta")
     content = json.loads((folder / "open_clip_config.json").read_text())
     content["model_cfg"]["text_cfg"] = {"hf_model_name": "nobody/roberta", "hf_tokenizer_name": "nobody/roberta"}
     (folder / "open_clip_config.json").write_text(json.dumps(content))
     backbone = load_backbone(f"open_clip:{folder}")
     assert backbone.text is None
-    assert "nobody/roberta is not supported" in caplog.text
+    assert "image tower only: the text tower's configuration, nobody/roberta, is not to be had" in caplog.text
     pixels = torch.randn(1, 3, 32, 32)
     whole = load_backbone(spec_of("open_clip:open_clip_custom"))
     assert torch.equal(backbone.encoder.eval()(pixels), whole.encoder.eval()(pixels))
@@ -369,7 +369,7 @@ def test_zero_shot_comes_back_with_its_tokenizer(spec_of, tmp_path):
     ("make", "message"),
     [
         (lambda: transformers.Siglip2Config(), "NaFlex"),
-        (lambda: transformers.BertConfig(), "is a 'bert'; supported are CLIP, SigLIP"),
+        (lambda: transformers.GPT2Config(), "is a 'gpt2'; supported are CLIP, SigLIP"),
         (lambda: transformers.CLIPSegConfig(), "is a 'clipseg'; supported are CLIP, SigLIP"),
         (lambda: transformers.ViTMAEConfig(), "hides patches at random"),
         (lambda: transformers.ViTConfig(), "no image processor there"),

@@ -12,6 +12,7 @@ from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.backbones import load_backbone, pretrained
 from ordinalclip.cli import main
 from ordinalclip.images import prepare
+from ordinalclip.metrics import ordinality
 from ordinalclip.weights import read_weights
 
 
@@ -29,6 +30,43 @@ def test_photographs_are_recognised(photograph, category, least):
         shares = whole.classifier(features).softmax(dim=1)[0]
     assert shares.argmax() == category
     assert shares[category] > least
+
+
+UNITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+UNITS += ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy")
+
+
+def in_words(number):
+    return UNITS[number] if number < 20 else "-".join([TENS[number // 10 - 2], *UNITS[number % 10 : number % 10 + 1]])
+
+
+@pytest.mark.parametrize(("names", "expected"), [(str, 0.56), (in_words, 0.51)])
+def test_real_language_has_the_disorder_that_the_paper_speaks_of(names, expected):
+    """Ages 16 to 77: half of the pairs of similarities are in order, as in CLIP (0.55, OrdinalCLIP's table 5)."""
+    tower = load_backbone("minilm").text
+    with torch.no_grad():
+        features = tower([f"the age of the person is {names(age)}." for age in range(16, 78)])
+    assert ordinality(features) == pytest.approx(expected, abs=0.01)
+
+
+def test_sentences_of_like_meaning_are_near():
+    near, far = ("a cup of coffee on a table", "an espresso"), "a man rides a horse"
+    with torch.no_grad():
+        a, b, c = torch.nn.functional.normalize(load_backbone("minilm").text([*near, far]), dim=1)
+    assert a @ b > a @ c + 0.2
+
+
+def test_prompts_through_minilm_come_back_without_the_package(tmp_path, monkeypatch):
+    ranks, head = Ranks.linear(0, 9, 10), {"prompt": "a photo of", "init_from_names": True}
+    model = OrdinalModel.build("efficientnet_lite0", ranks, head=head, text="minilm", image_size=64).eval()
+    for form in ("deployed", "trainable"):
+        model.save_pretrained(tmp_path / form, form=form)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    pixels = torch.randn(2, 3, 64, 64)
+    answers = [OrdinalModel.from_pretrained(tmp_path / form)(pixels) for form in ("deployed", "trainable")]
+    assert torch.allclose(answers[0].probabilities, model(pixels).probabilities, atol=1e-5)
+    assert torch.equal(answers[1].logits, model(pixels).logits)
 
 
 def test_a_saved_model_needs_no_package(tmp_path, monkeypatch):

