@@ -38,9 +38,9 @@ def picture_grid(pictures: Tensor | Sequence[Tensor], rows: Sequence[str] = (), 
     grid = numbers(pictures, "pictures", "R C 3 H W").detach().cpu()
     if grid.shape[2] != 3:
         raise ValueError(f"pictures must have 3 channels, (R, C, 3, H, W), got shape {tuple(grid.shape)}")
-    for axis, names, count in (("rows", rows, len(grid)), ("columns", columns, grid.shape[1])):
+    for kind, names, count in (("rows", rows, len(grid)), ("columns", columns, grid.shape[1])):
         if len(names) not in (0, count):
-            raise ValueError(f"{axis} must be {count} names, one for each, or none; got {len(names)}")
+            raise ValueError(f"{kind} must be {count} names, one for each, or none; got {len(names)}")
     shape, (height, width) = grid.shape[:2], grid.shape[3:]
     room = 0.2 + LETTER * _longest(rows)  # inches, left of the pictures
     side = min(max(0.7, LETTER * _longest(columns)), (WIDE - room) / shape[1])  # inches of a column
@@ -53,8 +53,8 @@ def picture_grid(pictures: Tensor | Sequence[Tensor], rows: Sequence[str] = (), 
         place = (left, left + 1 - GAP, top + tall - GAP, top)
         axes.imshow(pixels[row, column], extent=place, interpolation="nearest")
     axes.set(xlim=(0, shape[1] - GAP), ylim=(shape[0] * tall - GAP, 0), aspect="equal")
-    for axis, names, step in ((axes.xaxis, columns, 1.0), (axes.yaxis, rows, tall)):
-        axis.set_ticks([(place + 0.5) * step - GAP / 2 for place in range(len(names))], [*names])
+    for place_names, names, step in ((axes.set_xticks, columns, 1.0), (axes.set_yticks, rows, tall)):
+        place_names([(place + 0.5) * step - GAP / 2 for place in range(len(names))], [*names])
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.grid(False)
     axes.spines[:].set_visible(False)
