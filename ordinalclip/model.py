@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -17,7 +16,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -585,17 +583,9 @@ def _head(config: OrdinalConfig, tower: Backbone | None, generator: nn.Module | 
         decoding=cast(Decoding, config.decoding),
         layer_dims=tuple(config.layer_dims or ()),
         generator=generator,
-        see=None if generator is None or tower is None else partial(_seen, tower),
+        see=None if generator is None or tower is None else tower.see,
     )
     return build_head(_method(config), context, config.head or {})
-
-
-def _seen(clip: Backbone, pictures: Tensor) -> Tensor:
-    """Features (B, E) of pictures (B, 3, H, W) in [-1, 1] by the image encoder of a CLIP, differentiable."""
-    side, encoder = clip.pixels.size, clip.encoder.to(pictures.device).eval()
-    pixels = interpolate((pictures + 1) / 2, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-    mean, std = (pixels.new_tensor(numbers)[:, None, None] for numbers in (clip.pixels.mean, clip.pixels.std))
-    return encoder((pixels - mean) / std)
 
 
 def _method(config: OrdinalConfig) -> str:

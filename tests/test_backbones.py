@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -9,7 +10,9 @@ from families import interpolated
 from safetensors.torch import save_file
 
 from ordinalclip.backbones import TINY_FOLDER, load_backbone
+from ordinalclip.gauges import make_gauges
 from ordinalclip.heads import HeadContext, build_head
+from ordinalclip.images import prepare
 from ordinalclip.model import OrdinalModel
 from ordinalclip.ranks import Ranks
 
@@ -114,6 +117,22 @@ def test_another_input_size(spec, tmp_path):
 def test_unknown_specs(spec, message):
     with pytest.raises(ValueError, match=message):
         load_backbone(spec)
+
+
+def test_what_a_generator_draws_is_seen_as_a_picture_from_a_file_is():
+    clip = load_backbone("tiny")
+    side = clip.pixels.size
+    image = make_gauges("tank", 1, size=side)["image"][0]
+    drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    clip.encoder.train()  # `see` leaves it in evaluation mode
+    drawn.requires_grad_()
+    seen = clip.see(drawn)
+    assert not clip.encoder.training
+    with torch.no_grad():
+        torch.testing.assert_close(seen, clip.encoder(prepare(image, clip.pixels)[None]), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(seen.sum(), drawn)
+    assert gradient.abs().max() > 0
+    assert clip.see(torch.zeros(2, 3, 32, 32)).shape == (2, clip.output_dim)
 
 
 def test_methods_that_need_text_say_so():

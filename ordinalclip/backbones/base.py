@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from ordinalclip.images import PixelSpec
 from ordinalclip.text import TextTower
@@ -83,6 +84,16 @@ class Backbone:
     generator: nn.Module | None = None
     spec: str = ""
     architecture: dict[str, Any] = field(default_factory=dict)
+
+    def see(self, pictures: Tensor) -> Tensor:
+        """Features (B, D) of a generator's pictures (B, 3, H, W) in [-1, 1], scaled to the encoder's input size.
+
+        Differentiable, in evaluation mode. Pictures from files go through `ordinalclip.images.prepare`.
+        """
+        side, encoder = self.pixels.size, self.encoder.to(pictures.device).eval()
+        pixels = interpolate((pictures + 1) / 2, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        mean, std = (pixels.new_tensor(numbers)[:, None, None] for numbers in (self.pixels.mean, self.pixels.std))
+        return encoder((pixels - mean) / std)
 
 
 @dataclass(frozen=True)
