@@ -701,16 +701,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> 
 
 
 def number(value: float) -> str:
-    """Three digits that count, at most three after the point."""
-    return (
-        f"{value:.0f}"
-        if abs(value) >= 99.5
-        else f"{value:.1f}"
-        if abs(value) >= 9.95
-        else f"{value:.2f}"
-        if abs(value) >= 0.995
-        else f"{value:.3f}"
-    )
+    """Three digits that count."""
+    return f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def ranged(values: np.ndarray) -> str:
@@ -764,9 +756,9 @@ def page(
         "# LARGE: its claims, tested",
         note,
         f"{settings.train:,} pictures at random are for training, the rest is the test; splits {SPLITS[0]} and "
-        f"{SPLITS[-1]}, {settings.draws:,} draws of labels in each (1 of all {settings.train:,}). Numbers are MAE on the "
-        "test: mean ± standard deviation (worst) over draws and splits. What the directions cost and what rivals are is "
-        "said in `benchmarks/large.py`; `large.csv` has all rows, with R2.",
+        f"{SPLITS[-1]}, {settings.draws:,} draws of labels in each (1 of all {settings.train:,}). Numbers are MAE on "
+        "the test: mean ± standard deviation (worst) over draws and splits. What the directions cost and what rivals "
+        "are is said in `benchmarks/large.py`; `large.csv` has all rows, with R2.",
         "![MAE by labels](budgets.png)",
         "## Few labels",
     ]
@@ -790,8 +782,8 @@ def page(
             cells.append([domain.title, name, f"{spearmanr(order, domain.values).statistic:.3f}"])
     parts += [
         table(["domain", "order", "Spearman"], cells, 2),
-        "Over all pictures; no label is used. Which way a SeFa direction points is arbitrary. In the layers of a CLIP the "
-        "text direction is its own similarity to the two texts.",
+        "Over all pictures; no label is used. Which way a SeFa direction points is arbitrary. In the layers of a CLIP "
+        "the text direction is its own similarity to the two texts.",
         "## Weights of layers",
     ]
     cells = []
@@ -802,8 +794,8 @@ def page(
             cells.append([domain.title, direction, layers, f"{budget:,}", spread, f"{100 * (gaps < 0).mean():.0f} %"])
     parts += [
         table(["domain", "direction", "layers", "labels", "MAE less that of equal weights", "smaller in"], cells, 3),
-        "Pairs of the same split and the same order of the training pictures: mean, in brackets the two splits'; and in "
-        "how many draws the weights have the smaller error.",
+        "Pairs of the same split and the same order of the training pictures: mean, in brackets the two splits'; and "
+        "in how many draws the weights have the smaller error.",
     ]
     if lost:
         parts += [
@@ -853,8 +845,8 @@ def main() -> None:
     save_figure(budgets_figure(domains, rows), arguments.out / "budgets.png")
     seconds = time.process_time() - processor
     note = (
-        f"`python benchmarks/large.py {' '.join(sys.argv[1:])}`: {platform.machine()}, {torch.get_num_threads()} threads "
-        f"of {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, numpy "
+        f"`python benchmarks/large.py {' '.join(sys.argv[1:])}`: {platform.machine()}, {torch.get_num_threads()} "
+        f"threads of {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, numpy "
         f"{np.__version__}, scipy {scipy.__version__}, scikit-learn {sklearn.__version__}, matplotlib "
         f"{matplotlib.__version__}; {seconds:.0f} s of processor time."
     )
