@@ -205,7 +205,7 @@ def test_what_costs_more_labels_is_not_compared(script):
         return script.Row("d", "l", method, direction, "equal", cost, budget, mae, 0.0, mae, 0.0, 1, 2)
 
     rows = [
-        row("LARGE", "extremes, all", 40, 2, 1.0),
+        row("LARGE", "extremes, all", 3, 2, 1.0),
         row("LARGE", "text", 0, 2, 5.0),
         row("ridge", "", 0, 2, 4.0),
         row("constant", "", 0, 2, 3.0),
