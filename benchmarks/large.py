@@ -668,7 +668,14 @@ def budgets_figure(domains: Sequence[Domain], rows: Sequence[Row]) -> Figure:
                 continue
             colour, rival = PALETTE[number % len(PALETTE)], key[0] != "LARGE"
             dash: Any = (0, (2, 1)) if key[0] in NAMES.values() else "-"
-            style = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 3, "linestyle": dash}
+            inside = "white" if key[0] in NAMES.values() else colour
+            style = {
+                "color": colour,
+                "marker": MARKERS[number % len(MARKERS)],
+                "markersize": 3,
+                "linestyle": dash,
+                "mfc": inside,
+            }
             shifted = budgets * 1.03 ** (number - 3)
             bars = np.where(std < mae, std, np.nan)  # a few draws that are far off, where it is larger: see the table
             handles[label] = axes.errorbar(shifted, mae, bars, linewidth=1.1, elinewidth=0.5, zorder=3 - rival, **style)
