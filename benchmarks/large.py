@@ -173,19 +173,24 @@ def spread_rows(distances: np.ndarray, budget: int, split: int, draws: int) -> n
         return np.stack([large.spread_out(distances, budget, draw_seed(split, draw)) for draw in range(draws)])
 
 
-def lines(features: np.ndarray, labels: np.ndarray, strength: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def lines(
+    features: np.ndarray, labels: np.ndarray, strength: float = 0.0, pool: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Of many draws at once, `large.calibrate` (L = 1) and with a strength `large.calibrate_layers`, by ridge.
 
     Where features or labels are all equal, the slope is 0: nothing else can be said with such labels.
 
     Args:
         features: (R, n, L); labels: (R, n).
+        pool: (N, L), whose deviations are the scale.
 
     Returns:
         slopes (R, L) and offsets (R,).
     """
     center, scale = features.mean(axis=1, keepdims=True), features.std(axis=1, keepdims=True)
     equal = scale <= 1e-6 * np.abs(features).max(axis=1, keepdims=True)  # rounding of float32
+    if pool is not None:
+        scale = np.broadcast_to(pool.std(axis=0), scale.shape)
     standard = np.where(equal, 0, (features - center) / np.where(equal, 1, scale))
     mean = labels.mean(axis=1)
     products = standard.transpose(0, 2, 1) @ standard
@@ -302,7 +307,7 @@ def large_scores(domain: Domain, settings: Settings, split: int) -> Iterator[tup
                 if id(single) not in drawn:
                     drawn[id(single)] = spread_rows(single[train], budget, split, settings.draws_of(budget))
                 rows = drawn[id(single)]
-                slopes, offsets = lines(features[train][rows], values[rows], strength)
+                slopes, offsets = lines(features[train][rows], values[rows], strength, features[train])
                 answers = slopes @ features[test].T + offsets[:, None]
                 yield ("LARGE", direction, layers, cost, budget), scores(answers, domain.values[test])
 

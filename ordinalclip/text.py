@@ -93,18 +93,10 @@ class TextTower(nn.Module):
             tokenizer: its tokenizer; default: CLIP's own byte-pair encoding.
 
         Raises:
-            ValueError: a text tower that is none of CLIP's, SigLIP's and an encoder of transformers (CoCa); the last
-                without its tokenizer.
+            ValueError: a text tower that is neither CLIP's nor SigLIP's (CoCa; for encoders of transformers there is
+                `ordinalclip.text_encoders.EncoderTower`).
         """
         text: Any = getattr(model, "text", model)
-        if type(text).__name__ == "HFTextEncoder":
-            from ordinalclip.text_encoders import of_open_clip
-
-            if tokenizer is None:
-                raise ValueError(
-                    f"{type(model).__name__}: its text encoder has a vocabulary of its own; give a tokenizer"
-                )
-            return of_open_clip(text, tokenizer)
         pooling = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
         known = {"argmax", "eos", "last"}
         if not hasattr(text, "token_embedding") or pooling not in known or getattr(text, "cls_emb", None) is not None:

@@ -49,6 +49,31 @@ class EncoderTower(TextTower):
         self.requires_grad_(False)
         self.eval()
 
+    @classmethod
+    def from_open_clip(cls, model: nn.Module, tokenizer: Any = None) -> EncoderTower:
+        """The text tower of an open_clip model that is an encoder of transformers, sharing its weights.
+
+        Args:
+            model: an `open_clip.CustomTextCLIP` whose `text` is an `HFTextEncoder`.
+            tokenizer: its tokenizer.
+
+        Raises:
+            ValueError: no tokenizer, or a pooling that is not supported.
+        """
+        text: Any = model.text
+        if tokenizer is None:
+            raise ValueError(f"{type(model).__name__}: its text encoder has a vocabulary of its own; give a tokenizer")
+        pooler, own = type(text.pooler).__name__, getattr(text.transformer, "pooler", None) is not None
+        pooling: dict[str, TextPooling] = {
+            "MeanPooler": "mean",
+            "ClsPooler": "pooler" if own else "class",
+            "ClsLastHiddenStatePooler": "class",
+        }
+        if pooler not in pooling:
+            raise ValueError(f"open_clip's text tower pools by {pooler}; supported are {', '.join(pooling)}")
+        length = min(longest_text(text.transformer, tokenizer), getattr(tokenizer, "context_length", None) or 1 << 30)
+        return cls(text.transformer, pooling[pooler], text.proj, tokenizer, length)
+
     @property
     def token_embedding(self) -> nn.Embedding:  # type: ignore[override]
         """Of the words."""
@@ -91,21 +116,6 @@ class EncoderTower(TextTower):
         else:
             pooled = hidden[:, 0] if self.pooling == "class" else outputs.pooler_output
         return self.projection(pooled) if isinstance(self.projection, nn.Module) else pooled
-
-
-def of_open_clip(text: Any, tokenizer: Any) -> EncoderTower:
-    """The text tower of an open_clip model that is an encoder of transformers (`HFTextEncoder`), with its weights."""
-    pooler = type(text.pooler).__name__
-    own = getattr(text.transformer, "pooler", None) is not None
-    pooling: dict[str, TextPooling] = {
-        "MeanPooler": "mean",
-        "ClsPooler": "pooler" if own else "class",
-        "ClsLastHiddenStatePooler": "class",
-    }
-    if pooler not in pooling:
-        raise ValueError(f"open_clip's text tower pools by {pooler}; supported are {', '.join(pooling)}")
-    length = min(longest_text(text.transformer, tokenizer), getattr(tokenizer, "context_length", None) or 1 << 30)
-    return EncoderTower(text.transformer, pooling[pooler], text.proj, tokenizer, length)
 
 
 def longest_text(model: Any, tokenizer: Any) -> int:

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
 import ordinalclip
 from ordinalclip import OrdinalModel, Ranks, gauges, shipped
-from ordinalclip.backbones import FAMILIES
+from ordinalclip.backbones import available_families
 from ordinalclip.cli import COMMANDS, main, make_gauges, tune
 from ordinalclip.compare import load_plan
 from ordinalclip.config import load_config
@@ -215,7 +215,7 @@ def test_an_unknown_method_is_an_error_with_the_nearest(capsys):
 def test_backbones_lists_every_family(capsys):
     assert main(["backbones"]) == 0
     said = capsys.readouterr().out
-    for family, about in FAMILIES.items():
+    for family, about in available_families().items():
         assert all(
             re.search(rf"^{re.escape(spec)} +{re.escape(what)}$", said, re.M) for spec, what in about.specs.items()
         )

@@ -244,7 +244,7 @@ def test_interpolated_position_embeddings_keep_their_grid(spec_of):
 
 
 def test_open_clip_with_a_text_tower_of_another_make(spec_of, tmp_path, caplog):
-    """One whose make is not known: the image tower alone, with a word about it, at any size, and back without the hub."""
+    """One whose make is not known: the image tower alone, with a word about it, at any size, back without the hub."""
     folder = shutil.copytree(spec_of("open_clip:open_clip_custom").partition(":")[2], tmp_path / "roberta")
     content = json.loads((folder / "open_clip_config.json").read_text())
     content["model_cfg"]["text_cfg"] = {"hf_model_name": "nobody/roberta", "hf_tokenizer_name": "nobody/roberta"}

@@ -60,10 +60,10 @@ def parts(domain, split):
     return order[:TRAIN], order[TRAIN:]
 
 
-def line(features, labels, penalty="none"):
+def line(features, labels, penalty="none", pool=None):
     """The package's calibration; where it refuses, since nothing differs, the mean label."""
     try:
-        slopes, offset = large.calibrate_layers(features, labels, penalty)
+        slopes, offset = large.calibrate_layers(features, labels, penalty, pool=pool)
     except ValueError:
         return np.zeros(features.shape[1]), labels.mean()
     return slopes.numpy(), offset
@@ -96,7 +96,8 @@ def plain_large(domain, split, direction, layers, budget, draw):
             warnings.simplefilter("ignore")
             rows = large.spread_out(single[train], budget, 1_000_000 * split + draw)
     features = (distances if layers == "separate" else single[:, None]).double().numpy()
-    slopes, offset = line(features[train][rows], values[rows], "ridge" if layers == "separate" else "none")
+    penalty = "ridge" if layers == "separate" else "none"
+    slopes, offset = line(features[train][rows], values[rows], penalty, features[train])
     return errors(features[test] @ slopes + offset, domain.values[test])
 
 

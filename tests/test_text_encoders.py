@@ -18,7 +18,7 @@ from test_families import RUNS as SCRIPT
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, pipeline
 
-from ordinalclip import OrdinalModel, Ranks, TextTower
+from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.backbones import load_backbone
 from ordinalclip.backbones.hf_text import published_pooling
 from ordinalclip.config import load_config
@@ -289,7 +289,7 @@ def test_what_no_text_encoder_does(specs, tmp_path):
     with pytest.raises(ValueError, match=r"holds no \.safetensors; pickled weights are not read"):
         load_backbone(f"hf:{folder}")
     with pytest.raises(ValueError, match="has a vocabulary of its own; give a tokenizer"):
-        TextTower.from_open_clip(clip_with(tmp_path / "clip", "roberta"))
+        EncoderTower.from_open_clip(clip_with(tmp_path / "clip", "roberta"))
 
 
 @pytest.mark.slow

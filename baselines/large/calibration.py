@@ -42,7 +42,11 @@ def calibrate(
 
 
 def calibrate_layers(
-    distances: ArrayLike | Tensor, labels: ArrayLike | Tensor, penalty: Penalty = "ridge", strength: float = 1.0
+    distances: ArrayLike | Tensor,
+    labels: ArrayLike | Tensor,
+    penalty: Penalty = "ridge",
+    strength: float = 1.0,
+    pool: ArrayLike | Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """y = sum_l slope_l d_l + offset: the distance of every layer as a feature of its own.
 
@@ -58,6 +62,8 @@ def calibrate_layers(
             distances), ridge (strength |slope|^2 beside the sum of squared errors), lasso or elastic_net (strength
             |slope|_1, or half of it and a quarter of |slope|^2, beside half of the mean squared error).
         strength: scikit-learn's `alpha`, where there is a penalty.
+        pool: (N, L), distances whose deviations are the scale, which need no labels; default: the labelled ones. Of
+            few, in some layer nearly equal ones the deviation is next to nothing, and the slope of that layer no guess.
 
     Returns:
         slopes (L,), float64, of the distances as they came, and the offset.
@@ -79,8 +85,11 @@ def calibrate_layers(
     if not _differs(answers[:, None]).all():
         raise ValueError(f"the labels are all equal ({float(answers[0]):g}): label codes of two values or more")
     features, values = (tensor.detach().cpu().double().numpy() for tensor in (given[:, differs], answers))
-    center, scale = features.mean(axis=0), features.std(axis=0)
-    standard = (features - center) / scale
+    every = given if pool is None else numbers(pool, "pool", "N L")
+    if every.shape[1] != given.shape[1]:
+        raise ValueError(f"pool must have as many layers as distances, {given.shape[1]}, got {every.shape[1]}")
+    scale = every[:, differs].detach().cpu().double().numpy().std(axis=0)
+    standard = (features - features.mean(axis=0)) / scale
     fitted = np.zeros(given.shape[1])
     fitted[differs.cpu().numpy()] = _slopes(standard, values - values.mean(), penalty, strength) / scale
     slopes = torch.from_numpy(fitted)

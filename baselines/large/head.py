@@ -125,14 +125,14 @@ class LatentRegressor(Head):
         outputs, targets = train
         codes, labels = outputs["codes"].cpu(), self.standardise(targets.values).cpu()
         normals = self._direction(codes, targets.values)
-        distances = signed_distances(codes, normals)
+        pool = distances = signed_distances(codes, normals)
         weights = self._layer_weights(normals) if self.layers == "generator" else None
         single = weighted_distance(distances, weights)
         if self.budget is not None:
             rows = torch.from_numpy(spread_out(single, self.budget, self.seed))
             distances, single, labels = distances[rows], single[rows], labels[rows]
         if self.layers == "separate":
-            slopes, offset = calibrate_layers(distances, labels, self.penalty, self.strength)
+            slopes, offset = calibrate_layers(distances, labels, self.penalty, self.strength, pool)
         else:
             slope, offset = calibrate(single, labels, self.penalty, self.strength)
             count = distances.shape[1]

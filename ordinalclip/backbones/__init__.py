@@ -1,24 +1,26 @@
 """Backbones: from a spec string to an image encoder, its text tower and its pixel statistics.
 
-`ordinalclip backbones` prints the specs, from `FAMILIES`. Encoders without a text tower are projected to that of
-`model.text`. A family is a function `(name, Request) -> Backbone` and an entry of `FAMILIES`.
+`ordinalclip backbones` prints the specs, from `available_families`. Encoders without a text tower are projected to that
+of `model.text`. A family is a function `(name, Request) -> Backbone` and an entry of `FAMILIES`, or of what another
+package registers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ordinalclip.backbones import hf_models, latent_models, open_clip_models, pretrained, timm_models
+from ordinalclip.backbones import hf_models, open_clip_models, pretrained, timm_models
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.backbones.open_clip_models import TINY_FOLDER
 from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault, limited_memory
 
 MOST_MEMORY = 32 << 30  # bytes of an encoder and its text tower: eight billion weights
 
-__all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "Family", "Request", "load_backbone"]
+__all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "Family", "Request", "available_families", "load_backbone"]
 
 
 class Family(NamedTuple):
@@ -88,16 +90,15 @@ FAMILIES = {
         "none",
         "model.backbone=timm:vgg16/pretrained",
     ),
-    "e4e": Family(
-        latent_models.load,
-        {
-            "e4e": "codes of a small StyleGAN2 that comes with the package and draws calm tanks of 32 px",
-            "e4e:FILE": "codes in W+ by an encoder of e4e or pSp in a public checkpoint, with its generator",
-        },
-        "none",
-        "model.backbone=e4e:e4e_ffhq_encode.pt",
-    ),
 }
+
+
+def available_families() -> dict[str, Family]:
+    """Every known family by name: those here, and all of the entry-point group `ordinalclip.backbones`."""
+    families = dict(FAMILIES)
+    for point in entry_points(group="ordinalclip.backbones"):
+        families.update(point.load())
+    return families
 
 
 def load_backbone(
@@ -124,12 +125,13 @@ def load_backbone(
             not finite, a folder that names code of its own.
     """
     family, _, name = spec.partition(":")
-    if family not in FAMILIES:
-        raise ValueError(f"backbone {spec!r}: family {family!r} is unknown; choices: {', '.join(FAMILIES)}")
+    families = FAMILIES if family in FAMILIES else available_families()
+    if family not in families:
+        raise ValueError(f"backbone {spec!r}: family {family!r} is unknown; choices: {', '.join(families)}")
     request = Request(load_weights, architecture or {}, image_size, with_text, tokenizer)
     try:
         with limited_memory(MOST_MEMORY, f"backbone {spec}"):
-            backbone = FAMILIES[family].load(name, request)
+            backbone = families[family].load(name, request)
     except (AssertionError, ZeroDivisionError) as error:
         raise ValueError(f"backbone {spec}: no model can be built as its configuration says ({error!r})") from error
     backbone.spec = spec

@@ -19,6 +19,7 @@ from ordinalclip.files import check_no_code, read_json_object
 from ordinalclip.images import PixelSpec
 from ordinalclip.suggestions import near_matches
 from ordinalclip.text import TextTower
+from ordinalclip.text_encoders import EncoderTower
 from ordinalclip.tokenization import MissingTokenizer, load_tokenizer
 from ordinalclip.weights import check_floats, first_line, is_torchscript, read_weights
 
@@ -280,8 +281,9 @@ def _from_model(model: Any, architecture: dict[str, Any], request: Request, fold
     config = architecture["model_cfg"]
     pixels = _pixels(model.visual, architecture)
     text: TextTower | None = None
-    left_out = "hf_model_name" in config["text_cfg"] and type(model.text).__name__ != "HFTextEncoder"
-    if request.with_text and not left_out:
+    foreign = "hf_model_name" in config["text_cfg"]
+    encoder = foreign and type(model.text).__name__ == "HFTextEncoder"
+    if request.with_text and (encoder or not foreign):
         if "tokenizer" not in architecture and not request.architecture:  # built from a name or folder, not restored
             from_files = bool(config["text_cfg"].get("hf_tokenizer_name"))
             architecture["tokenizer"] = "files" if from_files else "clip"
@@ -290,7 +292,8 @@ def _from_model(model: Any, architecture: dict[str, Any], request: Request, fold
             architecture.setdefault("tokenizer", "clip")
             source = request.tokenizer
         try:
-            text = TextTower.from_open_clip(model, _tokenizer(config, architecture["tokenizer"], source))
+            tower = EncoderTower if encoder else TextTower
+            text = tower.from_open_clip(model, _tokenizer(config, architecture["tokenizer"], source))
         except ValueError as error:  # a head that needs it will say so
             logger.warning("image tower only: %s", error)
     return Backbone(

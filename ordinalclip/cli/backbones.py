@@ -12,10 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ordinalclip.backbones import FAMILIES
+    from ordinalclip.backbones import available_families
 
-    width = max(len(spec) for family in FAMILIES.values() for spec in family.specs)
-    for family in FAMILIES.values():
+    families = available_families().values()
+    width = max(len(spec) for family in families for spec in family.specs)
+    for family in families:
         for spec, what in family.specs.items():
             print(f"{spec:<{width}}  {what}")
         print(f"  text tower: {family.text}")

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from baselines.large.e4e import Encoder, load_pair
+from ordinalclip.backbones import TINY_FOLDER, Family
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.images import PixelSpec
 
-if TYPE_CHECKING:
-    from baselines.large.e4e import Encoder
-
-TINY_GAN = Path(__file__).parent.parent / "assets" / "tiny-gan" / "model.safetensors"
+TINY_GAN = TINY_FOLDER.parent / "tiny-gan" / "model.safetensors"
 
 
 class LatentEncoder(nn.Module):
@@ -42,8 +38,6 @@ class LatentEncoder(nn.Module):
 
 def load(name: str, request: Request) -> Backbone:
     """`e4e`: the small encoder in the package's assets; `e4e:FILE`: a checkpoint of e4e or pSp."""
-    from baselines.large.e4e import Encoder, load_pair  # which imports this package
-
     spec = f"e4e:{name}" if name else "e4e"
     generator: nn.Module | None = None
     if request.architecture:
@@ -66,3 +60,16 @@ def load(name: str, request: Request) -> Backbone:
         architecture=encoder.options,
         generator=None if generator is None else generator.eval().requires_grad_(False),
     )
+
+
+FAMILIES = {
+    "e4e": Family(
+        load,
+        {
+            "e4e": "codes of a small StyleGAN2 that comes with the package and draws calm tanks of 32 px",
+            "e4e:FILE": "codes in W+ by an encoder of e4e or pSp in a public checkpoint, with its generator",
+        },
+        "none",
+        "model.backbone=e4e:e4e_ffhq_encode.pt",
+    ),
+}
