@@ -42,7 +42,7 @@ class LatentEncoder(nn.Module):
 
 def load(name: str, request: Request) -> Backbone:
     """`e4e`: the small encoder in the package's assets; `e4e:FILE`: a checkpoint of e4e or pSp."""
-    from baselines.large.e4e import Encoder, load_pair  # which imports this package
+    from baselines.large.e4e import MIDDLE, Encoder, load_pair  # which imports this package
 
     spec = f"e4e:{name}" if name else "e4e"
     generator: nn.Module | None = None
@@ -53,6 +53,7 @@ def load(name: str, request: Request) -> Backbone:
         encoder, offset, generator = load_pair(name or TINY_GAN)
         if not request.load_weights:
             encoder = Encoder(**encoder.options)
+    encoder.latlayer2.requires_grad_(encoder.num_rows > MIDDLE)  # generators below 32 px have no row that reads it
     size = encoder.input_size
     if request.image_size not in (None, size):
         raise ValueError(
