@@ -310,7 +310,9 @@ def write_models(folder: Path, encoding: Encoding) -> None:
     offset = encoding.mean.repeat(encoding.generator.num_rows, 1)
     with whole(folder / "encoder.pt") as aside:
         torch.save({"state_dict": state, "opts": options, "latent_avg": offset}, aside)
-    halves = {name: tensor.half().contiguous() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    halves = {
+        name: tensor.half().contiguous() if tensor.is_floating_point() else tensor for name, tensor in state.items()
+    }
     with whole(folder / "model.safetensors") as aside:  # what the package brings: ordinalclip/assets/tiny-gan
         save_file({**halves, "latent_avg": offset}, aside, {"encoder_type": "Encoder4Editing"})
 

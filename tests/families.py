@@ -110,7 +110,9 @@ def latent_pair(size=32, **encoder):
         encoder: options in place of those of the generator's own encoder.
     """
     generator = Generator(size, 12, n_mlp=2, channels=8)
-    encoder = Encoder(**{"size": size, "style_dim": 12, "input_size": 32, "units": (1, 2, 1, 1), "widths": (4, 6, 8, 10), **encoder})
+    encoder = Encoder(
+        **{"size": size, "style_dim": 12, "input_size": 32, "units": (1, 2, 1, 1), "widths": (4, 6, 8, 10), **encoder}
+    )
     for name, buffer in encoder.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 1.5)

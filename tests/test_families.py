@@ -303,7 +303,9 @@ def test_the_encoder_of_another_generator(tmp_path):
 def test_latent_encoders_take_pictures_of_their_size_alone(spec_of):
     spec = spec_of("e4e:e4e_pair")
     assert load_backbone(spec, image_size=32).pixels.size == 32
-    with pytest.raises(ValueError, match=r"e4e_pair: its encoder takes pictures of 32 px alone, model\.image_size is 64"):
+    with pytest.raises(
+        ValueError, match=r"e4e_pair: its encoder takes pictures of 32 px alone, model\.image_size is 64"
+    ):
         load_backbone(spec, image_size=64)
 
 
