@@ -4,9 +4,10 @@
     python benchmarks/large_gan.py --out FOLDER --pictures 32000     # less, or more than before
 
 FOLDER gets `generator.pt` and `encoder.pt`, in the public layouts that `baselines.large.stylegan2.load_generator` and
-`baselines.large.e4e.load_encoder` read, and both as `model.safetensors` in half precision; `samples-*.png` and `encoded-*.png` to look at (in the latter every second row
-is what the generator makes of the codes of the row above it); and `gan-state.pt` and `encoder-state-*.pt`, from which
-it resumes bit for bit. An encoder belongs to a generator, so after more pictures a new one is trained.
+`baselines.large.e4e.load_encoder` read, and both as `model.safetensors` in half precision; `samples-*.png` and
+`encoded-*.png` to look at (in the latter every second row is what the generator makes of the codes of the row above
+it); and `gan-state.pt` and `encoder-state-*.pt`, from which it resumes bit for bit. An encoder belongs to a generator,
+so after more pictures a new one is trained.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small random models of every family of backbones, written as their libraries write them: folders, and a checkpoint."""
+"""Small random models of every family of backbones, written as their libraries write them: folders, a checkpoint."""
 
 import json
 import math

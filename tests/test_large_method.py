@@ -47,7 +47,7 @@ def test_calm_tanks_are_read(quick, tmp_path, options, share):
 @pytest.mark.parametrize("options", [("head.share=0.1",), (*TEXT, "head.budget=5")])
 @pytest.mark.parametrize("method", ["large", "large_tuned"])
 def test_models_come_back_and_are_served(quick, tmp_path, method, options):
-    """Deployed and trainable, without generator, text tower or file of weights: the same answers, the training's own."""
+    """Deployed and trainable, without generator, text tower or file of weights: the same answers."""
     if method == "large_tuned":
         options = [option for option in options if "budget" not in option]
     config = quick(*TANKS, f"method={method}", *options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -169,20 +169,16 @@ class LatentRegressor(Head):
             return strongest_channels(beta).to(codes)
         if not self._shared:
             raise ValueError(
-                "direction=text needs an image encoder and a text tower of the same CLIP, or a generator's encoder with "
-                "its generator"
+                "direction=text needs an image encoder and a text tower of the same CLIP, or a generator's encoder "
+                "with its generator"
             )
         normals = codes.new_zeros(codes.shape[1:])
         normals[-1, : len(self._text)] = self._text.to(codes)  # narrower than the widest layer, perhaps
         return normals
 
-    def _seen(self, pictures: Tensor) -> Tensor:
-        assert self._see is not None
-        return self._see(pictures)
-
-    def _sampled(self, count: int) -> tuple[nn.Module, Tensor]:
+    def _sampled(self, count: int) -> tuple[Any, Tensor]:
         """The generator, and codes (count, L, D) of its own in W, repeated in every layer."""
-        (generator,) = self._generator
+        generator: Any = self._generator[0]
         if generator is None:
             raise ValueError("layers=generator needs the encoder of a generator with its generator: model.backbone=e4e")
         generator = generator.to(self.normals.device)

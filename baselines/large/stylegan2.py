@@ -428,8 +428,8 @@ def load_generator(file: str | Path) -> tuple[Generator, Tensor]:
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """The content of a PyTorch checkpoint, or of a safetensors file with the keys of its `state_dict`, `latent_avg` and,
-    as metadata, its `opts`.
+    """The content of a PyTorch checkpoint, or of a safetensors file with the keys of its `state_dict`, `latent_avg`
+    and, as metadata, its `opts`.
 
     Raises:
         FileNotFoundError: no such file; ValueError: a damaged file, or more in it than data.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ordinalclip.backbones import hf_models, latent_models, open_clip_models, timm_models
+from ordinalclip.backbones import hf_models, open_clip_models, timm_models
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.backbones.open_clip_models import TINY_FOLDER
 from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault, limited_memory
@@ -38,6 +39,13 @@ class Family(NamedTuple):
 
 
 PACKED = "packed, the tokens that they share once"
+
+
+def _latent(name: str, request: Request) -> Backbone:
+    """Of `baselines`, which imports this package: looked up when it is asked for."""
+    return import_module("baselines.large.backbone").load(name, request)
+
+
 FAMILIES = {
     "tiny": Family(
         open_clip_models.load_tiny,
@@ -76,7 +84,7 @@ FAMILIES = {
         "timm:vgg16/pretrained",
     ),
     "e4e": Family(
-        latent_models.load,
+        _latent,
         {
             "e4e": "codes of a small StyleGAN2 that comes with the package and draws calm tanks of 32 px",
             "e4e:FILE": "codes in W+ by an encoder of e4e or pSp in a public checkpoint, with its generator",

@@ -9,10 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from families import latent_pair
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from families import latent_pair
 from hostile import case
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.backbones import TINY_FOLDER, load_backbone

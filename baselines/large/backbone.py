@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import ordinalclip
+from baselines.large.e4e import MIDDLE, Encoder, load_pair
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.images import PixelSpec
 
-if TYPE_CHECKING:
-    from baselines.large.e4e import Encoder
-
-TINY_GAN = Path(__file__).parent.parent / "assets" / "tiny-gan" / "model.safetensors"
+TINY_GAN = Path(ordinalclip.__file__).parent / "assets" / "tiny-gan" / "model.safetensors"
 
 
 class LatentEncoder(nn.Module):
@@ -42,8 +41,6 @@ class LatentEncoder(nn.Module):
 
 def load(name: str, request: Request) -> Backbone:
     """`e4e`: the small encoder in the package's assets; `e4e:FILE`: a checkpoint of e4e or pSp."""
-    from baselines.large.e4e import MIDDLE, Encoder, load_pair  # which imports this package
-
     spec = f"e4e:{name}" if name else "e4e"
     generator: nn.Module | None = None
     if request.architecture:
@@ -52,7 +49,8 @@ def load(name: str, request: Request) -> Backbone:
     else:
         encoder, offset, generator = load_pair(name or TINY_GAN)
         if not request.load_weights:
-            encoder = Encoder(**encoder.options)
+            options: dict[str, Any] = encoder.options
+            encoder = Encoder(**options)
     encoder.latlayer2.requires_grad_(encoder.num_rows > MIDDLE)  # generators below 32 px have no row that reads it
     size = encoder.input_size
     if request.image_size not in (None, size):
