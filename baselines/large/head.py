@@ -163,9 +163,8 @@ class LatentRegressor(Head):
             raise ValueError("direction=text needs a text tower: of the backbone, or of model.text")
         if self._see is not None:
             generator, sampled = self._sampled(SAMPLES)
-            beta = text_gradient(
-                sampled, generator, lambda pictures: normalize(self._seen(pictures), dim=1), self._text
-            )
+            see: Any = self._see
+            beta = text_gradient(sampled, generator, lambda pictures: normalize(see(pictures), dim=1), self._text)
             return strongest_channels(beta).to(codes)
         if not self._shared:
             raise ValueError(
