@@ -709,7 +709,9 @@ def budgets_figure(domains: Sequence[Domain], rows: Sequence[Row]) -> Figure:
     handles: dict[str, Any] = {}
     for axes, domain in zip(grid, domains, strict=True):
         means, highest = [], 0.0
-        for number, (key, label) in enumerate(SHOWN.items()):
+        names = list(dict.fromkeys(SHOWN.values()))
+        for key, label in SHOWN.items():
+            number = names.index(label)
             own = [row for row in rows if (row.domain, row.latents) == (domain.name, domain.latents)]
             own = [row for row in own if (row.method, row.direction, row.layers) == key]
             if not own:
@@ -723,8 +725,8 @@ def budgets_figure(domains: Sequence[Domain], rows: Sequence[Row]) -> Figure:
                 (handles[label],) = axes.plot(budgets, mae, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
                 continue
             colour, rival = PALETTE[number % len(PALETTE)], key[0] != "LARGE"
-            dash: Any = (0, (2, 1)) if key[0] in NAMES.values() else "-"
-            inside = "white" if key[0] in NAMES.values() else colour
+            dash: Any = (0, (2, 1)) if label in NAMES.values() else "-"
+            inside = "white" if label in NAMES.values() else colour
             style = {
                 "color": colour,
                 "marker": MARKERS[number % len(MARKERS)],

@@ -1,4 +1,4 @@
-"""Small random models of every family of backbones, written to folders as their libraries write them."""
+"""Small random models of every family of backbones, written as their libraries write them: folders, a checkpoint."""
 
 import json
 import math
@@ -10,6 +10,9 @@ import torch
 import transformers
 from open_clip.push_to_hf_hub import save_for_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from baselines.large.e4e import Encoder
+from baselines.large.stylegan2 import Generator
 
 LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SQUARE = {"image_size": 32, "patch_size": 16}
@@ -99,6 +102,29 @@ def open_clip_siglip(folder):
     _save_open_clip(folder, config, vision, text, {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"})
 
 
+def latent_pair(size=32, **encoder):
+    """The content of a checkpoint of e4e: a small random encoder, its generator, and their mean code.
+
+    Args:
+        size: of the generator's pictures.
+        encoder: options in place of those of the generator's own encoder.
+    """
+    generator = Generator(size, 12, n_mlp=2, channels=8)
+    encoder = Encoder(
+        **{"size": size, "style_dim": 12, "input_size": 32, "units": (1, 2, 1, 1), "widths": (4, 6, 8, 10), **encoder}
+    )
+    for name, buffer in encoder.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    state |= {f"decoder.{name}": tensor for name, tensor in generator.state_dict().items()}
+    return {"state_dict": state, "opts": {"encoder_type": "Encoder4Editing"}, "latent_avg": torch.randn(12)}
+
+
+def e4e_pair(file):
+    torch.save(latent_pair(), file)
+
+
 def _save(folder, model, processor, tokenizer=None):
     _spread(model)
     for part in (model, processor, tokenizer):
@@ -126,7 +152,7 @@ def _spread(model):
 
 
 FAMILIES = {
-    f"{'open_clip' if make.__name__.startswith('open_clip') else 'hf'}:{make.__name__}": make
+    f"{next(name for name in ('open_clip', 'hf', 'e4e') if make.__name__.startswith(name))}:{make.__name__}": make
     for make in (
         hf_clip,
         hf_siglip,
@@ -137,6 +163,7 @@ FAMILIES = {
         open_clip_vit,
         open_clip_custom,
         open_clip_siglip,
+        e4e_pair,
     )
 }
 WITH_TEXT = [f"hf:{label}" for label in ("hf_clip", "hf_siglip")]

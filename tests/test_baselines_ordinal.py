@@ -11,26 +11,35 @@ import torch
 from baselines import HEADS
 from baselines.thresholds import corn_loss, rank_probabilities, threshold_loss
 from ordinalclip import Ranks
-from ordinalclip.heads import HeadContext, Targets, build_head, decode
+from ordinalclip.heads import HeadContext, Targets, build_head, decode, head_class
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines_open.json").read_text())
 RANKS = Ranks((0.0, 1.0, 3.0, 4.0, 6.0))
 SAMPLE_WISE = {  # a sample of weight 2 is that sample twice
     **{method: {} for method in ("l1", "mse", "huber", "cross_entropy", "cnn", "sord", "dldl_v2", "mean_variance")},
     **{method: {} for method in ("ordreg", "coral", "corn", "l2_softmax", "cosface", "arcface", "rm_loss", "loss")},
+    "large_tuned": {},
     "plc": {"outliers": 0.0},  # which samples are outliers does not depend on weights
 }
-LEARNING = sorted(set(HEADS) - {"constant"})
+LEARNING = sorted(method for method in HEADS if head_class(method).learns)
+LAYERS = (6, 4, 6)  # widths, for heads on the features of layers
 
 
 def head_of(method, ranks=RANKS, label_mean=2.5, label_std=1.5, **options):
     torch.manual_seed(0)
-    return build_head(method, HeadContext(ranks, 6, label_mean=label_mean, label_std=label_std), options).double()
+    dims = LAYERS if head_class(method).layerwise else ()
+    context = HeadContext(ranks, 6, label_mean=label_mean, label_std=label_std, layer_dims=dims)
+    return build_head(method, context, options).double()
 
 
-def batch(size=9, seed=0, ranks=RANKS):
+def shape_of(method):
+    """Of what an encoder gives the method for a picture."""
+    return (len(LAYERS), 6) if head_class(method).layerwise else (6,)
+
+
+def batch(size=9, seed=0, ranks=RANKS, shape=(6,)):
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(size, 6, generator=generator, dtype=torch.float64)
+    features = torch.randn(size, *shape, generator=generator, dtype=torch.float64)
     rank = torch.randint(len(ranks), (size,), generator=generator)
     shift = 0.3 * torch.rand(size, generator=generator, dtype=torch.float64)
     return features, Targets(ranks.tensor().double()[rank] + shift, rank, None, 0.3)
@@ -137,7 +146,8 @@ def test_coral_starts_from_equally_likely_ranks():
 
 @pytest.mark.parametrize("method", sorted(SAMPLE_WISE))
 def test_a_weight_counts_as_copies(method):
-    head, (features, targets) = head_of(method, **SAMPLE_WISE[method]).eval(), batch()
+    head = head_of(method, **SAMPLE_WISE[method]).eval()
+    features, targets = batch(shape=shape_of(method))
     copies = torch.tensor([1, 3, 1, 2, 1, 1, 2, 1, 1])
     weighted = loss_of(head, features, targets._replace(weights=copies.double()))
     values, ranks = (label.repeat_interleave(copies) for label in targets[:2])
@@ -149,7 +159,7 @@ def test_a_weight_counts_as_copies(method):
 @pytest.mark.parametrize("method", LEARNING)
 def test_gradient_is_right(method):
     """Through head and loss; the L1 probe sees no gradient by intent, so its share is left out."""
-    head, (features, targets) = head_of(method), batch(7)
+    head, (features, targets) = head_of(method), batch(7, shape=shape_of(method))
     head.eval()
     targets = targets._replace(weights=torch.linspace(0.5, 2, 7).double())
 
@@ -164,7 +174,7 @@ def test_gradient_is_right(method):
 def test_scale_of_the_weights_and_order_of_the_batch_do_not_matter(method):
     if method == "atrip":
         pytest.skip("its random triples are places in the batch: see test_baselines_metric.py")
-    head, (features, targets) = head_of(method).eval(), batch()
+    head, (features, targets) = head_of(method).eval(), batch(shape=shape_of(method))
     weights = torch.linspace(0.5, 2, 9).double()
     plain = loss_of(head, features, targets._replace(weights=weights)).item()
     assert plain > 0
@@ -175,11 +185,11 @@ def test_scale_of_the_weights_and_order_of_the_batch_do_not_matter(method):
         assert loss_of(head, features[order], shuffled).item() == pytest.approx(plain)
 
 
-@pytest.mark.parametrize("method", ["l1", "mse", "huber", "plc", "src", "plc_src", "rm_loss", "atrip"])
+@pytest.mark.parametrize("method", ["l1", "mse", "huber", "plc", "src", "plc_src", "rm_loss", "atrip", "large_tuned"])
 def test_the_unit_of_the_labels_does_not_matter(method):
     """Years or months: losses are those of standardised labels, answers those of the unit."""
     years, months = head_of(method), head_of(method, Ranks(tuple(12 * v for v in RANKS.values)), 12 * 2.5, 12 * 1.5)
-    features, targets = batch()
+    features, targets = batch(shape=shape_of(method))
     assert loss_of(months, features, targets._replace(values=12 * targets.values)).item() == pytest.approx(
         loss_of(years, features, targets).item()
     )
@@ -192,7 +202,7 @@ def test_the_unit_of_the_labels_does_not_matter(method):
 def test_one_label_and_equal_pictures_are_finite(method, size):
     """Identical rows with one label: roots, norms and correlations of nothing."""
     head = head_of(method)
-    features = torch.ones(size, 6, dtype=torch.float64, requires_grad=True)
+    features = torch.ones(size, *shape_of(method), dtype=torch.float64, requires_grad=True)
     loss = loss_of(head, features, Targets(torch.full((size,), 3.0).double(), torch.full((size,), 2)))
     loss.backward()
     assert torch.isfinite(loss)
@@ -202,7 +212,7 @@ def test_one_label_and_equal_pictures_are_finite(method, size):
 
 @pytest.mark.parametrize("method", LEARNING)
 def test_half_precision_features_are_scored_in_float32(method):
-    features, targets = batch()
+    features, targets = batch(shape=shape_of(method))
     head = head_of(method).float()
     targets = targets._replace(values=targets.values.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -224,6 +234,9 @@ def test_half_precision_features_are_scored_in_float32(method):
         ("atrip", {"triples_per_sample": 0}, r"head\.triples_per_sample: .*greater than or equal to 1"),
         ("rank_n_contrast", {"temperature": 0}, r"head\.temperature: .*greater than 0"),
         ("plc_src", {"gap": 0}, r"head\.gap: .*greater than 0, got 0"),
+        ("large", {"share": 0}, r"head\.share: .*greater than 0, got 0"),
+        ("large", {"budget": 1}, r"head\.budget: .*greater than or equal to 2, got 1"),
+        ("large_tuned", {"budget": 5}, r"head\.budget: training reads all labels; draw fewer .* data\.shots"),
         ("coral", {"margin": 1}, "options of method 'coral': head.margin is not a key; there are none"),
     ],
 )

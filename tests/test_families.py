@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import transformers
-from families import FAMILIES, WITH_TEXT, WORDS, interpolated, make_family, word_tokenizer
+from families import FAMILIES, WITH_TEXT, WORDS, interpolated, latent_pair, make_family, word_tokenizer
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
@@ -39,7 +39,7 @@ def spec_of(folders):
         family, _, label = name.partition(":")
         if family == "timm":
             return name
-        return f"{family}:{folders / label}" if (folders / label).is_dir() else make_family(name, folders)
+        return f"{family}:{folders / label}" if (folders / label).exists() else make_family(name, folders)
 
     return spec_of
 
@@ -56,7 +56,8 @@ def test_saved_models_come_back_offline(spec_of, tmp_path, name):
     spec = spec_of(name)
     if not name.startswith("timm"):
         source = tmp_path / spec.partition(":")[2].rpartition("/")[2]
-        shutil.copytree(spec.partition(":")[2], source)
+        copied = spec.partition(":")[2]
+        (shutil.copy if os.path.isfile(copied) else shutil.copytree)(copied, source)
         spec = f"{name.partition(':')[0]}:{source}"
     model = built(spec, head={"prompt": "an age of", "init_from_names": True})
     size = model.config.pixel_spec.size
@@ -65,7 +66,7 @@ def test_saved_models_come_back_offline(spec_of, tmp_path, name):
     for form in ("deployed", "trainable"):
         model.save_pretrained(tmp_path / form, form=form)
     if not name.startswith("timm"):
-        shutil.rmtree(source)
+        source.rename(tmp_path / "away")
 
     trainable = OrdinalModel.from_pretrained(tmp_path / "trainable")
     deployed = OrdinalModel.from_pretrained(tmp_path / "deployed")
@@ -181,7 +182,11 @@ def test_prompts_through_transformers_clip_are_packed(spec_of):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        *[(name, 48) for name in FAMILIES if "siglip" not in name or name.startswith("hf")],
+        *[
+            (name, 48)
+            for name in FAMILIES
+            if not name.startswith("e4e") and ("siglip" not in name or name.startswith("hf"))
+        ],
         ("open_clip:open_clip_siglip", 96),
         ("timm:swin_tiny_patch4_window7_224", 112),
     ],
@@ -261,6 +266,49 @@ def test_open_clip_with_a_text_tower_of_another_make(spec_of, tmp_path, caplog):
     assert torch.equal(loaded.encoder(torch.ones(1, 3, 48, 48)), model.encoder(torch.ones(1, 3, 48, 48)))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("encoder.latlayer1.bias"), r"pair\.pt: latlayer1\.bias is missing"),
+        (lambda s: s.update({"encoder.more": torch.zeros(1)}), r"pair\.pt: more is not of this model"),
+        (lambda s: s.pop("decoder.to_rgbs.0.bias"), r"pair\.pt: to_rgbs\.0\.bias is missing"),
+        (lambda s: s.update({"decoder.more": torch.zeros(1)}), r"pair\.pt: more is not of this model"),
+    ],
+)
+def test_checkpoints_of_e4e_that_do_not_fit(tmp_path, change, message):
+    content = latent_pair()
+    change(content["state_dict"])
+    torch.save(content, tmp_path / "pair.pt")
+    with pytest.raises(ValueError, match=message):
+        load_backbone(f"e4e:{tmp_path / 'pair.pt'}")
+
+
+def part(state, prefix):
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def test_the_encoder_of_another_generator(tmp_path):
+    """In one file: of other rows, or of another width."""
+    own = latent_pair()
+    for other, given in ((latent_pair(64), "10 rows of 12"), (latent_pair(style_dim=16), "8 rows of 16")):
+        state = part(other["state_dict"], "encoder.") | part(own["state_dict"], "decoder.")
+        mean = torch.zeros(state["encoder.styles.0.linear.weight"].shape[0])
+        torch.save({**own, "state_dict": state, "latent_avg": mean}, tmp_path / "pair.pt")
+        with pytest.raises(
+            ValueError, match=rf"pair\.pt: .*gives codes of {given}, the generator in the same file takes 8 of 12"
+        ):
+            load_backbone(f"e4e:{tmp_path / 'pair.pt'}")
+
+
+def test_latent_encoders_take_pictures_of_their_size_alone(spec_of):
+    spec = spec_of("e4e:e4e_pair")
+    assert load_backbone(spec, image_size=32).pixels.size == 32
+    with pytest.raises(
+        ValueError, match=r"e4e_pair: its encoder takes pictures of 32 px alone, model\.image_size is 64"
+    ):
+        load_backbone(spec, image_size=64)
+
+
 def test_coca_is_refused():
     with pytest.raises(ValueError, match="open_clip:coca_ViT-B-32 is a CoCa"):
         load_backbone("open_clip:coca_ViT-B-32")
@@ -279,10 +327,16 @@ def test_a_size_that_a_tower_cannot_take(tmp_path):
         load_backbone("open_clip:bound", image_size=96)
 
 
-def test_parameters_that_no_feature_depends_on_are_frozen(spec_of):
+def test_parameters_that_no_feature_depends_on_are_frozen(spec_of, tmp_path):
     encoder = load_backbone(spec_of("hf:hf_dinov2")).encoder
     frozen = [name for name, parameter in encoder.named_parameters() if not parameter.requires_grad]
     assert frozen == ["model.embeddings.mask_token"]
+    torch.save(latent_pair(16), tmp_path / "pair.pt")
+    tower = load_backbone(f"e4e:{tmp_path / 'pair.pt'}").encoder
+    frozen = [name for name, parameter in tower.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["encoder.latlayer2.weight", "encoder.latlayer2.bias"]
+    tower(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert all((p.grad is None) == (name in frozen) for name, p in tower.named_parameters())
     noises = use_sample_noise(encoder, seed=1)
     assert {noise.whole_sample for noise in noises if noise.p} == {True, False}
     assert not inexact_dropout(encoder)

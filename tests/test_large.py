@@ -638,13 +638,62 @@ def test_zeros_beside_narrow_layers_are_no_weak_channels():
     assert int((kept != 0).sum()) == 12
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_text_gradient_against_differences(batch_size):
+    codes, text, step = normal(4, 2, 3), normal(3, seed=1), 1e-6
+    looped = np.zeros((2, 3))
+    for layer in range(2):
+        for channel in range(3):
+            for code in torch.tensor(codes):
+                up, down = code.clone(), code.clone()
+                up[layer, channel] += step
+                down[layer, channel] -= step
+                moved = (seen(render(up[None])) - seen(render(down[None])))[0].numpy()
+                looped[layer, channel] += moved @ text / (2 * step) / 4
+    with torch.no_grad():  # as in an evaluation
+        beta = large.text_gradient(codes, render, seen, text, batch_size)
+    assert_allclose(beta, looped, rtol=1e-6, atol=1e-9)
+    relevance = large.channel_relevance(codes, render, seen, step=1e-4)
+    assert_allclose(relevance @ torch.tensor(text) / 2e-4, beta, rtol=1e-5, atol=1e-8)
+
+
+def test_bad_text_gradients():
+    codes = normal(2, 1, 3)
+    with pytest.raises(ValueError, match=r"features must be \(2, 2\), as the text, got \(2, 3\)"):
+        large.text_gradient(codes, render, seen, [1.0, 0.0])
+    with pytest.raises(ValueError, match="gradients must be finite; row 0"):
+        large.text_gradient(codes, render, lambda images: seen(images) / 0, [1.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match=r"codes must be \(N, L, D\)"):
+        large.text_gradient(codes[0], render, seen, [1.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="text must be finite; row 1"):
+        large.text_gradient(codes, render, seen, [1.0, math.nan, 0.0])
+
+
+def test_the_strongest_channels():
+    """Of 20 sizes, in whichever way they act, the four above the quantile; of narrow layers the channels alone."""
+    beta = torch.arange(1.0, 21.0).reshape(4, 5) * torch.tensor([1.0, -1, 1, -1, 1])
+    assert torch.equal(large.strongest_channels(beta), torch.where(beta.abs() > 16, beta, 0))
+    assert torch.equal(large.strongest_channels(beta, quantile=0), beta)
+    narrow = torch.zeros(5, 5)
+    narrow[S.channels()] = torch.arange(1.0, 24.0)
+    assert torch.equal(large.strongest_channels(narrow, 0.5, S), torch.where(narrow >= 12, narrow, 0))
+    for wrong, options, message in (
+        (torch.zeros(2, 2), {}, "direction has length 0"),
+        (beta, {"quantile": -0.1}, "quantile must be 0 or above and below 1"),
+        (beta[0], {}, r"channels must be \(L, D\)"),
+        (beta * math.inf, {}, "channels must be finite; row 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            large.strongest_channels(wrong, **options)
+
+
 @pytest.mark.parametrize(
     ("relevance", "text", "options", "message"),
     [
         (np.zeros((2, 2, 3)), np.ones(3), {}, "direction has length 0"),
         (np.ones((2, 2, 3)), np.ones(2), {}, "relevance has 3 features and text 2"),
         (np.ones((2, 2, 3)), np.ones(3), {"quantile": 1.0}, "quantile must be 0 or above and below 1"),
-        (np.ones((2, 2, 3)), np.ones(3), {"layout": S}, r"relevance must be of S, shape \(5, 5\), got \(2, 2\)"),
+        (np.ones((2, 2, 3)), np.ones(3), {"layout": S}, r"channels must be of S, shape \(5, 5\), got \(2, 2\)"),
         (np.ones((2, 2, 3)), [1.0, 1.0, math.nan], {}, "text must be finite; row 2"),
     ],
 )
@@ -871,11 +920,12 @@ def part(num, seed, num_layers=4, width=8):
 
 
 def context(**options):
-    return HeadContext(Ranks(range(101)), 8, label_mean=40.0, label_std=12.0, **options)
+    given = {"label_mean": 40.0, "label_std": 12.0, "layer_dims": (8,) * 4, **options}
+    return HeadContext(Ranks(range(101)), max(given["layer_dims"], default=8), **given)
 
 
-def regressor(**options):
-    return build_head("baselines.large.head:LatentRegressor", context(), options)
+def regressor(method="large", **options):
+    return build_head(method, context(), options)
 
 
 def fitted(features, targets, **options):
@@ -902,6 +952,7 @@ def test_the_head_reads_values_off_the_distance(options):
     constant = (wanted.values - targets.values.median()).abs().mean()
     assert errors.mean() < 0.4 * constant
     assert head.loss(head(test), wanted)["loss"] == pytest.approx(errors.mean().item() / 12, rel=1e-4)
+    assert head.slopes.abs().sum() == pytest.approx(1)  # they weigh the layers; the normals are as long as it is steep
 
 
 def test_the_head_is_its_parts():
@@ -913,7 +964,9 @@ def test_the_head_is_its_parts():
     rows = large.spread_out(distances, 5, seed=3)
     slope, offset = large.calibrate(distances[rows], targets.values[rows])
     assert_allclose(head.predict(head(train)).value, slope * distances + offset, rtol=1e-4)
-    assert_allclose(head.space(train).mean(dim=1), distances, atol=1e-5)
+    assert_allclose(head.normals, abs(slope) / 12 * found, rtol=1e-4, atol=1e-7)
+    assert_allclose(head.slopes, [math.copysign(0.25, slope)] * 4)
+    assert_allclose(head.space(train).mean(dim=1), abs(slope) / 12 * distances, atol=1e-5)
 
 
 def test_before_fit_the_answer_is_the_mean_and_after_loading_the_same():
@@ -923,7 +976,7 @@ def test_before_fit_the_answer_is_the_mean_and_after_loading_the_same():
     assert fresh.needs_fit
     assert not list(fresh.parameters())
     assert fresh.predict(fresh(train[:3])).value.tolist() == [40.0] * 3
-    assert fresh.space(train[:3]).shape == (3, 32)
+    assert fresh.space(train[:3]).shape == (3, 4)
     fresh.load_state_dict(head.state_dict())
     assert torch.equal(fresh.predict(fresh(train)).value, head.predict(head(train)).value)
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -941,14 +994,14 @@ def test_a_text_direction_counts_in_the_last_layer_alone():
     train[:, -1, 3:] = 0  # the last layer is narrower than the others
     head.fit((head(train), targets), None)
     assert not head.normals[:-1].any()
-    assert_allclose(head.normals[-1], [2**-0.5, -(2**-0.5), 0, 0, 0, 0, 0, 0], rtol=1e-6)
+    assert_allclose(head.normals[-1] / head.normals.norm(), [2**-0.5, -(2**-0.5), 0, 0, 0, 0, 0, 0], rtol=1e-6)
     served = LatentRegressor(context(), **options)
     served.load_state_dict(head.state_dict())
     assert torch.equal(served.predict(served(train)).value, head.predict(head(train)).value)
-    with pytest.raises(ValueError, match="needs a backbone with a text tower"):
+    with pytest.raises(ValueError, match=r"needs a text tower: of the backbone, or of model\.text"):
         LatentRegressor(context(), **options).fit((head(train), targets), None)
-    with pytest.raises(ValueError, match="of the same CLIP"):
-        LatentRegressor(context(text=texts, shared_space=False), **options)
+    with pytest.raises(ValueError, match="of the same CLIP, or a generator's encoder with its generator"):
+        LatentRegressor(context(text=texts, shared_space=False), **options).fit((head(train), targets), None)
     with pytest.raises(ValueError, match=r"needs head\.source and head\.target"):
         LatentRegressor(context(), direction="text", source="young")
 
@@ -965,5 +1018,115 @@ def test_bad_options_of_the_head():
     train, targets = part(20, seed=1)
     with pytest.raises(ValueError, match="budget must be between 1 and the size of the pool, 20; got 21"):
         fitted(train, targets, share=0.1, budget=21)
-    with pytest.raises(ValueError, match="do not tell two ends apart"):
+    with pytest.raises(ValueError, match=r"do not tell two ends apart: .* all are on one side"):
         fitted(train, Targets(torch.full((20,), 5.0), torch.full((20,), 5)))
+    one_side = torch.tensor([5.0] * 19 + [6.0])
+    with pytest.raises(ValueError, match="the 4 lowest of 20 go up to 5, the 4 highest down to 5; all are on one side"):
+        fitted(train, Targets(one_side, one_side.long()), share=0.2)
+    known = torch.tensor([0.0, 9.0] + [5.0] * 18)  # the two that are spread out most are not those at the ends
+    wide = torch.cat([train[:2], 10 * train[2:]])
+    with pytest.raises(ValueError, match=r"the labels are all equal \(.*\): label codes of two values or more"):
+        fitted(wide, Targets(known, known.long()), share=0.05, budget=2)
+    with pytest.raises(ValueError, match="large reads the features of layers; the model gives it none"):
+        build_head("large", context(layer_dims=()), {})
+    with pytest.raises(ValueError, match=r"head\.budget: training reads all labels; .*data\.shots or num_train"):
+        regressor("large_tuned", budget=5)
+    with pytest.raises(ValueError, match=r"layers=generator needs .* with its generator: model\.backbone=e4e"):
+        fitted(train, targets, share=0.1, layers="generator")
+
+
+# The head, with a generator
+
+
+class Drawn(nn.Module):
+    """A made-up generator of 4 rows of 8: pictures of 2 px whose brightness is what channel 5 of row 2 says."""
+
+    style_dim = 8
+
+    def __init__(self, used=(2, 5)):
+        super().__init__()
+        self.style, self.used = nn.Identity(), used
+        self.input = nn.Module()
+        self.input.input = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.asked = []
+
+    def forward(self, codes):
+        self.asked.append(codes.detach())
+        row, channel = self.used
+        bright = codes[:, row, channel].tanh() + 1e-3 * codes.sum(dim=(1, 2))
+        return bright[:, None, None, None].expand(-1, 3, 2, 2)
+
+
+class Coupled(Drawn):
+    """Draws two pixels with a channel of row 2, and one of them each with channels of rows 0 and 1."""
+
+    def forward(self, codes):
+        both = codes[:, 2, 5] + 1e-3 * codes.sum(dim=(1, 2))
+        return torch.stack([both + codes[:, 0, 0], both + codes[:, 1, 1]], dim=1)
+
+
+def seen_pictures(pictures):
+    """Their brightness in two numbers, in a space where "old" is bright."""
+    bright = pictures.mean(dim=(1, 2, 3))
+    return torch.stack([1 + bright, 1 - bright], dim=1)
+
+
+def in_brightness(sentences):
+    return torch.tensor([[1.0, 0.1] if "old" in text else [0.1, 1.0] for text in sentences])
+
+
+WORDS = {"direction": "text", "source": "a young face", "target": "an old face"}
+
+
+@pytest.mark.parametrize("method", ["large", "large_tuned"])
+def test_a_text_direction_through_a_generator_is_the_channel_that_it_draws_with(method):
+    drawn = Drawn()
+    given = context(text=in_brightness, shared_space=False, generator=drawn, see=seen_pictures)
+    head = build_head(method, given, WORDS)
+    train, _ = part(100, seed=1)
+    values = 50 + 10 * train[:, 2, 5]
+    targets = Targets(values, values.round().long())
+    (head.start if method == "large_tuned" else lambda train: head.fit(train, None))((head(train), targets))
+    beta = head.normals.detach() / head.normals.detach().norm()
+    assert beta.abs().argmax() == 2 * 8 + 5
+    assert beta[2, 5] > 0.99  # from young to old
+    codes = torch.cat(drawn.asked)
+    assert codes.shape == (100, 4, 8)  # codes of its own in W, the same in all layers
+    assert torch.equal(codes, codes[:, :1].expand_as(codes))
+    assert_allclose(head.predict(head(train)).value.detach(), values, atol=0.5)
+
+
+def test_weights_of_layers_by_the_generator_are_its_parts():
+    """The weights of `layer_importance` for pairs along the direction, and the line on the distance that they make."""
+    drawn = Coupled()
+    given = context(generator=drawn, see=seen_pictures)
+    head = build_head("large", given, {"layers": "generator", "share": 0.1, "seed": 3})
+    train, targets = part(200, seed=10)
+    head.fit((head(train), targets), None)
+
+    found = large.direction_from_extremes(train, targets.values, share=0.1, seed=3).normal
+    codes = torch.randn(300, 8, generator=torch.Generator().manual_seed(3))[:, None].expand(-1, 4, -1)
+    along = torch.einsum("nld,ld->n", codes, found)
+    pairs = large.edit_pairs(codes[:100], found, 3, steps=(0.5 * along.std().item(), along.std().item()))
+    edit, usual = large.path_gradients(drawn, *pairs), large.path_gradients(drawn, codes[100:200], codes[200:])
+    weights = large.layer_importance(edit, usual)
+    distances = large.weighted_distance(large.signed_distances(train, found), weights)
+    slope, offset = large.calibrate(distances, targets.values)
+    assert_allclose(head.slopes, weights * math.copysign(1, slope), rtol=1e-4)
+    assert weights.std() > 5e-3  # not all the same
+    assert_allclose(head.predict(head(train)).value, (slope * distances + offset).clamp(0, 100), rtol=1e-3)
+
+
+# The start of a training
+
+
+def test_the_start_is_the_fit_of_the_method_that_does_not_learn():
+    train, targets = part(400, seed=10)
+    fixed, tuned = fitted(train, targets, share=0.1), regressor("large_tuned", share=0.1)
+    assert (tuned.needs_start, tuned.needs_fit) == (True, False)
+    assert (fixed.needs_start, fixed.needs_fit) == (False, True)
+    assert {name for name, _ in tuned.named_parameters()} == {"normals", "slopes", "offset"}
+    tuned.start((tuned(train), targets))
+    assert torch.equal(tuned.predict(tuned(train)).value, fixed.predict(fixed(train)).value)
+    tuned.loss(tuned(train), targets)["loss"].backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in tuned.parameters())

@@ -12,11 +12,12 @@ import pytest
 import timm
 import torch
 from conftest import losses_of
-from families import FAMILIES, make_family
+from families import FAMILIES, e4e_pair, make_family
 from layerwise_heads import MeanOfLayers
 from PIL import Image
 from torch import nn
 
+from baselines.large.e4e import load_encoder
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.backbones import load_backbone
 from ordinalclip.backbones.base import Pooling
@@ -121,6 +122,26 @@ def test_as_open_clip_gives_them(read, name):
         ]
     assert len(dims) == len(found) + 1
     check(features, dims, found)
+
+
+def test_of_an_encoder_to_a_latent_space_they_are_the_rows_of_its_codes(tmp_path):
+    """Relative to no mean code but as the generator takes them; one call of the encoder."""
+    torch.manual_seed(0)
+    file = tmp_path / "pair.pt"
+    e4e_pair(file)
+    backbone, pixels = load_backbone(f"e4e:{file}"), torch.randn(2, 3, 32, 32)
+    tower = backbone.encoder.eval()
+    layers = LayerFeatures(tower, backbone.pooling, backbone.pixels.size)
+    assert layers.dims == (12,) * 8
+    encoder, offset = load_encoder(file)
+    with torch.no_grad():
+        codes = layers(tower, pixels)
+        torch.testing.assert_close(codes, encoder(pixels) + offset)
+        assert torch.equal(tower(pixels), codes.flatten(1))
+        assert backbone.generator(codes).shape == (2, 3, 32, 32)
+    assert offset.abs().min() > 0
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 64, 64\); this encoder takes \(B, 3, 32, 32\)"):
+        tower(torch.randn(2, 3, 64, 64))
 
 
 def test_means_leave_out_what_is_no_patch():

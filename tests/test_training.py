@@ -360,7 +360,7 @@ class Plain(Head):
         "plain",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("coop", "cnn", "coral", "plc_src", "rm_loss", "arcface")
+            for name in ("coop", "cnn", "coral", "large_tuned", "plc_src", "rm_loss", "arcface")
         ),
     ],
 )
@@ -371,7 +371,7 @@ def test_bf16_keeps_logits_in_float32(quick, monkeypatch, method):
     forward, loss = kind.forward, kind.loss
 
     def watched_forward(self, features):
-        probe = nn.functional.linear(features, torch.ones(1, features.shape[1]))
+        probe = nn.functional.linear(features, torch.ones(1, features.shape[-1]))
         outputs = forward(self, features)
         if self.training:
             seen.append((probe.dtype, {name: output.dtype for name, output in outputs.items()}))

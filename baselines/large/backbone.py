@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from baselines.large.e4e import Encoder, load_pair
+from baselines.large.e4e import MIDDLE, Encoder, load_pair
 from ordinalclip.backbones import TINY_FOLDER, Family
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.images import PixelSpec
@@ -47,6 +47,7 @@ def load(name: str, request: Request) -> Backbone:
         encoder, offset, generator = load_pair(name or TINY_GAN)
         if not request.load_weights:
             encoder = Encoder(**encoder.options)
+    encoder.latlayer2.requires_grad_(encoder.num_rows > MIDDLE)  # generators below 32 px have no row that reads it
     size = encoder.input_size
     if request.image_size not in (None, size):
         raise ValueError(

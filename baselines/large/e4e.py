@@ -192,7 +192,7 @@ def load_pair(file: str | Path) -> tuple[Encoder, Tensor, Generator | None]:
     encoder, offset = _encoder_of(file, content)
     if not part_of(content["state_dict"], "decoder."):
         return encoder, offset, None
-    generator, _ = generator_of(file, content)
+    generator = generator_of(file, content)
     given, taken = (encoder.num_rows, encoder.style_dim), (generator.num_rows, generator.style_dim)
     if given != taken:
         raise ValueError(

@@ -165,9 +165,8 @@ class LatentRegressor(Head):
             raise ValueError("direction=text needs a text tower: of the backbone, or of model.text")
         if self._see is not None:
             generator, sampled = self._sampled(SAMPLES)
-            beta = text_gradient(
-                sampled, generator, lambda pictures: normalize(self._seen(pictures), dim=1), self._text
-            )
+            see: Any = self._see
+            beta = text_gradient(sampled, generator, lambda pictures: normalize(see(pictures), dim=1), self._text)
             return strongest_channels(beta).to(codes)
         if not self._shared:
             raise ValueError(
@@ -178,13 +177,9 @@ class LatentRegressor(Head):
         normals[-1, : len(self._text)] = self._text.to(codes)  # narrower than the widest layer, perhaps
         return normals
 
-    def _seen(self, pictures: Tensor) -> Tensor:
-        assert self._see is not None
-        return self._see(pictures)
-
     def _sampled(self, count: int) -> tuple[Any, Tensor]:
         """The generator, and codes (count, L, D) of its own in W, repeated in every layer."""
-        (generator,) = self._generator
+        generator: Any = self._generator[0]
         if generator is None:
             raise ValueError("layers=generator needs the encoder of a generator with its generator: model.backbone=e4e")
         generator = generator.to(self.normals.device)

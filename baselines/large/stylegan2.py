@@ -417,7 +417,14 @@ def load_generator(file: str | Path) -> tuple[Generator, Tensor]:
         FileNotFoundError: no such file; ValueError: a damaged file, or a key that is missing, foreign or of the wrong
             shape, by its name.
     """
-    return generator_of(file, read_checkpoint(file))
+    content = read_checkpoint(file)
+    generator = generator_of(file, content)
+    if content.get("latent_avg") is None:
+        return generator, generator.mean_code()
+    rows = mean_of(file, content, generator.num_rows, generator.style_dim)
+    if not torch.equal(rows, rows[:1].expand_as(rows)):
+        raise ValueError(f"{file}: the rows of latent_avg differ; a mean of W has the same in all")
+    return generator, rows[0].clone()
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
@@ -434,8 +441,8 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     return {"state_dict": tensors, "opts": options, "latent_avg": mean}
 
 
-def generator_of(file: str | Path, content: Mapping[str, Any]) -> tuple[Generator, Tensor]:
-    """See `load_generator`; `content` is that of the file."""
+def generator_of(file: str | Path, content: Mapping[str, Any]) -> Generator:
+    """The generator alone: see `load_generator`; `content` is that of the file."""
     if "g_ema" in content:
         state = tensors_of(file, content, "g_ema")
     elif "state_dict" in content:
@@ -446,12 +453,7 @@ def generator_of(file: str | Path, content: Mapping[str, Any]) -> tuple[Generato
         torch.manual_seed(0)
         generator = _fitting(file, state)
     fill(file, generator, state, absent=ABSENT)
-    if content.get("latent_avg") is None:
-        return generator, generator.mean_code()
-    rows = mean_of(file, content, generator.num_rows, generator.style_dim)
-    if not torch.equal(rows, rows[:1].expand_as(rows)):
-        raise ValueError(f"{file}: the rows of latent_avg differ; a mean of W has the same in all")
-    return generator, rows[0].clone()
+    return generator
 
 
 def _fitting(file: str | Path, state: Mapping[str, Tensor]) -> Generator:

@@ -40,6 +40,8 @@ class Family(NamedTuple):
 
 
 PACKED = "packed, the tokens that they share once"
+
+
 FAMILIES = {
     "tiny": Family(
         open_clip_models.load_tiny,

@@ -101,9 +101,9 @@ def run_training(
     with announced(f"loading {config.model.backbone}", quiet), accelerator.main_process_first():
         model = build_model(config, parts.ranks, parts.train).to(accelerator.device)
     evaluator = Evaluator.of(config, accelerator, quiet)
+    evaluator.start(model, parts)
 
     if model.head.learns and num_steps(config, parts) > 0:
-        evaluator.start(model, parts)
         trainer = Trainer(Learner(model, parts, config, accelerator), parts, evaluator, folder, watch)
         trainer.resume()
         trainer.train()

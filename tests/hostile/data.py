@@ -281,6 +281,15 @@ def _(folder):
     return labelled(folder, [0, 1, 2, 3], *more, number=48)
 
 
+@case(
+    "labels that are nearly all the same, for a direction between their ends",
+    r"the scores do not tell two ends apart: the 3 lowest of 7 go up to 5, the 3 highest down to 5; all are",
+)
+def _(folder):
+    words = labelled(folder, [5] * 11 + [6], "ranks.unused=true")
+    return ["train", *words[1:], "output_dir=run", "method=large", "head.share=0.5"]
+
+
 # ---- tables
 
 

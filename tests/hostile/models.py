@@ -9,12 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from families import latent_pair
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hostile import case
 from ordinalclip import OrdinalModel, Ranks
-from ordinalclip.backbones import TINY_FOLDER
+from ordinalclip.backbones import TINY_FOLDER, load_backbone
 
 CODE = "open('ran', 'w').close()\n"
 
@@ -493,6 +494,66 @@ def _(folder):
     (folder / "clip").mkdir()
     (folder / "clip/open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 8}}))
     return train("model.backbone=open_clip:clip")
+
+
+def latent(folder, change=lambda state: None, **encoder):
+    """`train` on the encoder of a small generator, its checkpoint changed."""
+    torch.manual_seed(0)
+    content = latent_pair()
+    content["state_dict"] |= {k: v for k, v in latent_pair(**encoder)["state_dict"].items() if k.startswith("encoder.")}
+    change(content["state_dict"])
+    torch.save(content, folder / "pair.pt")
+    return train("method=large", "model.backbone=e4e:pair.pt")
+
+
+@case("a checkpoint of e4e that is missing", r"^ordinalclip: .*pair\.pt: no such file")
+def _(folder):
+    return train("method=large", "model.backbone=e4e:pair.pt")
+
+
+@case("a checkpoint of e4e that is a pickle", r"pair\.pt: not readable as plain tensors", after=nothing_ran)
+def _(folder):
+    (folder / "pair.pt").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    return train("method=large", "model.backbone=e4e:pair.pt")
+
+
+@case("a checkpoint of e4e without one of its tensors", r"^ordinalclip: pair\.pt: latlayer1\.bias is missing")
+def _(folder):
+    return latent(folder, lambda state: state.pop("encoder.latlayer1.bias"))
+
+
+@case("a checkpoint of e4e with a foreign tensor", r"^ordinalclip: pair\.pt: more is not of this model")
+def _(folder):
+    return latent(folder, lambda state: state.update({"decoder.more": torch.zeros(2)}))
+
+
+@case(
+    "the encoder of another generator in a checkpoint of e4e",
+    r"gives codes of 10 rows of 12, the generator in the same file takes 8 of 12: it is the encoder of another",
+)
+def _(folder):
+    return latent(folder, size=64)
+
+
+def latent_model(folder, **options):
+    """`predict` by a model whose encoder is one of e4e with these options."""
+    architecture = load_backbone("e4e").architecture | options
+    return unsigned(folder, backbone="e4e", backbone_architecture=architecture)
+
+
+@case("a model of e4e whose encoder has an unknown option", r"config\.json: no model can be built from it: .*depth")
+def _(folder):
+    return latent_model(folder, depth=50)
+
+
+@case("a model of e4e with three stages", r"config\.json: no model can be built from it")
+def _(folder):
+    return latent_model(folder, units=[1, 1, 1])
+
+
+@case("a model of e4e of 4096 pixels", r"config\.json: .*size is 4096; it must be a power of two from 8 to 1024")
+def _(folder):
+    return latent_model(folder, size=4096)
 
 
 # ---- conversion

@@ -134,6 +134,40 @@ refused(
 )
 refused("no templates", r"head\.templates: .*at least 1 item", "method=zero_shot", "head.templates=[]")
 
+# ---- a latent space
+
+LATENT = ("method=large", "model.backbone=e4e", "data.kinds=[tank]", "data.style=calm")
+ENDS = ("head.direction=text", "head.source=0", "head.target=100")
+
+refused("more labels than pictures", r"budget must be between 1 and .* the pool, 8; got 9", *LATENT, "head.budget=9")
+refused(
+    "few labels for a training that reads all",
+    r"head\.budget: training reads all labels; draw fewer samples with data\.shots",
+    *("method=large_tuned", "model.backbone=e4e", "head.budget=5"),
+)
+refused("a text direction without its ends", r"needs head\.source and head\.target", *LATENT, ENDS[0])
+refused("a text direction without a text tower", r"direction=text needs a text tower: of the backbone", *LATENT, *ENDS)
+refused(
+    "a text direction with a text tower of another space",
+    r"direction=text needs an image encoder and a text tower of the same CLIP, or a generator's encoder",
+    *("method=large", "model.backbone=timm:test_vit", "model.text=tiny", *ENDS),
+)
+refused(
+    "a text direction from a text to itself",
+    r"'100' and '100' have the same features: no direction leads from one to the other",
+    *(*LATENT, "model.text=tiny", *ENDS[::2], "head.source=100"),
+)
+refused(
+    "layers weighed by a generator that is not there",
+    r"layers=generator needs the encoder of a generator with its generator: model\.backbone=e4e",
+    *("method=large", "model.backbone=tiny", "head.layers=generator"),
+)
+refused(
+    "pictures of another size than a latent encoder's",
+    r"backbone e4e: its encoder takes pictures of 32 px alone, model\.image_size is 64",
+    *(*LATENT, "model.image_size=64"),
+)
+
 # ---- ranks
 
 refused("a million ranks", r"10,?000", "ranks.low=0", "ranks.high=1", "ranks.num=1000000")
