@@ -600,7 +600,7 @@ def domain_of(
         for number, direction in enumerate(found, 1):
             spread = direction.expand(codes.shape[1:]).contiguous()
             domain.orders[f"SeFa {number}"] = large.weighted_distance(large.signed_distances(codes, spread)).numpy()
-        seen = torch.cat([head._seen(part) for part in _pixels(pictures, model).split(64)]).detach()
+        seen = torch.cat([head._see(part) for part in _pixels(pictures, model).split(64)]).detach()
         domain.orders["CLIP directly"] = (F.normalize(seen, dim=1) @ head._text).numpy()
     return domain, model
 
