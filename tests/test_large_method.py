@@ -18,7 +18,7 @@ from ordinalclip.training.step import Learner
 
 TANKS = ("data.kinds=[tank]", "data.style=calm", "model.backbone=e4e", "ranks.num=101")
 MANY = (*TANKS, "data.num_train=200", "data.num_test=100")
-TEXT = ("head.direction=text", "head.source=0", "head.target=100", "model.text=tiny")
+TEXT = ("head.direction=text", "head.source=low", "head.target=high", "model.text=tiny")
 
 
 def figures(folder):
