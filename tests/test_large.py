@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from safetensors.torch import save_file
-from sklearn.linear_model import ElasticNet
+from sklearn.linear_model import ElasticNet, Ridge
 from torch import nn
 
 from baselines import large
@@ -380,6 +380,22 @@ def test_an_elastic_net_of_the_raw_distance_answers_one_value():
     answers = slope * distances + offset
     assert np.corrcoef(answers, labels)[0, 1] == pytest.approx(1)
     assert 0.5 < answers.std() / labels.std() < 0.7
+
+
+def test_slopes_of_few_labels_are_scaled_by_the_pool():
+    """Two labels that hardly differ in a layer say nothing about its slope, however it is standardised."""
+    pool = normal(50, 3)
+    few, labels = pool[:2].copy(), np.array([20.0, 60.0])
+    few[1, 2] = few[0, 2] + 1e-5
+    slopes, offset = large.calibrate_layers(few, labels, "ridge", 2.0, pool)
+    scaled, scale = few / pool.std(axis=0), pool.std(axis=0)
+    expected = Ridge(alpha=2.0).fit(scaled, labels)
+    assert_allclose(slopes, expected.coef_ / scale, rtol=1e-9)
+    assert_allclose(offset, expected.intercept_, rtol=1e-9)
+    assert np.ptp(pool @ slopes.numpy()) < 200
+    assert np.ptp(pool @ large.calibrate_layers(few, labels, "ridge", 2.0)[0].numpy()) > 1e5
+    with pytest.raises(ValueError, match="pool must have as many layers as distances, 3, got 2"):
+        large.calibrate_layers(few, labels, "ridge", 2.0, pool[:, :2])
 
 
 def test_a_layer_without_differences_gets_slope_0():
