@@ -162,12 +162,13 @@ class OrdinalConfig(PreTrainedConfig):
         """The ranks as an object."""
         given = self.ranks or {"values": (0, 1)}
         for key, kind in (("values", int | float), ("edges", int | float), ("names", str)):
-            if not all(isinstance(each, kind) and not isinstance(each, bool) for each in given.get(key) or ()):
+            listed = given.get(key) or ()
+            if not isinstance(listed, list | tuple):
+                raise ValueError(f"ranks.{key} must be a list, got {_short(listed)}")
+            if not all(isinstance(each, kind) and not isinstance(each, bool) for each in listed):
                 raise ValueError(f"ranks.{key} holds something else than {'text' if kind is str else 'numbers'}")
-        if not isinstance(given.get("unit", ""), str) or any(
-            isinstance(given.get(key), str) for key in ("names", "edges")
-        ):
-            raise ValueError("ranks: unit is text, names and edges are lists")
+        if not isinstance(given.get("unit", ""), str):
+            raise ValueError(f"ranks.unit must be text, got {_short(given['unit'])}")
         try:
             return Ranks(**given)
         except TypeError as error:

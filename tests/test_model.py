@@ -335,6 +335,13 @@ ELSEWHERE = ("model_type", "image_processor_type")  # transformers asks them for
 FILES = ("config.json", "preprocessor_config.json")
 
 
+@pytest.mark.parametrize("key", ["values", "names", "edges", "unit"])
+@pytest.mark.parametrize("value", [True, 1, 7.5, {"a": 1}])
+def test_ranks_are_lists_of_their_kind(key, value):
+    with pytest.raises(ValueError, match=rf"ranks\.{key} must be (a list|text), got"):
+        OrdinalConfig(ranks={**Ranks.linear(0, 9, 10).to_dict(), key: value})
+
+
 @pytest.mark.slow
 def test_one_changed_value_is_refused_or_changes_nothing(folders, tmp_path):
     """Every top-level key, deleted and at many other values; by the pipeline, as `transformers` builds it."""

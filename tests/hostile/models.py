@@ -348,7 +348,7 @@ def _(folder):
     return words
 
 
-@case("names of ranks that are a text", r"config\.json: ranks: unit is text, names and edges are lists")
+@case("names of ranks that are a text", r"config\.json: ranks\.names must be a list, got 'abcdefghijk'")
 def _(folder):
     return unsigned(folder, ranks={"values": list(range(11)), "names": "abcdefghijk"}, id2label=None, label2id=None)
 
