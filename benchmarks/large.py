@@ -919,8 +919,9 @@ def main() -> None:
     save_figure(linear_figure(domains, settings), arguments.out / "linear.png")
     save_figure(budgets_figure(domains, rows), arguments.out / "budgets.png")
     seconds = time.process_time() - processor
+    words = ["FOLDER" if Path(word).is_dir() else word for word in sys.argv[1:]]
     note = (
-        f"`python benchmarks/large.py {' '.join(sys.argv[1:])}`: {platform.machine()}, {torch.get_num_threads()} "
+        f"`python benchmarks/large.py {' '.join(words)}`: {platform.machine()}, {torch.get_num_threads()} "
         f"threads of {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, numpy "
         f"{np.__version__}, scipy {scipy.__version__}, scikit-learn {sklearn.__version__}, matplotlib "
         f"{matplotlib.__version__}; {seconds:.0f} s of processor time."
