@@ -15,6 +15,7 @@ from PIL import Image
 from ordinalclip.config import load_config
 from ordinalclip.data import load_parts
 from ordinalclip.text import TextTower
+from ordinalclip.training import train
 from ordinalclip.training.distributed import make_accelerator
 from ordinalclip.training.preparation import build_model
 from ordinalclip.training.step import Learner
@@ -47,6 +48,25 @@ def losses_of(folder):
 
 def without_times(rows):
     return [{key: value for key, value in row.items() if key not in ("seconds", "processor_ms")} for row in rows]
+
+
+def interrupted(monkeypatch, number, *arguments, **options):
+    """A training that ends before its step `number`, counted from 0."""
+
+    class Stopped(Exception):
+        pass
+
+    step = Learner.step
+
+    def stopping(self, now, *batch):
+        if now == number:
+            raise Stopped
+        return step(self, now, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", stopping)
+        with pytest.raises(Stopped):
+            train(*arguments, **options)
 
 
 def learner_of(config):

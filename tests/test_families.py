@@ -496,10 +496,20 @@ PartialState().destroy_process_group()
 """
 
 
+def train_on_two_processes(folder, runs):
+    """torchrun with gloo, one launch for all runs, each a list of overrides."""
+    (folder / "runs.py").write_text(RUNS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(folder / "runs.py"), json.dumps(runs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560, check=False)
+    assert done.returncode == 0, done.stderr[-9000:]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_train_every_family_as_one(spec_of, tmp_path):
-    """torchrun with gloo, one launch for all: the losses of every step agree with those of one process."""
+    """The losses of every step agree with those of one process."""
     names = [*FAMILIES, "timm:test_resnet"]
 
     def overrides(name, folder):
@@ -509,12 +519,7 @@ def test_two_processes_train_every_family_as_one(spec_of, tmp_path):
         options += ["data.num_train=8", "data.num_validation=4", "data.num_test=4", "train.max_steps=3"]
         return [*options, "train.batch_size=4", "train.lr=1e-3", "data.augment.flip=true", "model.dropout=0.1"]
 
-    (tmp_path / "runs.py").write_text(RUNS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(tmp_path / "runs.py"), json.dumps([overrides(name, "two") for name in names])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560, check=False)
-    assert done.returncode == 0, done.stderr[-9000:]
+    train_on_two_processes(tmp_path, [overrides(name, "two") for name in names])
     for name in names:
         losses = []
         for folder in ("one", "two"):

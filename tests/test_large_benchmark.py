@@ -5,6 +5,7 @@ import importlib.util
 import re
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -273,3 +274,17 @@ def test_the_script_from_end_to_end(script, tmp_path, monkeypatch):
     assert not re.search(r"\bnan\b", text)
     for title in ("Few labels", "Is it a line?", "Sorting without labels", "Weights of layers", "What inversion loses"):
         assert f"## {title}" in text
+
+
+def test_heads_on_frozen_features_learn(script, settings, domain):
+    """All of the labels are better than the constant, of which the same rows give the median."""
+    ranks = {"ranks.low": -10, "ranks.high": 10, "ranks.num": 41}
+    values = domain.values / np.abs(domain.values).max() * 9
+    pooled = np.outer(values, [1.0, -0.5, 0.3, 0.0, 0.2]).astype(np.float32)
+    learning = replace(domain, values=values, pooled=pooled, ranks=ranks, prompt="a photo of")
+    found = dict(script.frozen_scores(learning, replace(settings, trained=1, steps=60), 0))
+    train, test = parts(learning, 0)
+    constant = np.abs(values[test] - np.median(values[train])).mean()
+    assert {key[0] for key in found} == {f"{name}, frozen encoder" for name in script.NAMES.values()}
+    for name in ("L1", "OrdinalCLIP"):
+        assert found[f"{name}, frozen encoder", "", "", 0, TRAIN][0, 0] < 0.9 * constant

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import NOISY, log_of, losses_of, without_times
+from conftest import NOISY, interrupted, log_of, losses_of, without_times
 from safetensors.torch import load_file
 
 from baselines.large.head import TunedLatentRegressor
@@ -130,21 +130,7 @@ def test_resuming_is_bit_for_bit(quick, tmp_path, monkeypatch):
     """The start is made again and changes nothing: the checkpoint's weights take its place."""
     options = (*TUNED, "train.max_steps=6", "train.eval_every=2", "train.keep_checkpoints=9", *NOISY)
     whole = train(quick(*options, f"output_dir={tmp_path}/whole"), quiet=True)
-
-    class Stopped(Exception):
-        pass
-
-    step = Learner.step
-
-    def stopping(self, number, *batch):
-        if number == 5:
-            raise Stopped
-        return step(self, number, *batch)
-
-    monkeypatch.setattr(Learner, "step", stopping)
-    with pytest.raises(Stopped):
-        train(quick(*options, f"output_dir={tmp_path}/cut", "train.log_every=1"), quiet=True)
-    monkeypatch.undo()
+    interrupted(monkeypatch, 5, quick(*options, f"output_dir={tmp_path}/cut", "train.log_every=1"), quiet=True)
     cut = train(quick(*options, f"output_dir={tmp_path}/cut", "train.resume=auto"), quiet=True)
     assert without_times(log_of(whole)) == without_times(log_of(cut))
     assert figures(whole) == figures(cut)

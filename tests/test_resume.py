@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOISY, QUICK, log_of, without_times
+from conftest import NOISY, QUICK, interrupted, log_of, without_times
 
 from ordinalclip.config import load_config
 from ordinalclip.run_folder import RunFolder
@@ -44,21 +44,7 @@ def assert_same_run(one, other, step):
 def test_resume_is_bit_for_bit(quick, tmp_path, monkeypatch, method):
     options = (f"method={method}", "train.max_steps=6", "train.eval_every=2", "train.keep_checkpoints=9", *NOISY)
     whole = train(quick(*options, f"output_dir={tmp_path}/whole"), quiet=True)
-
-    class Stopped(Exception):
-        pass
-
-    step = Learner.step
-
-    def stopping(self, number, *batch):
-        if number == 5:
-            raise Stopped
-        return step(self, number, *batch)
-
-    monkeypatch.setattr(Learner, "step", stopping)
-    with pytest.raises(Stopped):
-        train(quick(*options, f"output_dir={tmp_path}/cut", "train.log_every=1"), quiet=True)
-    monkeypatch.undo()
+    interrupted(monkeypatch, 5, quick(*options, f"output_dir={tmp_path}/cut", "train.log_every=1"), quiet=True)
     assert len(log_of(tmp_path / "cut")) == 5
     cut = train(quick(*options, f"output_dir={tmp_path}/cut", "train.resume=auto"), quiet=True)
     assert_same_run(whole, cut, 6)

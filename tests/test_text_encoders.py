@@ -1,10 +1,7 @@
 """Text encoders of transformers as frozen towers: the libraries' own answers, gradients, saving, serving, processes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import open_clip
@@ -14,7 +11,7 @@ import transformers
 from families import WORDS, _spread
 from open_clip.push_to_hf_hub import save_for_hf
 from PIL import Image
-from test_families import RUNS as SCRIPT
+from test_families import train_on_two_processes
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, pipeline
 
@@ -312,12 +309,7 @@ def test_two_processes_train_prompts_through_every_encoder_as_one(specs, tmp_pat
         options += ["data.num_train=8", "data.num_validation=4", "data.num_test=4", "train.max_steps=3"]
         return [*options, "train.batch_size=4", "train.lr=1e-3", "data.augment.flip=true", "model.dropout=0.1"]
 
-    (tmp_path / "runs.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(tmp_path / "runs.py"), json.dumps([overrides(name, "two") for name in names])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560, check=False)
-    assert done.returncode == 0, done.stderr[-9000:]
+    train_on_two_processes(tmp_path, [overrides(name, "two") for name in names])
     for name in names:
         train(load_config(None, overrides(name, "one")), quiet=True)
         one, two = (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ordinalclip.backbones import hf_text
-from ordinalclip.backbones.base import Backbone, Pooling, Request, check_map, fetching
+from ordinalclip.backbones.base import Backbone, Pooling, Request, check_map
 from ordinalclip.files import check_no_code
 from ordinalclip.images import PixelSpec
 from ordinalclip.suggestions import near_matches
@@ -78,16 +78,7 @@ def load(name: str, request: Request) -> Backbone:
         wanted = config.vision_config if dual and not request.with_text else config
         model: Any = AutoModel.from_config(wanted, dtype=torch.float32)
     else:
-        if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
-            raise ValueError(f"backbone hf:{name}: the folder holds no .safetensors; pickled weights are not read")
-        with fetching(f"hf:{name}"):
-            model, found = AutoModel.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-            )
-        missing = sorted(found["missing_keys"])
-        pooler = not any(key.startswith("pooler.") for key in missing)  # a classifier's file: random if kept
-        if others := [key for key in missing if not key.startswith("pooler.")]:
-            raise ValueError(f"backbone hf:{name}: the weights lack {len(others)} tensors, e.g. {others[0]}")
+        model, pooler = hf_text.with_weights(name)  # a classifier's file has none
     if not pooler:
         model.pooler = None
 

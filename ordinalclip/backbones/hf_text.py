@@ -17,7 +17,11 @@ from ordinalclip.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
 ENCODERS = ("albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
-MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "class", "pooling_mode_max_tokens": "max"}
+MODES: dict[str, TextPooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "class",
+    "pooling_mode_max_tokens": "max",
+}
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 NO_PIXELS = PixelSpec(1, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -34,26 +38,35 @@ def load(name: str, config: Any, request: Request) -> Backbone:
     if stored or not request.load_weights:
         model: Any = AutoModel.from_config(config, dtype=torch.float32)
     else:
-        if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
-            raise ValueError(f"backbone hf:{name}: the folder holds no .safetensors; pickled weights are not read")
-        with fetching(f"hf:{name}"):
-            model, found = AutoModel.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-            )
-        missing = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
-        if missing:
-            raise ValueError(f"backbone hf:{name}: the weights lack {len(missing)} tensors, e.g. {missing[0]}")
-        if found["missing_keys"]:
-            model.pooler = None
+        model, _ = with_weights(name)
     pooling = stored["pooling"] if stored else published_pooling(name)
-    if pooling != "pooler" and getattr(model, "pooler", None) is not None:
-        model.pooler = None
+    model.pooler = None  # nothing that is published here reads it
     tokenizer = load_tokenizer(request.tokenizer if stored else name, f"hf:{name}")
     length = stored["context_length"] if stored else longest_text(model, tokenizer)
     tower = EncoderTower(model, pooling, None, tokenizer, length)
     fields = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
     architecture = {"config": fields, "pooling": pooling, "context_length": length, "tokenizer": "files"}
     return Backbone(nn.Identity(), 0, NO_PIXELS, tower, architecture=architecture)
+
+
+def with_weights(name: str) -> tuple[Any, bool]:
+    """The transformers model of a folder or hub name, in float32, and whether the file has its pooler, else random.
+
+    Raises:
+        ValueError: weights that are pickled, cannot be had, or lack more than a pooler.
+    """
+    from transformers import AutoModel
+
+    if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
+        raise ValueError(f"backbone hf:{name}: the folder holds no .safetensors; pickled weights are not read")
+    with fetching(f"hf:{name}"):
+        model, found = AutoModel.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
+    missing = sorted(found["missing_keys"])
+    if others := [key for key in missing if not key.startswith("pooler.")]:
+        raise ValueError(f"backbone hf:{name}: the weights lack {len(others)} tensors, e.g. {others[0]}")
+    return model, not missing
 
 
 def published_pooling(name: str) -> TextPooling:
@@ -74,11 +87,11 @@ def published_pooling(name: str) -> TextPooling:
         raise ValueError(f"backbone hf:{name}: modules.json names {', '.join(foreign)}; followed are {known}")
     content = read_json_object(pooling)
     on = [key for key, value in content.items() if key.startswith("pooling_mode") and value is True]
-    mode = content.get("pooling_mode")
-    found = [MODES[key] for key in on if key in MODES] if mode is None else [{"cls": "class"}.get(mode, mode)]
-    if len(found) != 1 or len(on) > 1 or found[0] not in MODES.values():
+    if isinstance(mode := content.get("pooling_mode"), str):  # as newer versions write it
+        on = [key for key in MODES if key.startswith(f"pooling_mode_{mode}_")] or [mode]
+    if len(on) != 1 or on[0] not in MODES:
         raise ValueError(f"{pooling}: pools by {', '.join(on) or mode}; followed are {', '.join(MODES)}, one of them")
-    return found[0]  # type: ignore[return-value]
+    return MODES[on[0]]
 
 
 def _beside(name: str, file: str) -> Path | None:
