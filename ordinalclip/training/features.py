@@ -86,16 +86,12 @@ class FeatureCache:
         model: whose encoder stays as it is from here on; in evaluation mode.
         config: of the run.
         quiet: show no progress.
-
-    Attributes:
-        used: what the features read so far depend on, by key.
     """
 
     def __init__(self, model: OrdinalModel, config: RunConfig, accelerator: Accelerator, quiet: bool = False):
         self.model, self.config, self.accelerator, self.quiet = model, config, accelerator, quiet
         self.augmentation = Augmentation(**config.data.augment.model_dump())
         self.weights = weights_digest(model)
-        self.used: dict[str, dict[str, Any]] = {}
         self._rows: dict[tuple[int, tuple[int | None, ...], bool], tuple[Part, Rows]] = {}
         self._digests: dict[int, list[bytes]] = {}
 
@@ -129,7 +125,6 @@ class FeatureCache:
         """The store of a view, with all pictures of a part in it."""
         content = self._key(view, mirrored)
         store = Store(features_folder() / key_of(content))
-        self.used[store.folder.name] = content
         if from_main(self.accelerator, lambda: _first_of(digests, store.read(content))):
             with self._alone(store):
                 lacking = from_main(self.accelerator, lambda: _first_of(digests, store.begin(content)))

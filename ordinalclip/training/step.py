@@ -121,7 +121,7 @@ class Learner:
         factor = lr_factor(number, self.total, options)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        self.model.encoder.train()
+        (self.model.encoder if self.features is None else self.model.encoder.dropout).train()
         self.model.head.train()
 
         features = self.micro_batches.encode(inputs.to(getattr(torch, options.precision)), positions)
