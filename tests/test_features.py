@@ -155,6 +155,16 @@ def test_what_features_depend_on(quick, cache, option, same):
     assert all(pictures_in(cache)[key] == held for key, held in first.items())
 
 
+def test_pixels_are_told_apart_where_weights_are_the_same(quick, cache):
+    """A plain ResNet has the same weights for pictures of any size."""
+    options = ("method=l1", "model.backbone=timm:test_resnet", "data.views=1", "data.split_seed=1", *CACHED)
+    for size in (32, 64):
+        train(quick(*options, f"model.image_size={size}", f"output_dir={size}"), quiet=True)
+    kept = [json.loads((folder / "key.json").read_text()) for folder in cache.iterdir()]
+    assert sorted(content["pixels"]["size"] for content in kept) == [32, 64]
+    assert len({content["weights"] for content in kept}) == 1
+
+
 def test_weights_and_augmentation_are_told_apart(quick, cache):
     """A single number of the encoder, and another augmentation of the same number of views."""
     options = ("method=l1", "data.views=2", *CACHED)
