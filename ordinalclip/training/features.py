@@ -92,8 +92,8 @@ class FeatureCache:
         self.model, self.config, self.accelerator, self.quiet = model, config, accelerator, quiet
         self.augmentation = Augmentation(**config.data.augment.model_dump())
         self.weights = weights_digest(model)
-        self._rows: dict[tuple[int, tuple[int | None, ...], bool], tuple[Part, Rows]] = {}
-        self._digests: dict[int, list[bytes]] = {}
+        self._rows: dict[tuple[int, tuple[int | None, ...], bool], Rows] = {}
+        self._digests: dict[int, tuple[Part, list[bytes]]] = {}
 
     def evaluated(self, part: Part) -> Rows:
         """The features of a part as it is evaluated, the mean over mirrors where `model.mirror` asks for it."""
@@ -109,17 +109,17 @@ class FeatureCache:
         if known not in self._rows:
             digests = self._digests_of(part)
             stores = [self._filled(part, digests, view, mirrored) for view in views]
-            self._rows[known] = part, _joined(stores, digests)
-        return self._rows[known][1]
+            self._rows[known] = _joined(stores, digests)
+        return self._rows[known]
 
     def _digests_of(self, part: Part) -> list[bytes]:
-        """(N,) by what each picture is known, found by the processes together."""
+        """(N,) by what each picture is known, found by the processes together. The part is kept, so that its id is."""
         if id(part) not in self._digests:
             sizes = shares(len(part), self.accelerator.num_processes)
             begin = sum(sizes[: self.accelerator.process_index])
             own = [part.digest(row) for row in range(begin, begin + sizes[self.accelerator.process_index])]
-            self._digests[id(part)] = gather_object(own) if len(sizes) > 1 else own
-        return self._digests[id(part)]
+            self._digests[id(part)] = part, gather_object(own) if len(sizes) > 1 else own
+        return self._digests[id(part)][1]
 
     def _filled(self, part: Part, digests: list[bytes], view: int | None, mirrored: bool) -> Store:
         """The store of a view, with all pictures of a part in it."""
