@@ -13,11 +13,11 @@ from open_clip.push_to_hf_hub import save_for_hf
 from PIL import Image
 from test_families import train_on_two_processes
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, pipeline
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForTextEncoding, pipeline
 
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.backbones import load_backbone
-from ordinalclip.backbones.hf_text import published_pooling
+from ordinalclip.backbones.hf_text import ENCODERS, model_class, published_pooling
 from ordinalclip.config import load_config
 from ordinalclip.images import prepare
 from ordinalclip.prompts import PromptLearner
@@ -27,39 +27,69 @@ from ordinalclip.training import train
 RANKS = Ranks(tuple(range(10)), names=(*map(str, range(9)), "a photo of 9"))  # names of one token and of four
 TEXTS = ["an age of 7 .", "a photo of an age of 3 .", "9 .", "age 9 ."]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-DISTIL = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}
-KINDS = {
-    "bert": lambda words: transformers.BertConfig(**SIZES, **words),
-    "roberta": lambda words: transformers.RobertaConfig(**SIZES, **words, max_position_embeddings=66),
-    "xlm-roberta": lambda words: transformers.XLMRobertaConfig(**SIZES, **words, max_position_embeddings=66),
-    "mpnet": lambda words: transformers.MPNetConfig(**SIZES, **words, max_position_embeddings=66),
-    "distilbert": lambda words: transformers.DistilBertConfig(**DISTIL, **words),
-    "electra": lambda words: transformers.ElectraConfig(**SIZES, **words, embedding_size=16),
-    "albert": lambda words: transformers.AlbertConfig(**SIZES, **words, embedding_size=16),
-    "deberta-v2": lambda words: transformers.DebertaV2Config(
-        **SIZES, **words, relative_attention=True, pos_att_type=["p2c", "c2p"]
-    ),
+STACK = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}  # T5's
+NLLB = {"d_model": 32, "scale_embedding": True, "max_position_embeddings": 64}
+NLLB |= {f"{half}_layers": 2 for half in ("encoder", "decoder")}
+NLLB |= {f"{half}_attention_heads": 2 for half in ("encoder", "decoder")}
+NLLB |= {f"{half}_ffn_dim": 64 for half in ("encoder", "decoder")}
+OFFSET = {"max_position_embeddings": 66}  # positions are counted from the padding's number on
+DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+KINDS = {  # what differs from SIZES
+    "albert": {"embedding_size": 16},
+    "bert": {},
+    "camembert": OFFSET,
+    "data2vec-text": OFFSET,
+    "deberta": DISENTANGLED,
+    "deberta-v2": DISENTANGLED,
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2},
+    "electra": {"embedding_size": 16},
+    "ernie": {},
+    "eurobert": {"num_key_value_heads": 2, "mask_token_id": None},
+    "gte": {},
+    "m2m_100": NLLB,
+    "megatron-bert": {},
+    "modernbert": {"local_attention": 4, "global_attn_every_n_layers": 2},
+    "mpnet": OFFSET,
+    "mt5": STACK,
+    "nomic_bert": {},
+    "rembert": {"input_embedding_size": 16},
+    "roberta": OFFSET,
+    "roberta-prelayernorm": OFFSET,
+    "roformer": {},
+    "t5": STACK,
+    "umt5": STACK,
+    "xlm-roberta": OFFSET,
+    "xlm-roberta-xl": OFFSET,
 }
+WHOLE = {"m2m_100": transformers.M2M100ForConditionalGeneration, "mt5": transformers.MT5ForConditionalGeneration}
+STARTS = {"m2m_100": "eng_Latn", "mt5": None, "t5": None, "umt5": None}  # before a text; of the others [CLS] or <s>
 POOLING = {"bert": "cls", "roberta": "mean", "albert": "max"}  # of the others none is noted
 
 
 def tokenizer(start="[CLS]", end="[SEP]"):
-    """Whole words, with a token at the start and one at the end as BERT's and RoBERTa's have them."""
-    words = [start, "<pad>", end, "<unk>", *WORDS[3:]]  # padding is 1, as in RoBERTa
+    """Whole words, with a token at the end and one at the start: BERT's, RoBERTa's, NLLB's language; or none, as T5."""
+    words = [start or "<s>", "<pad>", end, "<unk>", *WORDS[3:]]  # padding is 1, as in RoBERTa
     own = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     own.pre_tokenizer = pre_tokenizers.Whitespace()
-    own.post_processor = processors.TemplateProcessing(f"{start} $A {end}", special_tokens=[(start, 0), (end, 2)])
-    names = {"cls_token": start, "sep_token": end, "pad_token": "<pad>", "unk_token": "<unk>"}
-    if start == "<s>":
-        names |= {"bos_token": start, "eos_token": end}
+    around, numbers = f"{start or ''} $A {end}".strip(), [(words[0], 0), (end, 2)]
+    own.post_processor = processors.TemplateProcessing(around, special_tokens=numbers)
+    names = {"pad_token": "<pad>", "unk_token": "<unk>"}
+    if start in ("[CLS]", "<s>"):
+        names |= {"cls_token": start, "sep_token": end}
+    if end == "</s>":
+        names |= {"bos_token": "<s>" if start in ("<s>", None) else None, "eos_token": end}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=own, **names, model_max_length=64)
 
 
 def make(kind, folder):
     """A small random text encoder, its tokenizer, and the note of its pooling if it has one; the spec."""
-    words = tokenizer(*(("<s>", "</s>") if kind in ("roberta", "xlm-roberta", "mpnet") else ()))
+    starts = kind in STARTS or KINDS[kind] is OFFSET
+    words = tokenizer(*((STARTS.get(kind, "<s>"), "</s>") if starts else ()))
     torch.manual_seed(0)
-    model = AutoModel.from_config(KINDS[kind]({"vocab_size": len(words), "pad_token_id": 1}))
+    sizes = {} if kind in ("distilbert", *STARTS) else SIZES
+    numbers = {"vocab_size": len(words), "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    config = CONFIG_MAPPING[kind](**{**sizes, **numbers, **KINDS[kind]})
+    model = WHOLE[kind](config) if kind in WHOLE else model_class(config).from_config(config)
     _spread(model)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
@@ -80,7 +110,12 @@ def specs(tmp_path_factory):
 
 def pooled(kind, folder, texts):
     """transformers' own way: ids, padding and its mask."""
-    words, model = transformers.AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    words, load = transformers.AutoTokenizer.from_pretrained(folder), WHOLE.get(kind, AutoModelForTextEncoding)
+    try:
+        model = load.from_pretrained(folder).eval()
+    except ValueError:  # no such class of its own
+        model = AutoModel.from_pretrained(folder).eval()
+    model = model.get_encoder() if kind in WHOLE else model
     batch = words(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden = model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
@@ -92,6 +127,10 @@ def pooled(kind, folder, texts):
     return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 
 
+def test_every_encoder_that_is_taken_is_tested():
+    assert sorted(ENCODERS) == sorted(KINDS) == list(KINDS)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_without_padding_give_what_ids_with_padding_give(specs, kind, caplog):
     tower = load_backbone(specs[kind]).text
@@ -101,9 +140,10 @@ def test_embeddings_without_padding_give_what_ids_with_padding_give(specs, kind,
         assert torch.allclose(features, expected, atol=1e-6 * expected.abs().max().item() + 1e-6)
         assert torch.allclose(tower(TEXTS[::-1]).flip(0), features, atol=1e-6)
         assert torch.pdist(features).min() > 1e-3
-    assert ("the mean is taken" in caplog.text) == (kind not in POOLING)
+    assert ("the mean is taken; model.text_pooling says otherwise" in caplog.text) == (kind not in POOLING)
     assert features.shape == (4, tower.output_dim)
-    assert (tower.start_token, tower.end_token, tower.padding_token) == (0, 2, 1)
+    start = 0 if STARTS.get(kind, "") is not None else None
+    assert (tower.start_token, tower.end_token, tower.padding_token) == (start, 2, 1)
     assert tower.context_length <= 64
     with pytest.raises(ValueError, match=rf"a prompt has {tower.context_length + 2} tokens; this text tower takes"):
         tower(["age " * tower.context_length])
@@ -261,7 +301,7 @@ def test_names_of_the_hub_are_fetched_as_folders(tmp_path, monkeypatch):
 def test_notes_of_pooling(specs, tmp_path):
     folder = shutil.copytree(specs["bert"].partition(":")[2], tmp_path / "bert")
     note, modules = folder / "1_Pooling/config.json", folder / "modules.json"
-    for content, pooling in (({"pooling_mode": "cls"}, "class"), ({"pooling_mode": "mean"}, "mean")):
+    for content, pooling in (({"pooling_mode": "cls"}, "cls"), ({"pooling_mode": "mean"}, "mean")):
         note.write_text(json.dumps(content))
         assert published_pooling(str(folder)) == pooling
     both = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}

@@ -180,10 +180,13 @@ def _build(architecture: dict[str, Any], with_text: bool = True) -> Any:
 def _text_encoder(architecture: dict[str, Any], config: dict[str, Any]) -> nn.Module:
     """A text tower of transformers inside an open_clip model, as open_clip builds it, without its hub."""
     from open_clip import CLIPTextCfg
+    from open_clip.hf_configs import arch_dict
     from open_clip.hf_model import HFTextEncoder
     from transformers import AutoConfig
 
     refuse_code(architecture["text_config"])
+    if (kind := architecture["text_config"].get("model_type")) not in arch_dict:
+        raise ValueError(f"open_clip builds no text tower of a {kind!r}; it knows {', '.join(arch_dict)}")
     known = {field.name for field in fields(CLIPTextCfg)}
     options = CLIPTextCfg(**{key: value for key, value in config["text_cfg"].items() if key in known})
     text: Any = HFTextEncoder(
