@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ordinalclip.text import Prompts, TextTower
-from ordinalclip.tokenization import MissingTokenizer, TextPooling, inner, padding_token, whole_text
+from ordinalclip.tokenization import MissingTokenizer, TextPooling, padding_token
 
 ROWS = 64  # prompts whose activations are held at once with activation checkpointing
 
@@ -46,7 +46,7 @@ class EncoderTower(TextTower):
         self.causal, self.read_last, self.activation_checkpointing = False, False, False
         self.context_length, self.width = context_length, self.token_embedding.embedding_dim
         self.padding_token = padding_token(tokenizer, getattr(model.config, "pad_token_id", None) or 0)
-        self.check_special_tokens()
+        self.check_tokenizer()
         self.requires_grad_(False)
         self.eval()
 
@@ -59,7 +59,8 @@ class EncoderTower(TextTower):
             tokenizer: its tokenizer.
 
         Raises:
-            ValueError: no tokenizer, no projection where one is needed, or a pooling that is not supported.
+            ValueError: no tokenizer or one that pads with something else than what the model masks, no projection where
+                one is needed, or a pooling that is not supported.
         """
         text: Any = model.text
         if tokenizer is None:
@@ -78,7 +79,14 @@ class EncoderTower(TextTower):
                 "hf_proj_type must be linear or mlp"
             )
         length = min(longest_text(text.transformer, tokenizer), getattr(tokenizer, "context_length", None) or 1 << 30)
-        return cls(text.transformer, pooling[pooler], text.proj, tokenizer, length)
+        tower, masked = cls(text.transformer, pooling[pooler], text.proj, tokenizer, length), text.config.pad_token_id
+        if not isinstance(tokenizer, MissingTokenizer) and masked in (tower.start_token, tower.end_token):
+            raise ValueError(f"open_clip's text tower masks token {masked} as padding, which stands around every text")
+        if tower.padding_token != masked:
+            raise ValueError(
+                f"open_clip's text tower masks token {masked}, its tokenizer pads with {tower.padding_token}"
+            )
+        return tower
 
     @property
     def token_embedding(self) -> nn.Embedding:  # type: ignore[override]
@@ -91,22 +99,6 @@ class EncoderTower(TextTower):
         layers = self.projection.modules() if isinstance(self.projection, nn.Module) else ()
         linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
         return linear[-1].out_features if linear else self.model.config.hidden_size
-
-    def check_special_tokens(self) -> None:
-        """Prompts are [start] tokens [end]; the tokenizer has to say the same.
-
-        Raises:
-            ValueError: it puts something else around a text, e.g. NLLB's language after the end (`legacy_behaviour`).
-        """
-        if isinstance(self.tokenizer, MissingTokenizer):
-            return
-        own, start = whole_text(self.tokenizer, "."), self.start_token
-        ours = [*([] if start is None else [start]), *self.token_ids("."), self.end_token]
-        if own != ours:
-            raise ValueError(
-                f"tokenizer {type(inner(self.tokenizer)).__name__} gives {own} for '.'; prompts are built with at most "
-                f"one token before a text and one after it, {ours}"
-            )
 
     def forward(self, prompts: Prompts | Sequence[str]) -> Tensor:
         if not isinstance(prompts, Prompts):

@@ -73,16 +73,10 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def whole_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of the tokens of a text with what the tokenizer puts around it, without padding."""
+    """Ids of the tokens of a text with what the tokenizer puts around it; open_clip's HFTokenizer pads them."""
     if hasattr(tokenizer, "sot_token_id"):
         return [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
-    if not hasattr(tokenizer, "clean_fn"):
-        return list(tokenizer(text)["input_ids"])
-    ids = tokenizer(text)[0].tolist()  # open_clip's HFTokenizer pads
-    padding = inner(tokenizer).pad_token_id
-    while ids and ids[-1] == padding:
-        ids.pop()
-    return ids
+    return tokenizer(text)[0].tolist() if hasattr(tokenizer, "clean_fn") else list(tokenizer(text)["input_ids"])
 
 
 def full_stop(tokenizer: Any) -> int:
@@ -104,7 +98,7 @@ def start_token(tokenizer: Any) -> int | None:
     if hasattr(tokenizer, "sot_token_id"):
         return int(tokenizer.sot_token_id)
     around = list(inner(tokenizer)("")["input_ids"])
-    return around[0] if around and around[0] != end_token(tokenizer) else None
+    return around[0] if around and around[0] != end_token(inner(tokenizer)) else None
 
 
 def end_token(tokenizer: Any) -> int:
@@ -113,6 +107,8 @@ def end_token(tokenizer: Any) -> int:
     Raises:
         ValueError: the tokenizer names none.
     """
+    if getattr(tokenizer, "strip_sep_token", False):  # CLIPA's [SEP], which open_clip's HFTokenizer replaces
+        return 0
     token = getattr(tokenizer, "eot_token_id", None)
     for name in ("eos_token_id", "sep_token_id"):
         token = getattr(inner(tokenizer), name, None) if token is None else token

@@ -345,4 +345,9 @@ def _tokenizer(config: dict[str, Any], kind: str, source: str | Path | None) -> 
     found = load_tokenizer(source, f"open_clip:{text.get('hf_tokenizer_name', source)}")
     if isinstance(found, MissingTokenizer):
         return found
-    return HFTokenizer(str(source), length, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    wrapped: Any = HFTokenizer(str(source), length, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    if (language := options.get("language")) is not None:
+        if language not in wrapped.tokenizer.get_vocab():
+            raise ValueError(f"tokenizer_kwargs.language {language!r} is no token of {source}")
+        wrapped.tokenizer.src_lang = language  # open_clip sets what transformers 5 overwrites with this
+    return wrapped
