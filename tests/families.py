@@ -144,12 +144,12 @@ def _save_open_clip(folder, config, vision=None, text=None, pixels=None):
     save_for_hf(model, word_tokenizer(), config, folder, safe_serialization=True)
 
 
-def _spread(model):
-    """Weights large enough that a wrong mask or order shows."""
+def _spread(model, scale=1):
+    """Weights large enough that a wrong mask or order shows, in layers of some 32 x `scale` numbers."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=0.15 / math.sqrt(scale))
 
 
 FAMILIES = {
