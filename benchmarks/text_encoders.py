@@ -9,13 +9,13 @@ Prompts are those of 62 ages ("a photo of an age of 4 2 ."), one or two tokens o
 * ids: features of the towers, which take embeddings of prompts of one length together, against the library's own of
   ids, padded to 77 with a mask (transformers' forward, open_clip's `encode_text`); the largest difference over the
   largest feature.
-* padded: the same of a prompt learner's embeddings, without padding against padded to 77 with a mask; gradients: likewise
-  of those by the context.
+* padded: the same of a prompt learner's embeddings, without padding against padded to 77 with a mask; gradients:
+  likewise of those by the context.
 * slope: the largest of these gradients in float64 against differences of fourth order; transformers has norms or
   rotations of some types in float32 whatever comes in, which a difference shows as noise.
 * restored, deployed, served: after steps of AdamW on image encoder and prompts, the largest difference between
-  probabilities of the model and of its trainable form, read back where the encoder's folder is gone, and of its deployed
-  form; and between the value that the pipeline says of a picture and the model's own, over 62.
+  probabilities of the model and of its trainable form, read back where the encoder's folder is gone, and of its
+  deployed form; and between the value that the pipeline says of a picture and the model's own, over 62.
 * cost: processor seconds of forward and backward to the prompts, padded over unpadded, medians, in turn in one run.
 """
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from families import _save_open_clip, _spread
 from PIL import Image
+from safetensors.torch import save_file
 from test_families import train_on_two_processes
 from text_families import KINDS, NLLB, POOLING, SINGLE, SIZES, STARTS, WHOLE, clip_with, differences, make, tokenizer
 from transformers import AutoModel, AutoModelForTextEncoding, pipeline
@@ -27,6 +28,7 @@ from ordinalclip.training import train
 from ordinalclip.training.preparation import build_model
 
 RANKS = Ranks(tuple(range(10)), names=(*map(str, range(9)), "a photo of 9"))  # names of one token and of four
+QUICK = ("bert", "m2m_100", "modernbert", "mpnet", "t5")  # one of each way to have positions
 TEXTS = ["an age of 7 .", "a photo of an age of 3 .", "9 .", "age 9 ."]
 
 
@@ -114,7 +116,9 @@ def test_prompts_go_in_at_their_own_length(specs):
     assert seen == [(9, 7, 32), (1, 10, 32)]  # [CLS] an age of NAME . [SEP]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_saved_models_come_back_offline(specs, tmp_path, kind):
     folder = shutil.copytree(specs[kind].partition(":")[2], tmp_path / kind)
     torch.manual_seed(1)
@@ -370,9 +374,13 @@ def test_notes_of_pooling(specs, tmp_path):
         note.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"1_Pooling/config\.json: pools by .*; followed are pooling_mode_mean"):
             published_pooling(str(folder))
-    modules.write_text(json.dumps([{"type": "sentence_transformers.models.Dense"}]))
-    with pytest.raises(ValueError, match=r"modules\.json names Dense; followed are Transformer, Pooling, Normalize"):
-        published_pooling(str(folder))
+    for kinds, message in (
+        (["Transformer", "WordWeights"], "names WordWeights; followed are Transformer, Pooling, Dense, Normalize"),
+        (["Transformer", "Dense", "Pooling"], "has Transformer, Dense, Pooling; followed is the order Transformer, Po"),
+    ):
+        modules.write_text(json.dumps([{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]))
+        with pytest.raises(ValueError, match=rf"modules\.json {message}"):
+            published_pooling(str(folder))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler", "max"])
@@ -424,6 +432,64 @@ def test_a_pooling_that_contradicts_what_is_known_is_refused(specs, tmp_path):
     assert load_backbone(f"hf:{tmp_path / 'masked'}").text.pooling == "mean"
     with pytest.raises(ValueError, match="text_pooling is pooler, but the weights hold none"):
         load_backbone(f"hf:{tmp_path / 'masked'}", text_pooling="pooler")
+
+
+@pytest.mark.parametrize(("kind", "activation", "bias"), [("t5", "Identity", False), ("bert", "Tanh", True)])
+def test_dense_layers_after_the_pooling(tmp_path, kind, activation, bias):
+    """As sentence-T5 and LaBSE have them; the width of the text features is theirs."""
+    spec, dense = make(kind, tmp_path / kind), tmp_path / kind / "2_Dense"
+    names = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense"), ("Normalize", "3_Normalize")]
+    modules = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in names]
+    (tmp_path / kind / "modules.json").write_text(json.dumps(modules))
+    for folder, content in (
+        ("1_Pooling", {"pooling_mode_mean_tokens": True}),
+        (
+            "2_Dense",
+            {"in_features": 32, "out_features": 24, "bias": bias, "activation_function": f"torch.nn.{activation}"},
+        ),
+    ):
+        (tmp_path / kind / folder).mkdir(exist_ok=True)
+        (tmp_path / kind / folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"2_Dense holds no model\.safetensors; pickled weights are not read"):
+        load_backbone(spec)
+    weights = {"linear.weight": torch.randn(24, 32)} | ({"linear.bias": torch.randn(24)} if bias else {})
+    save_file(weights, dense / "model.safetensors")
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / kind)
+    reference = AutoModelForTextEncoding.from_pretrained(tmp_path / kind).eval()
+    with torch.no_grad():
+        means = [reference(**words(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0) for text in TEXTS]
+        expected = torch.nn.functional.linear(torch.stack(means), weights["linear.weight"], weights.get("linear.bias"))
+    expected = expected.tanh() if activation == "Tanh" else expected
+    tower = load_backbone(spec).text
+    assert torch.allclose(tower(TEXTS), expected, atol=2e-6 * expected.abs().max().item())
+    assert tower.output_dim == 24
+    OrdinalModel.build("timm:test_resnet", RANKS, text=spec).save_pretrained(tmp_path / "saved", form="trainable")
+    shutil.rmtree(tmp_path / kind)
+    assert torch.equal(OrdinalModel.from_pretrained(tmp_path / "saved").head.text(TEXTS), tower(TEXTS))
+
+
+def test_dense_layers_that_cannot_be_followed(specs, tmp_path):
+    folder = shutil.copytree(specs["bert"].partition(":")[2], tmp_path / "bert")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.insert(2, {"type": "sentence_transformers.models.Dense", "path": "2_Dense"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "2_Dense").mkdir()
+    sizes = {"in_features": 32, "out_features": 8, "bias": False}
+    for content in (
+        {},
+        {**sizes, "activation_function": "my.Own"},
+        {**sizes, "out_features": "8"},
+        {**sizes, "in_features": 33},
+    ):
+        (folder / "2_Dense/config.json").write_text(json.dumps(content))
+        with pytest.raises(
+            ValueError, match=r"2_Dense/config\.json must name in_features \(32\), out_features and an act"
+        ):
+            load_backbone(f"hf:{folder}")
+    (folder / "2_Dense/config.json").write_text(json.dumps({**sizes, "activation_function": "torch.nn.Tanh"}))
+    save_file({"linear.weight": torch.randn(9, 32)}, folder / "2_Dense/model.safetensors")
+    with pytest.raises(ValueError, match=r"2_Dense/model\.safetensors: does not fit its config\.json"):
+        load_backbone(f"hf:{folder}")
 
 
 def test_what_no_text_encoder_does(specs, tmp_path):

@@ -14,6 +14,7 @@ from ordinalclip.files import check_no_code, read_json, read_json_object
 from ordinalclip.images import PixelSpec
 from ordinalclip.text_encoders import EncoderTower, longest_text
 from ordinalclip.tokenization import TextPooling, load_tokenizer
+from ordinalclip.weights import read_weights
 
 logger = logging.getLogger(__name__)
 ENCODERS = (  # model types whose padding, positions and embeddings the tests have looked at
@@ -26,7 +27,8 @@ MODES: dict[str, TextPooling] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
 }
-KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
+KNOWN_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+ACTIVATIONS = {"Identity": nn.Identity, "Tanh": nn.Tanh, "ReLU": nn.ReLU, "GELU": nn.GELU}  # of dense layers
 NO_PIXELS = PixelSpec(1, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
@@ -41,30 +43,43 @@ def load(name: str, config: Any, request: Request) -> Backbone:
     Raises:
         ValueError: a pooler is asked for that the weights lack.
     """
-    stored, known_pooler = request.architecture, True
+    stored, has_pooler = request.architecture, True
     if stored or not request.load_weights:
         model: Any = model_class(config).from_config(config, dtype=torch.float32)
     else:
-        model, known_pooler = with_weights(name, config)
-    pooling = stored["pooling"] if stored else published_pooling(name) or request.text_pooling
-    if pooling is None:
-        pooling = "mean"
-        logger.warning(
-            "hf:%s does not say how its tokens are pooled (1_Pooling/config.json): the mean is taken; "
-            "model.text_pooling says otherwise",
-            name,
-        )
+        model, has_pooler = with_weights(name, config)
     model = model.encoder if hasattr(model, "shared") else model
-    if pooling != "pooler":
-        model.pooler = None
-    elif not known_pooler:
-        raise ValueError(f"backbone hf:{name}: text_pooling is pooler, but the weights hold none")
     tokenizer = load_tokenizer(request.tokenizer if stored else name, f"hf:{name}")
-    length = stored["context_length"] if stored else longest_text(model, tokenizer)
-    tower = EncoderTower(model, pooling, None, tokenizer, length)
-    fields = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-    architecture = {"config": fields, "pooling": pooling, "context_length": length, "tokenizer": "files"}
+    architecture = stored or {
+        "config": {key: value for key, value in config.to_dict().items() if key != "_name_or_path"},
+        "pooling": pooling_of(name, request),
+        "dense": published_layers(name, config.hidden_size),
+        "context_length": longest_text(model, tokenizer),
+        "tokenizer": "files",
+    }
+    if architecture["pooling"] != "pooler":
+        model.pooler = None
+    elif not has_pooler:
+        raise ValueError(f"backbone hf:{name}: text_pooling is pooler, but the weights hold none")
+    layers = [dense_layer(layer) for layer in architecture["dense"]]
+    if not stored and request.load_weights:
+        for layer, module in zip(architecture["dense"], layers, strict=True):
+            load_dense(name, layer["path"], module)
+    projection = nn.Sequential(*layers) if layers else None
+    tower = EncoderTower(model, architecture["pooling"], projection, tokenizer, architecture["context_length"])
     return Backbone(nn.Identity(), 0, NO_PIXELS, tower, architecture=architecture)
+
+
+def pooling_of(name: str, request: Request) -> TextPooling:
+    """The published pooling, else the one that is asked for, else the mean with a warning."""
+    if (pooling := published_pooling(name) or request.text_pooling) is not None:
+        return pooling
+    logger.warning(
+        "hf:%s does not say how its tokens are pooled (1_Pooling/config.json): the mean is taken; "
+        "model.text_pooling says otherwise",
+        name,
+    )
+    return "mean"
 
 
 def model_class(config: Any) -> Any:
@@ -98,13 +113,9 @@ def published_pooling(name: str) -> TextPooling | None:
     Raises:
         ValueError: a note of something else than one mean, class token or maximum.
     """
-    modules, pooling = (_beside(name, file) for file in ("modules.json", "1_Pooling/config.json"))
-    if modules is None or pooling is None:
+    pooling = _beside(name, "1_Pooling/config.json")
+    if pooling is None or not published_modules(name):
         return None
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in read_json(modules)]
-    if foreign := [kind for kind in kinds if kind not in KNOWN_MODULES]:
-        known = ", ".join(KNOWN_MODULES)
-        raise ValueError(f"backbone hf:{name}: modules.json names {', '.join(foreign)}; followed are {known}")
     content = read_json_object(pooling)
     on = [key for key, value in content.items() if key.startswith("pooling_mode") and value is True]
     if isinstance(mode := content.get("pooling_mode"), str):  # as newer versions write it
@@ -112,6 +123,77 @@ def published_pooling(name: str) -> TextPooling | None:
     if len(on) != 1 or on[0] not in MODES:
         raise ValueError(f"{pooling}: pools by {', '.join(on) or mode}; followed are {', '.join(MODES)}, one of them")
     return MODES[on[0]]
+
+
+def published_modules(name: str) -> list[tuple[str, str]]:
+    """What a sentence encoder does, in its order: kinds of modules and their folders; nothing where it is not said.
+
+    Raises:
+        ValueError: kinds that are not known, or another order than that of `KNOWN_MODULES`.
+    """
+    file = _beside(name, "modules.json")
+    if file is None:
+        return []
+    modules = [(str(each.get("type", "")).rpartition(".")[2], str(each.get("path", ""))) for each in read_json(file)]
+    kinds, known = [kind for kind, _ in modules], ", ".join(KNOWN_MODULES)
+    if foreign := [kind for kind in kinds if kind not in KNOWN_MODULES]:
+        raise ValueError(f"backbone hf:{name}: modules.json names {', '.join(foreign)}; followed are {known}")
+    if kinds != sorted(kinds, key=KNOWN_MODULES.index):
+        raise ValueError(f"backbone hf:{name}: modules.json has {', '.join(kinds)}; followed is the order {known}")
+    return modules
+
+
+def published_layers(name: str, width: int) -> list[dict[str, Any]]:
+    """The dense layers after the pooling, as sentence-transformers notes them (LaBSE, sentence-T5): see `dense_layer`.
+
+    Args:
+        width: of the pooled vector.
+
+    Raises:
+        ValueError: one whose configuration is missing, says what is not known, or wants another width.
+    """
+    layers = []
+    for kind, path in published_modules(name):
+        if kind == "Dense":
+            file = _beside(name, f"{path}/config.json")
+            content = read_json_object(file) if file else {}
+            activation = str(content.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
+            sizes = [content.get(key) for key in ("in_features", "out_features")]
+            if activation not in ACTIVATIONS or sizes[0] != width or not isinstance(sizes[1], int) or sizes[1] < 1:
+                raise ValueError(
+                    f"backbone hf:{name}: {path}/config.json must name in_features ({width}), out_features and an "
+                    f"activation_function of {', '.join(ACTIVATIONS)}, got {content}"
+                )
+            width = sizes[1]
+            bias = bool(content.get("bias", True))
+            layers.append({"path": path, "sizes": sizes, "bias": bias, "activation": activation})
+    return layers
+
+
+def dense_layer(layer: dict[str, Any]) -> nn.Sequential:
+    """A linear layer and its activation, with random weights.
+
+    Args:
+        layer: "sizes" of its input and output, "bias", "activation", and the "path" of its weights.
+    """
+    before, after = layer["sizes"]
+    return nn.Sequential(nn.Linear(before, after, bias=layer["bias"]), ACTIVATIONS[layer["activation"]]())
+
+
+def load_dense(name: str, path: str, module: nn.Module) -> None:
+    """The weights of a dense layer, from the folder beside those of the encoder.
+
+    Raises:
+        ValueError: there are none but pickled ones, or they do not fit.
+    """
+    file = _beside(name, f"{path}/model.safetensors")
+    if file is None:
+        raise ValueError(f"backbone hf:{name}: {path} holds no model.safetensors; pickled weights are not read")
+    state = {key.replace("linear.", "0."): tensor.float() for key, tensor in read_weights(file).items()}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: does not fit its config.json: {' '.join(str(error).split())}") from error
 
 
 def _beside(name: str, file: str) -> Path | None:
