@@ -12,7 +12,7 @@ import torch
 import transformers
 from families import _save_open_clip, _spread
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_families import train_on_two_processes
 from text_families import KINDS, NLLB, POOLING, SINGLE, SIZES, STARTS, WHOLE, clip_with, differences, make, tokenizer
 from transformers import AutoModel, AutoModelForTextEncoding, pipeline
@@ -176,6 +176,17 @@ def test_clips_of_open_clip_with_such_a_tower(tmp_path, text, options):
     trainable, deployed = (OrdinalModel.from_pretrained(tmp_path / form) for form in ("trainable", "deployed"))
     assert torch.equal(trainable(pixels, torch.tensor([1.0, 8.0])).loss, loss)
     assert torch.allclose(deployed(pixels).probabilities, model(pixels).probabilities, atol=1e-5)
+
+
+def test_weights_that_older_versions_wrote(tmp_path):
+    """BiomedCLIP's own file is pickled and has positions that transformers no longer keeps."""
+    clip_with(tmp_path / "clip", "bert")
+    expected = load_backbone(f"open_clip:{tmp_path / 'clip'}").text(TEXTS)
+    state = load_file(tmp_path / "clip/open_clip_model.safetensors")
+    state["text.transformer.embeddings.position_ids"] = torch.arange(512)[None]
+    torch.save(state, tmp_path / "clip/open_clip_pytorch_model.bin")
+    (tmp_path / "clip/open_clip_model.safetensors").unlink()
+    assert torch.equal(load_backbone(f"open_clip:{tmp_path / 'clip'}").text(TEXTS), expected)
 
 
 LISTED = [name for name in open_clip.list_models() if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]]

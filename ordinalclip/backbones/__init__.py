@@ -69,8 +69,9 @@ FAMILIES = {
             "open_clip:NAME/TAG": "with weights of open_clip's list, downloaded",
             "open_clip:NAME/FILE": "with weights of a file of yours",
             "open_clip:FOLDER": "what open_clip's save_for_hf and `ordinalclip convert` write",
+            "open_clip:hf-hub:OWNER/NAME": "such a folder on the hub, downloaded",
         },
-        f"CLIP's, prompts {PACKED}; SigLIP's, prompts one by one at full length",
+        f"CLIP's, prompts {PACKED}; SigLIP's, one by one at full length; a text encoder's, by their length, unpadded",
         "model.backbone=open_clip:RN50/openai",
     ),
     "hf": Family(
