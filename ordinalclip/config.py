@@ -33,6 +33,7 @@ MAX_SEED = 2**32 - 1
 MAX_ROWS = 10**9
 LEADING_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 MAX_WORKERS = 1024
+MAX_VIEWS = 1000
 MOST_DERIVED = 200  # distinct labels that become ranks by themselves
 MOST_BROKEN = 40  # where some are no whole numbers: measurements, rather than steps of a scale
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -220,6 +221,11 @@ class DataConfig(Section):
         le=1 << 24,
         description="memory for decoded, resized images, in each worker; used by parts that fit in, 0: by none",
     )
+    views: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | None = Field(
+        None,
+        description="fixed views of every training picture: 1: as it is evaluated, without data.augment; more: "
+        "augmented ones, always the same, in turn; default: a new one every time",
+    )
     augment: AugmentConfig = AugmentConfig()
 
     @field_validator("extra_formats")
@@ -278,6 +284,11 @@ class ModelConfig(Section):
     load_weights: bool = Field(
         True, description="load the backbone's weights; false: its architecture with random weights"
     )
+    features: Literal["computed", "cached"] = Field(
+        "computed",
+        description="cached: the image encoder stays as it is, and its features are computed once for a picture and "
+        "view, kept, and read by all runs (`ordinalclip features`)",
+    )
     batch_norm: Literal["frozen", "sync", "local"] = Field(
         "frozen", description="statistics of BatchNorm layers in training"
     )
@@ -298,6 +309,14 @@ class ModelConfig(Section):
     lora_targets: Patterns = Field(
         [], description="patterns of the encoder's layers that get adapters; default: all linear ones, or convolutions"
     )
+
+    @model_validator(mode="after")
+    def _as_it_is(self) -> ModelConfig:
+        if self.features == "cached":
+            for key in ("lora_rank", "drop_path"):
+                if getattr(self, key):
+                    raise ValueError(f"features=cached: the image encoder stays as it is, which {key} changes")
+        return self
 
     @field_validator("mirror")
     @classmethod
@@ -419,6 +438,15 @@ class RunConfig(Section):
     def _one_way_on(self) -> RunConfig:
         if self.overwrite and self.train.resume != "none":
             raise ValueError("overwrite=true replaces a run, train.resume goes on with it; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _fixed_views(self) -> RunConfig:
+        if self.model.features == "cached" and self.data.views is None:
+            raise ValueError(
+                "model.features=cached needs data.views, the number of fixed views of a training picture; 1: the "
+                "picture as it is evaluated"
+            )
         return self
 
     @model_validator(mode="after")

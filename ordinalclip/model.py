@@ -526,11 +526,12 @@ class Encoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if self.training or len(self.mirrors) == 1:
-            return self.dropout(self._encode(pixel_values))
-        features = [self._encode(pixel_values.flip(axes) if axes else pixel_values) for axes in self.mirrors]
+            return self.dropout(self.encode(pixel_values))
+        features = [self.encode(pixel_values.flip(axes) if axes else pixel_values) for axes in self.mirrors]
         return torch.stack(features).mean(dim=0)
 
-    def _encode(self, pixel_values: Tensor) -> Tensor:
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """The features of the pictures as they are: without dropout, without their mirrors."""
         return self.tower(pixel_values) if self.layers is None else self.layers(self.tower, pixel_values)
 
 

@@ -118,7 +118,7 @@ def evaluate_run(
         ranks = model.head.ranks.rank_of(parts.test.values, parts.test.row_names())
         test = replace(parts.test, ranks=ranks.numpy())  # other data may hold other distinct labels
         metrics = run.read_metrics()
-        evaluator = Evaluator.of(config, accelerator, quiet or not accelerator.is_main_process)
+        evaluator = Evaluator.of(config, model, accelerator, quiet or not accelerator.is_main_process)
         space_of, counts = "test" if config.evaluation.space else "", metrics["train_counts"]
         scores, predictions = evaluator.evaluate(model, {"test": test}, metrics_of(config), counts, space_of)
         metrics |= scores

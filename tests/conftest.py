@@ -2,9 +2,11 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: no test may wait for a hub
+os.environ["ORDINALCLIP_CACHE"] = tempfile.mkdtemp(prefix="ordinalclip-cache-")  # or tests would read the user's
 
 import numpy as np
 import open_clip

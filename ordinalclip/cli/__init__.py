@@ -38,6 +38,7 @@ COMMANDS = {
     "report": "Write report.html again, of finished runs (and their model cards) and comparisons.",
     "plot": "Write the figures of the report of a finished run or comparison as files.",
     "make-gauges": "Write generated gauge pictures and their labels.csv to a folder.",
+    "features": "List the features of frozen encoders that are kept, or delete some.",
     "convert": "Turn an original OrdinalCLIP or OpenAI CLIP checkpoint into a folder.",
 }
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,37 +53,15 @@ def _by_bytes(parts: Sequence[Part], keys: list[object]) -> list[object]:
         if len({keys[number] for number in numbers}) > 1:
             for number in numbers:
                 part, index = places[number]
-                joined[number] = _digest(part, index, keys[number])
+                joined[number] = part.digest(index)
     return joined
 
 
 def _size(part: Part, index: int, key: object) -> int | None:
     if isinstance(key, str):
         return os.stat(key).st_size if os.path.isfile(key) else None
-    content = _content(part, index)
+    content = part.content(index)
     return None if content is None else len(content)
-
-
-def _content(part: Part, index: int) -> bytes | None:
-    """The bytes of a picture that is no file of its own."""
-    picture = part.picture(index)
-    if isinstance(picture, Mapping):
-        if picture.get("bytes") is not None:
-            return picture["bytes"]
-        picture = picture.get("path")
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, str) and os.path.isfile(picture):
-        with open(picture, "rb") as file:
-            return file.read()
-    return None
-
-
-def _digest(part: Part, index: int, key: object) -> bytes:
-    if isinstance(key, str):
-        with open(key, "rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    return hashlib.blake2b(_content(part, index) or b"").digest()
 
 
 class Repeated(NamedTuple):

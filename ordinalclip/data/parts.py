@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -153,6 +154,26 @@ class Part:
         if self.names.paths is not None:
             return os.path.join(self.root, self.names[index])
         return self.rows[int(index)][self.image_column]
+
+    def content(self, index: int) -> bytes | None:
+        """The bytes of a row's picture, as they are stored; None where it is no file or what was read of one."""
+        picture = self.picture(index)
+        if isinstance(picture, Mapping):
+            picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
+        if isinstance(picture, bytes):
+            return picture
+        if isinstance(picture, str) and os.path.isfile(picture):
+            with open(picture, "rb") as file:
+                return file.read()
+        return None
+
+    def digest(self, index: int) -> bytes:
+        """32 bytes by which a row's picture is known: a hash of its bytes, or of its pixels where none are stored."""
+        content = self.content(index)
+        if content is None:
+            image = self.image(index)
+            content = f"{image.size}\n".encode() + image.tobytes()
+        return hashlib.blake2b(content, digest_size=32).digest()
 
     def resized(self, index: int, spec: PixelSpec, size: int | None = None) -> Image.Image:
         """The decoded image, resized to `size` (default: the encoder's) and kept in the cache while there is room."""

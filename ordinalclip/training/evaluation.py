@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,32 +11,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Part, Parts
 from ordinalclip.heads import NoNumber, Outputs, Prediction, Targets, decode
-from ordinalclip.images import PixelSpec, crop, normalise
+from ordinalclip.images import Augmentation
 from ordinalclip.losses import at_least_float32
 from ordinalclip.metrics import Metric, metrics_with
 from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import DECODINGS, Predictions
 from ordinalclip.progress import Progress
 from ordinalclip.training.distributed import gather_outputs
-from ordinalclip.training.sampling import decoded, shares
-
-
-class EvaluationDataset(Dataset):
-    """The pixels of a part's images, by row."""
-
-    def __init__(self, part: Part, spec: PixelSpec):
-        self.part, self.spec = part, spec
-
-    def __len__(self) -> int:
-        return len(self.part)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return normalise(crop(self.part.resized(index, self.spec), self.spec.size), self.spec)
+from ordinalclip.training.features import FeatureCache
+from ordinalclip.training.sampling import ViewDataset, decoded, shares
 
 
 @dataclass(frozen=True)
@@ -47,17 +35,21 @@ class Evaluator:
         batch_size: images at once in one process.
         workers: processes that decode images.
         quiet: show no progress.
+        features: of the model's encoder, which are read; None: pictures are encoded.
     """
 
     accelerator: Accelerator
     batch_size: int = 256
     workers: int = 0
     quiet: bool = False
+    features: FeatureCache | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, accelerator: Accelerator, quiet: bool) -> Evaluator:
-        """As a run's configuration says."""
-        return cls(accelerator, config.evaluation.batch_size, config.data.workers, quiet)
+    def of(cls, config: RunConfig, model: OrdinalModel, accelerator: Accelerator, quiet: bool) -> Evaluator:
+        """As a run's configuration says, of a model that is not prepared yet."""
+        cached = config.model.features == "cached"
+        features = FeatureCache(model, config, accelerator, quiet) if cached else None
+        return cls(accelerator, config.evaluation.batch_size, config.data.workers, quiet, features)
 
     @torch.no_grad()
     def outputs(self, model: OrdinalModel, part: Part, title: str = "", space: bool = False) -> Outputs:
@@ -73,22 +65,32 @@ class Evaluator:
         start, size = sum(sizes[:place]), sizes[place]
         rows = list(range(start, start + size)) or [0]  # a process without rows computes one and gives none
         batches = [rows[begin : begin + self.batch_size] for begin in range(0, len(rows), self.batch_size)]
-        images = EvaluationDataset(part, model.config.pixel_spec)
-        dtype = next(model.encoder.parameters()).dtype
         collected: list[Outputs] = []
         progress: Progress = Progress(None, title, total=len(rows), unit="images", quiet=self.quiet or not title)
-        with decoded(images, batches, self.workers) as loaded:
-            for pixels in loaded:
+        with self._inputs(model, part, batches) as inputs:
+            for batch in inputs:
                 with self.accelerator.autocast():
-                    features = model.encoder(pixels.to(self.accelerator.device, dtype))
+                    features = batch if self.features else model.encoder(batch)
                     outputs = model.head(features)
                     if space:
                         outputs = {**outputs, "space": model.head.space(features)}
                 collected.append({name: at_least_float32(tensor) for name, tensor in outputs.items()})
-                progress.advance(len(pixels))
+                progress.advance(len(batch))
         progress.close()
         joined = {name: torch.cat([outputs[name] for outputs in collected])[:size] for name in collected[0]}
         return {name: tensor.cpu() for name, tensor in gather_outputs(joined, sizes).items()}
+
+    @contextmanager
+    def _inputs(self, model: OrdinalModel, part: Part, batches: list[list[int]]) -> Iterator[Iterator[Tensor]]:
+        """Pixels, or features where they are cached, of batches of rows, on the accelerator's device."""
+        device, dtype = self.accelerator.device, next(model.encoder.parameters()).dtype
+        if self.features is not None:
+            features = self.features.evaluated(part)
+            yield (features.take(rows).to(device) for rows in batches)
+            return
+        images = ViewDataset(part, model.config.pixel_spec, Augmentation())
+        with decoded(images, batches, self.workers) as loaded:
+            yield (pixels.to(device, dtype) for pixels in loaded)
 
     def start(self, model: OrdinalModel, parts: Parts) -> None:
         """What the head takes from the training part before the first step, if anything."""

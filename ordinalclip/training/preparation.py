@@ -67,9 +67,10 @@ def prepare_model(
         add_adapters(encoder.tower, config.model, model.config.pixel_spec.size)
     if options.freeze_layers is not None:
         freeze_layers(encoder.tower, options.freeze_layers)
-    freeze(model, options.freeze)
+    cached = config.model.features == "cached"
+    freeze(model, [*options.freeze, *(["encoder.*"] if cached else [])])
 
-    mode = config.model.batch_norm
+    mode = "frozen" if cached else config.model.batch_norm
     check_batch_norm(encoder, mode, num_processes, micro_batched, options.activation_checkpointing, options.exact)
     encoder.frozen_statistics = mode == "frozen"
     if mode == "sync" and num_processes > 1:
@@ -78,13 +79,15 @@ def prepare_model(
     if config.model.drop_path:
         add_drop_path(encoder.tower, config.model.drop_path)
     noises = use_sample_noise(encoder, config.seed)
+    if cached and (silent := [noise for noise in noises if noise.p and noise is not encoder.dropout]):
+        logger.warning("model.features=cached: %d dropout layers of the encoder do nothing in training", len(silent))
     head_noises = use_sample_noise(model.head, config.seed, len(noises))
     if inexact := inexact_dropout(model):
         logger.warning("dropout of these layers depends on processes and micro-batches: %s", ", ".join(inexact))
 
     if options.activation_checkpointing:
         checkpoint_activations(encoder.tower)
-    if options.compile:
+    if options.compile and not cached:
         encoder.tower.compile()
     return noises, head_noises
 

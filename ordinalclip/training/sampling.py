@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ordinalclip.data import Part
-from ordinalclip.images import Augmentation, PixelSpec
+from ordinalclip.images import Augmentation, PixelSpec, crop, normalise
 from ordinalclip.signals import SIGNALS
 from ordinalclip.training.imbalance import balanced_order
 
-ORDER, VIEW, NOISE = range(3)  # what a generator is for, so that equal numbers in other roles never coincide
+ORDER, VIEW, NOISE, FIXED = range(4)  # what a generator is for, so that equal numbers in other roles never coincide
 
 
 class Stream:
@@ -57,6 +57,10 @@ class Stream:
         epoch, offset = divmod(position // self.views, self.num_samples)
         return int(self.order(epoch)[offset])
 
+    def visit(self, position: int) -> int:
+        """How often the sample at a position has come before, where every sample comes once an epoch."""
+        return position // self.views // self.num_samples * self.views + position % self.views
+
 
 def shares(batch_size: int, num_processes: int) -> list[int]:
     """How many samples of the global batch each process takes: as equal as can be, the first ones one more.
@@ -84,17 +88,52 @@ class StreamSampler:
             yield list(range(begin, begin + self.size))
 
 
-class StreamDataset(Dataset):
-    """Training samples by position in the stream: (pixels, position); labels are looked up where they are needed."""
+class ViewDataset(Dataset):
+    """The pixels of a part's images, by row, all in the same view.
 
-    def __init__(self, part: Part, spec: PixelSpec, augmentation: Augmentation, stream: Stream):
+    Args:
+        view: None: as it is evaluated; else number of an augmented view, a function of the picture's bytes alone.
+    """
+
+    def __init__(self, part: Part, spec: PixelSpec, augmentation: Augmentation, view: int | None = None):
+        self.part, self.spec, self.augmentation, self.view = part, spec, augmentation, view
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self.view is None:
+            return normalise(crop(self.part.resized(index, self.spec), self.spec.size), self.spec)
+        digest = np.frombuffer(self.part.digest(index), np.uint32).tolist()
+        return augmented(self.part, index, self.spec, self.augmentation, [FIXED, self.view, *digest])
+
+
+def augmented(part: Part, index: int, spec: PixelSpec, augmentation: Augmentation, seed: list[int]) -> Tensor:
+    """A picture of a part, augmented as a seed says: (3, size, size)."""
+    image = part.resized(index, spec, augmentation.input_size(spec))
+    return augmentation(image, spec, np.random.default_rng(seed))
+
+
+class StreamDataset(Dataset):
+    """Training samples by position in the stream: (pixels, position); labels are looked up where they are needed.
+
+    Args:
+        views: number of fixed views of every picture, see `data.views`; None: a new one every time.
+    """
+
+    def __init__(
+        self, part: Part, spec: PixelSpec, augmentation: Augmentation, stream: Stream, views: int | None = None
+    ):
         self.part, self.spec, self.augmentation, self.stream = part, spec, augmentation, stream
+        numbers = [None] if views == 1 else range(views or 0)
+        self.views = [ViewDataset(part, spec, augmentation, number) for number in numbers]
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         index = self.stream.at(position)
-        image = self.part.resized(index, self.spec, self.augmentation.input_size(self.spec))
-        rng = np.random.default_rng([self.stream.seed, VIEW, position])
-        return self.augmentation(image, self.spec, rng), position
+        if self.views:
+            return self.views[self.stream.visit(position) % len(self.views)][index], position
+        seed = [self.stream.seed, VIEW, position]
+        return augmented(self.part, index, self.spec, self.augmentation, seed), position
 
 
 class _Carried(Dataset):

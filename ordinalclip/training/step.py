@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from ordinalclip.images import Augmentation
 from ordinalclip.losses import at_least_float32
 from ordinalclip.model import OrdinalModel
 from ordinalclip.training.distributed import MicroBatches, gather_outputs
+from ordinalclip.training.features import FeatureCache
 from ordinalclip.training.imbalance import sample_weights
 from ordinalclip.training.interruption import Diverged, not_finite
 from ordinalclip.training.optimization import WeightAverage, lr_factor, make_optimizer
@@ -32,6 +33,7 @@ class Learner:
 
     Args:
         model: the untrained model, on the accelerator's device; it is prepared in place.
+        features: of its encoder, which stays as it is; None: pictures are encoded in every step.
 
     Attributes:
         total: number of optimiser steps of the whole run.
@@ -39,8 +41,16 @@ class Learner:
         deferred: whether numbers that went wrong in a step are noticed in the next one: see `_check_finite`.
     """
 
-    def __init__(self, model: OrdinalModel, parts: Parts, config: RunConfig, accelerator: Accelerator):
+    def __init__(
+        self,
+        model: OrdinalModel,
+        parts: Parts,
+        config: RunConfig,
+        accelerator: Accelerator,
+        features: FeatureCache | None = None,
+    ):
         options, train = config.train, parts.train
+        self.features = None if features is None else features.views(train)
         self.config, self.accelerator, self.model, self.train = config, accelerator, model, train
         self.total = num_steps(config, parts)
         self.positions_per_step = options.batch_size * model.head.views
@@ -59,6 +69,8 @@ class Learner:
             accelerator.prepare(module) if any(p.requires_grad for p in module.parameters()) else module
             for module in (model.encoder, model.head)
         )
+        if self.features is not None:  # what is left of the encoder
+            encoder, micro_batched = model.encoder.dropout, False
         self.micro_batches = MicroBatches(
             accelerator, encoder, noises, options.micro_batch_size if micro_batched else None
         )
@@ -69,44 +81,50 @@ class Learner:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def batches(self, first_step: int) -> AbstractContextManager[Iterator[tuple[Tensor, Tensor]]]:
-        """The batches from a step on, this process's share of each: pixels and positions in the stream.
+        """The batches from a step on, this process's share of each: pixels, or cached features, and positions in the
+        stream.
 
         They are read within a `with` block: see `decoded`.
         """
         place = self.accelerator.process_index, self.accelerator.num_processes
-        augmentation = Augmentation(**self.config.data.augment.model_dump())
-        return decoded(
-            StreamDataset(self.train, self.model.config.pixel_spec, augmentation, self.stream),
-            StreamSampler(self.positions_per_step, first_step, self.total, *place),
-            self.config.data.workers,
-            self.config.data.prefetch,
-        )
+        sampler = StreamSampler(self.positions_per_step, first_step, self.total, *place)
+        if self.features is not None:
+            return nullcontext(map(self._features_at, sampler))
+        data, spec = self.config.data, self.model.config.pixel_spec
+        augmentation = Augmentation(**data.augment.model_dump())
+        pictures = StreamDataset(self.train, spec, augmentation, self.stream, data.views)
+        return decoded(pictures, sampler, data.workers, data.prefetch)
+
+    def _features_at(self, positions: list[int]) -> tuple[Tensor, Tensor]:
+        assert self.features is not None
+        rows = [self.stream.at(position) for position in positions]
+        views = [self.stream.visit(position) % self.features.place.shape[1] for position in positions]
+        return self.features.take(rows, views), torch.tensor(positions)
 
     def rows_of(self, step: int) -> list[int]:
         """Rows of the training part in the global batch of a (0-based) step, in order of position."""
         begin = step * self.positions_per_step
         return [self.stream.at(position) for position in range(begin, begin + self.positions_per_step)]
 
-    def step(self, number: int, pixels: Tensor, positions: Tensor) -> dict[str, Any]:
+    def step(self, number: int, inputs: Tensor, positions: Tensor) -> dict[str, Any]:
         """One optimiser step on the global batch.
 
         Args:
             number: of the step, from 0.
-            pixels, positions: this process's share of the batch.
+            inputs, positions: this process's share of the batch, as `batches` gives it.
 
         Returns:
             what is logged; loss terms and norm as tensors, to be read later.
         """
         device, options = self.accelerator.device, self.config.train
-        pixels, positions = pixels.to(device, non_blocking=True), positions.to(device, non_blocking=True)
+        inputs, positions = inputs.to(device, non_blocking=True), positions.to(device, non_blocking=True)
         factor = lr_factor(number, self.total, options)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        self.model.encoder.train()
+        (self.model.encoder if self.features is None else self.model.encoder.dropout).train()
         self.model.head.train()
 
-        pixels = pixels.to(getattr(torch, options.precision))
-        features = self.micro_batches.encode(pixels, positions)
+        features = self.micro_batches.encode(inputs.to(getattr(torch, options.precision)), positions)
         for noise in self.head_noises:
             noise.positions = positions
         with self.accelerator.autocast():

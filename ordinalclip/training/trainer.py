@@ -100,11 +100,12 @@ def run_training(
         raise ValueError("train.patience needs a validation part")
     with announced(f"loading {config.model.backbone}", quiet), accelerator.main_process_first():
         model = build_model(config, parts.ranks, parts.train).to(accelerator.device)
-    evaluator = Evaluator.of(config, accelerator, quiet)
+    evaluator = Evaluator.of(config, model, accelerator, quiet)
     evaluator.start(model, parts)
 
     if model.head.learns and num_steps(config, parts) > 0:
-        trainer = Trainer(Learner(model, parts, config, accelerator), parts, evaluator, folder, watch)
+        learner = Learner(model, parts, config, accelerator, evaluator.features)
+        trainer = Trainer(learner, parts, evaluator, folder, watch)
         trainer.resume()
         trainer.train()
         trainer.select()
@@ -275,7 +276,7 @@ class Trainer:
             self.progression.best_step = self.progression.step
             return {}
         model, average = self.learner.model, self.learner.average
-        if self.config.model.batch_norm == "local":
+        if self.config.model.batch_norm == "local" and self.learner.features is None:
             average_running_statistics(model.encoder, self.accelerator.num_processes)
         with average.applied() if average else nullcontext():
             deployed = self.evaluator.deployed(model, self.parts)

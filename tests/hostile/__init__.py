@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import pkgutil
 import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 from ordinalclip.cli import main
 
@@ -76,6 +78,7 @@ def play(case: Case, folder: Path) -> Seen:
     """Lay out a case's files in an empty folder, and run its command there."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(folder))
+        stack.enter_context(patch.dict(os.environ, ORDINALCLIP_CACHE=str(folder / "cache")))
         out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
         # a case that lets no file grow, and then fails, must not do so to those after it
         stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE))

@@ -249,3 +249,26 @@ def _(folder):
 @case("the defaults for check-data", r"ranks: 6, 0 to 100", status=0)
 def _(folder):
     return ["check-data", "default", *SMALL, *RANKS]
+
+
+# ---- cached features
+
+refused("cached features without a number of views", r"features=cached needs data\.views", "model.features=cached")
+refused(
+    "cached features of an encoder with adapters",
+    r"model: features=cached: the image encoder stays as it is, which lora_rank changes",
+    "model.features=cached",
+    "data.views=1",
+    "model.lora_rank=4",
+)
+refused("no view of a training picture", r"data\.views: Input should be greater than or equal to 1", "data.views=0")
+
+
+@case("features to be cleared, of which nothing is said", r"features clear: of which KEY\? .*or all")
+def _(folder):
+    return ["features", "clear"]
+
+
+@case("features to be cleared that are not there", r"features clear: no names begin with 'abc'")
+def _(folder):
+    return ["features", "clear", "abc"]

@@ -456,3 +456,24 @@ def _(folder):
     (folder / "run/model").mkdir(parents=True)
     (folder / "run/provenance.json").write_text('{"tool": "dvc"}')
     return _train("overwrite=true")
+
+
+def _kept(change):
+    """Cached features of a run, one file of them changed, and a second run."""
+
+    def arrange(folder):
+        options = ["train", "default", *QUICK, "model.features=cached", "data.views=1"]
+        assert main([*options, "output_dir=first"]) == 0
+        change(sorted(folder.glob("cache/features/*/*.safetensors"))[0])
+        return [*options, "output_dir=run"]
+
+    return arrange
+
+
+case("cached features with a bit turned", r"damaged features \(its content is not what was written\); .*clear")(
+    _kept(lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])))
+)
+case("cached features cut off", r"damaged features \(.*\); `ordinalclip features clear \w+` deletes them")(
+    _kept(lambda file: file.write_bytes(file.read_bytes()[:-9]))
+)
+case("cached features of no bytes", r"damaged features \(no header\)")(_kept(lambda file: file.write_bytes(b"")))

@@ -1,0 +1,422 @@
+"""Cached features: the numbers of computing them, computed once, whoever asks, and nothing foreign read."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import image_folder, log_of, losses_of, without_times  # noqa: F401
+
+from ordinalclip.cli import main
+from ordinalclip.config import load_config
+from ordinalclip.files import lock
+from ordinalclip.images import Augmentation, PixelSpec
+from ordinalclip.model import Encoder
+from ordinalclip.runs import evaluate_run
+from ordinalclip.training import features, train
+from ordinalclip.training.features import FeatureCache, features_folder, kept_features, read_features
+from ordinalclip.training.sampling import Stream, StreamDataset, ViewDataset
+
+COMPUTED = ("model.features=computed", "train.freeze=[encoder.*]")
+CACHED = ("model.features=cached",)
+EXACT = ("train.precision=float64", "evaluation.space=true")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ORDINALCLIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture
+def no_encoder(monkeypatch):
+    """A switch: from then on whoever encodes a picture fails."""
+
+    def refuse():
+        def encode(*_):
+            raise AssertionError("a picture was encoded")
+
+        monkeypatch.setattr(Encoder, "encode", encode)
+
+    return refuse
+
+
+def files_of(cache):
+    return sorted(cache.glob("*/*.safetensors"))
+
+
+def pictures_in(cache):
+    """How many pictures' features each store holds, with those that are held twice counted twice."""
+    counts = {}
+    for file in files_of(cache):
+        pictures, _ = read_features(file, file.parent.name)
+        counts.setdefault(file.parent.name, []).extend(row.tobytes() for row in pictures)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["method=l1", "data.views=1"],
+        ["method=ordinalclip", "data.views=1", "train.sampling=balanced"],
+        ["method=rank_n_contrast", "data.views=1"],
+        ["method=l1", "data.views=3", "data.augment.flip=true", "model.dropout=0.2", "model.mirror=[horizontal]"],
+        ["method=rm_loss", "data.views=2", "data.augment.rotate=20", "train.micro_batch_size=3"],
+        ["method=large", "data.views=1"],
+        ["method=layerwise_heads:MeanOfLayers", "data.views=2", "model.dropout=0.2"],
+    ],
+    ids=lambda options: options[0].removeprefix("method="),
+)
+def test_numbers_are_those_of_computing(quick, options):
+    """Losses, weights of the head, predictions and metrics of a run, to 1e-6 and better."""
+    folders = [
+        train(quick(*EXACT, *options, *features, f"output_dir=run-{number}"), quiet=True)
+        for number, features in enumerate((COMPUTED if options[0] != "method=large" else COMPUTED[:1], CACHED))
+    ]
+    if log_of(folders[0]):
+        one, other = map(losses_of, folders)
+        assert np.abs(other / one - 1).max() < 1e-9
+    one, other = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
+    for part in ("validation", "test"):
+        for key, value in one[part]["median"].items():
+            assert other[part]["median"][key] == pytest.approx(value, rel=1e-6)
+    assert other["test"]["d5"] == pytest.approx(one["test"]["d5"], rel=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_nothing_is_computed_twice(quick, no_encoder, cache):
+    """Other method, seed, settings, split and draw of the same pictures; evaluation and resuming, too."""
+    options = ("data.split_seed=1", "data.views=1", *CACHED)
+    train(quick(*options, "method=l1"), quiet=True)
+    assert {len(held) for held in pictures_in(cache).values()} == {48}
+    before = {file: file.stat().st_mtime_ns for file in files_of(cache)}
+    no_encoder()
+    second = train(quick(*options, "method=cnn", "seed=7", "train.batch_size=4", "output_dir=second"), quiet=True)
+    train(quick(*options, "method=l1", "data.train_share=0.5", "output_dir=third"), quiet=True)
+    train(
+        quick(*options, "method=cnn", "seed=7", "train.batch_size=4", "train.max_steps=0", "output_dir=4"), quiet=True
+    )
+    metrics = json.loads((second / "metrics.json").read_text())
+    assert evaluate_run(second, quiet=True)["test"] == metrics["test"]
+    assert before == {file: file.stat().st_mtime_ns for file in files_of(cache)}
+
+
+def test_another_split_of_the_same_files_computes_nothing(image_folder, no_encoder):  # noqa: F811
+    table = ("data.source=table", f"data.root={image_folder}", "data.table=labels.csv", "data.image_column=file")
+    options = [*table, "data.label_column=grade", "data.split=[0.5,0.5,0]", "train.max_steps=2", "train.batch_size=2"]
+    options += ["evaluation.report=false", "method=l1", "data.views=1", *CACHED]
+    train(load_config(None, [*options, "output_dir=one", "seed=1"]), quiet=True)
+    no_encoder()
+    train(load_config(None, [*options, "output_dir=two", "seed=2"]), quiet=True)
+    (image_folder / "moved").mkdir()
+    for file in image_folder.glob("cell*.png"):
+        file.rename(image_folder / "moved" / file.name)
+    moved = (image_folder / "labels.csv").read_text().replace("cell", "moved/cell")
+    (image_folder / "labels.csv").write_text(moved)
+    train(load_config(None, [*options, "output_dir=three"]), quiet=True)
+    cell = image_folder / "moved" / "cell3.png"
+    cell.write_bytes(cell.read_bytes() + b"\0")  # a picture of other bytes
+    with pytest.raises(AssertionError, match="a picture was encoded"):
+        train(load_config(None, [*options, "output_dir=four"]), quiet=True)
+
+
+@pytest.mark.parametrize(
+    "option, same",
+    [
+        ("seed=3", True),
+        ("train.batch_size=3", True),
+        ("evaluation.batch_size=2", True),
+        ("method=coop", True),
+        ("data.augment.flip=true", True),  # of which the one view as evaluated knows nothing
+        ("model.load_weights=false", False),
+        ("model.image_size=32", False),
+        ("train.precision=float64", False),
+        ("train.mixed_precision=bf16", False),
+        ("method=layerwise_heads:MeanOfLayers", False),
+        ("data.views=2", False),
+        ("model.mirror=[vertical]", False),
+    ],
+)
+def test_what_features_depend_on(quick, cache, option, same):
+    options = ("method=l1", "data.views=1", "data.split_seed=1", *CACHED)
+    train(quick(*options), quiet=True)
+    first = pictures_in(cache)
+    train(quick(*options, option, "output_dir=second"), quiet=True)
+    assert (pictures_in(cache).keys() == first.keys()) == same
+    assert all(pictures_in(cache)[key] == held for key, held in first.items())
+
+
+def test_weights_and_augmentation_are_told_apart(quick, cache):
+    """A single number of the encoder, and another augmentation of the same number of views."""
+    options = ("method=l1", "data.views=2", *CACHED)
+    for number, rotation in enumerate((10, 20)):
+        train(quick(*options, f"data.augment.rotate={rotation}", f"output_dir={number}"), quiet=True)
+    assert len(pictures_in(cache)) == 5  # as evaluated, and two views of either
+    from ordinalclip.model import OrdinalModel
+    from ordinalclip.ranks import Ranks
+
+    model = OrdinalModel.build("tiny", Ranks((0, 1)), "l1")
+    before = features.weights_digest(model)
+    assert before == features.weights_digest(OrdinalModel.build("tiny", Ranks((0, 1, 2)), "cnn"))
+    with torch.no_grad():
+        next(model.encoder.parameters())[0, 0, 0, 0] += 1e-6
+    assert features.weights_digest(model) != before
+
+
+def test_fixed_views_follow_the_picture_alone(image_folder):  # noqa: F811
+    """Not the row, the seed or the step; every number is a view of its own, and the stream takes them in turn."""
+    table = ["data.source=table", f"data.root={image_folder}", "data.table=labels.csv", "data.image_column=file"]
+    config = load_config(None, [*table, "data.label_column=grade", "data.split=[1,0,0]"])
+    from ordinalclip.data import load_parts
+
+    part = load_parts(config.data, config.ranks, 1).train
+    spec, augmentation = PixelSpec(16, (0.5,) * 3, (0.5,) * 3), Augmentation(rotate=90, crop_ratio=2.0)
+    views = [ViewDataset(part, spec, augmentation, number) for number in range(3)]
+    assert all(not torch.equal(views[0][row], views[1][row]) for row in range(6))
+    turned = ViewDataset(part.select([5, 4, 3, 2, 1, 0]), spec, augmentation, 0)
+    assert all(torch.equal(views[0][row], turned[5 - row]) for row in range(6))
+
+    for seed in (1, 2):
+        stream = Stream(6, seed)
+        pictures = StreamDataset(part, spec, augmentation, stream, views=3)
+        for position in range(24):
+            expected = views[position // 6 % 3][stream.at(position)]
+            assert torch.equal(pictures[position][0], expected)
+    pairs = Stream(6, 1, views=2)
+    assert [pairs.visit(position) for position in (0, 1, 10, 11, 12, 13, 24, 25)] == [0, 1, 0, 1, 2, 3, 4, 5]
+    plain = StreamDataset(part, spec, augmentation, Stream(6, 1), views=1)
+    assert torch.equal(plain[7][0], ViewDataset(part, spec, augmentation)[plain.stream.at(7)])
+
+
+def test_resumed_run_is_that_of_one_piece(quick, monkeypatch):
+    from conftest import interrupted
+
+    options = ("method=ordinalclip", "data.views=2", "model.dropout=0.3", "train.eval_every=2", *CACHED)
+    whole = train(quick(*options, "output_dir=whole"), quiet=True)
+    config = quick(*options, "output_dir=pieces", "train.resume=auto")
+    interrupted(monkeypatch, 3, config, quiet=True)
+    assert without_times(log_of(train(config, quiet=True))) == without_times(log_of(whole))
+
+
+def damage_bytes(file):
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def damage_end(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def damage_header(file):
+    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+
+
+def swap_rows(file):
+    """The same numbers for other pictures."""
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    content = load_file(file)
+    save_file({**content, "features": content["features"][::-1].copy()}, file, metadata)
+
+
+@pytest.mark.parametrize("damage", [damage_bytes, damage_end, damage_header, swap_rows])
+def test_damaged_features_are_refused_by_name(quick, cache, damage, capsys):
+    options = ("method=l1", "data.views=1", "data.split_seed=1", *CACHED)
+    train(quick(*options), quiet=True)
+    file = files_of(cache)[0]
+    damage(file)
+    with pytest.raises(ValueError, match=f"{file.name}: damaged features .*features clear {file.parent.name}"):
+        train(quick(*options, "output_dir=second"), quiet=True)
+    assert not (cache.parent.parent / "second" / "config.yaml").exists()
+    assert main(["features"]) == 1
+    assert "damaged features" in capsys.readouterr().out
+    assert main(["features", "clear", file.parent.name]) == 0
+    train(quick(*options, "output_dir=second"), quiet=True)
+
+
+def test_foreign_features_are_refused_by_name(quick, cache):
+    """A file, or a key.json, of another encoder in the folder."""
+    options = ("method=l1", "data.views=1", "data.split_seed=1", *CACHED)
+    train(quick(*options), quiet=True)
+    (own,) = cache.iterdir()
+    train(quick(*options, "model.load_weights=false", "output_dir=other"), quiet=True)
+    (other,) = set(cache.iterdir()) - {own}
+    foreign = next(other.glob("*.safetensors"))
+    (own / f"x{foreign.name}").write_bytes(foreign.read_bytes())
+    with pytest.raises(ValueError, match=f"x{foreign.name}: these are features of something else"):
+        train(quick(*options, "output_dir=second"), quiet=True)
+    (own / f"x{foreign.name}").unlink()
+    (own / "key.json").write_bytes((other / "key.json").read_bytes())
+    with pytest.raises(ValueError, match=r"key.json: these are features of something else"):
+        train(quick(*options, "output_dir=second"), quiet=True)
+
+
+def command_of(config, *more):
+    overrides = [f"output_dir={config.output_dir}", *more]
+    from conftest import QUICK
+
+    return [sys.executable, "-m", "ordinalclip", "train", "default", "--quiet", *QUICK, *overrides]
+
+
+@pytest.mark.slow
+def test_killed_in_between_nothing_is_lost_or_repeated(quick, cache, monkeypatch):
+    """SIGKILL while features are computed, in files of few pictures: what was written is read by the next run."""
+    options = ("method=l1", "data.views=1", "evaluation.batch_size=2", "data.num_train=400", *CACHED)
+    script = (
+        "import sys; from ordinalclip.training import features; features.AT_ONCE = 1\n"
+        "from ordinalclip.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = command_of(quick(), *options)[3:]
+    running = subprocess.Popen([sys.executable, "-c", script, *words])
+    deadline = time.monotonic() + 120
+    while len(files_of(cache)) < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    held = sum(map(len, pictures_in(cache).values()))
+    assert 10 <= held < 300
+    computed = []
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: computed.append(len(pixels)) or encode(self, pixels))
+    train(quick(*options), quiet=True)
+    (pictures,) = pictures_in(cache).values()
+    assert len(pictures) == len(set(pictures)) == held + sum(computed)
+    assert not list(cache.glob("*/*.lock"))
+
+
+@pytest.mark.slow
+def test_jobs_at_the_same_time_compute_each_picture_once(quick, cache):
+    options = ("method=l1", "data.views=1", "data.split_seed=1", "data.num_train=300", *CACHED)
+    folders = ("one", "two")
+    jobs = [subprocess.Popen(command_of(quick(), *options, f"output_dir={name}")) for name in folders]
+    assert [job.wait(timeout=200) for job in jobs] == [0, 0]
+    (pictures,) = pictures_in(cache).values()
+    assert len(pictures) == len(set(pictures)) == 324
+    assert losses_of("one").tolist() == losses_of("two").tolist()
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_the_features(quick, cache):
+    """torchrun with three processes: each picture once, and the losses of a single process."""
+    from test_training import launch
+
+    options = ("method=ordinalclip", "data.views=2", "data.augment.flip=true", "model.dropout=0.2", *EXACT, *CACHED)
+    single = train(quick(*options, "output_dir=single"), quiet=True)
+    before = pictures_in(cache)
+    for file in files_of(cache):
+        file.unlink()
+    from conftest import QUICK
+
+    launch(3, *QUICK, *options, "output_dir=several")
+    after = pictures_in(cache)
+    assert {key: sorted(held) for key, held in after.items()} == {key: sorted(held) for key, held in before.items()}
+    assert len(files_of(cache)) >= 9  # three processes, and the parts of three stores
+    assert np.abs(losses_of("several") / losses_of(single) - 1).max() < 1e-8
+
+
+def test_rows_are_where_they_belong(quick, cache):
+    """Each picture's features are those of its own pixels, after rows came in several draws and files."""
+    from conftest import learner_of
+
+    options = ("method=l1", "data.views=1", "data.num_train=40", "data.split_seed=1", *CACHED)
+    train(quick(*options, "data.train_share=0.3"), quiet=True)
+    train(quick(*options, "data.train_share=0.7", "output_dir=second"), quiet=True)
+    learner = learner_of(quick(*options))
+    config = quick(*options)
+    cached = FeatureCache(learner.model, config, learner.accelerator, quiet=True)
+    rows = list(range(len(learner.train)))[::-1]
+    found = cached.evaluated(learner.train).take(rows)
+    pictures = ViewDataset(learner.train, learner.model.config.pixel_spec, Augmentation())
+    with torch.no_grad():
+        expected = learner.model.eval().encoder(torch.stack([pictures[row] for row in rows]))
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert len(files_of(cache)) > 3
+    assert isinstance(cached.evaluated(learner.train).files[0], np.memmap)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["model.features=cached"], "model.features=cached needs data.views"),
+        (["model.features=cached", "data.views=1", "model.drop_path=0.1"], "drop_path changes"),
+        (["model.features=cached", "data.views=1", "model.lora_rank=2"], "lora_rank changes"),
+        (["data.views=0"], "data.views"),
+    ],
+)
+def test_what_is_refused(quick, options, message):
+    with pytest.raises(ValueError, match=message):
+        quick(*options)
+
+
+def test_encoders_own_dropout_is_spoken_of(quick, caplog):
+    """A frozen encoder's dropout would move its features in training; cached ones stay as they are."""
+    from conftest import learner_of
+
+    config = quick("method=l1", "data.views=1", "model.dropout=0.1", *CACHED)
+    learner_of(config)
+    assert "dropout layers of the encoder" not in caplog.text
+    from ordinalclip.training import preparation
+
+    learner = learner_of(quick("method=l1"))
+    learner.model.encoder.tower.add_module("noise", torch.nn.Dropout(0.5))
+    preparation.prepare_model(learner.model, config, 1, False)
+    assert "1 dropout layers of the encoder do nothing in training" in caplog.text
+
+
+def test_listed_and_cleared(quick, cache, capsys):
+    assert main(["features"]) == 0
+    assert f"{features_folder()}: 0.0 MB" in capsys.readouterr().out
+    train(quick("method=l1", "data.views=2", "data.augment.flip=true", *CACHED), quiet=True)
+    assert len(kept_features()) == 3
+    assert main(["features"]) == 0
+    said = capsys.readouterr().out
+    assert "24 pictures" in said
+    assert "tiny at 64 px, augmented view 2" in said
+    assert "as evaluated" in said
+    one = next(iter(sorted(cache.iterdir())))
+    for words, message in (
+        (["clear"], "of which KEY"),
+        (["clear", "nothing"], "no names begin with 'nothing'"),
+        (["clear", ""], "3 names begin with ''"),
+        (["list", "x"], "features clear KEY deletes"),
+    ):
+        assert main(["features", *words]) == 2
+        assert message in capsys.readouterr().err
+    with lock(one / features.LOCK_FILE):
+        assert main(["features", "clear", one.name]) == 2
+    assert "is in use" in capsys.readouterr().err
+    assert main(["features", "clear", one.name[:6]]) == 0
+    assert not one.exists()
+    assert len(kept_features()) == 2
+    assert main(["features", "clear", "all"]) == 0
+    assert kept_features() == []
+
+
+def test_folder_that_cannot_be_written(quick, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ORDINALCLIP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file"):
+        train(quick("method=l1", "data.views=1", *CACHED), quiet=True)
+
+
+def test_default_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("ORDINALCLIP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert features_folder() == tmp_path / "ordinalclip" / "features"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert features_folder() == tmp_path / ".cache" / "ordinalclip" / "features"
+    assert os.environ.get("ORDINALCLIP_CACHE") is None
