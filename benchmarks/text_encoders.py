@@ -1,7 +1,7 @@
 """Text encoders as towers, where nothing can be packed: what is equal to what, for every type; and what prompts cost.
 
     python benchmarks/text_encoders.py            # every type, random, 2 layers of width 256: table.md, encoders.csv
-    python benchmarks/text_encoders.py --full     # and BiomedCLIP's layout at its full size (8 GB of memory, 3 minutes)
+    python benchmarks/text_encoders.py --full     # and BiomedCLIP's layout at its full size: 8 GB, 12 minutes
     python benchmarks/text_encoders.py --costs    # only what CLIP's tower, MiniLM and a BERT of base size cost
 
 Prompts are those of 62 ages ("a photo of an age of 4 2 ."), one or two tokens of which differ. The columns:
@@ -12,7 +12,7 @@ Prompts are those of 62 ages ("a photo of an age of 4 2 ."), one or two tokens o
 * padded: the same of a prompt learner's embeddings, without padding against padded to 77 with a mask; gradients:
   likewise of those by the context.
 * slope: the largest of these gradients in float64 against differences of fourth order; transformers has norms or
-  rotations of some types in float32 whatever comes in, which a difference shows as noise.
+  rotations of some types in float32 whatever comes in, which differences show as noise, and a maximum has kinks.
 * restored, deployed, served: after steps of AdamW on image encoder and prompts, the largest difference between
   probabilities of the model and of its trainable form, read back where the encoder's folder is gone, and of its
   deployed form; and between the value that the pipeline says of a picture and the model's own, over 62.
