@@ -23,7 +23,7 @@ from ordinalclip.backbones.hf_text import ENCODERS, published_pooling
 from ordinalclip.config import load_config
 from ordinalclip.images import prepare
 from ordinalclip.prompts import PromptLearner
-from ordinalclip.text_encoders import EncoderTower
+from ordinalclip.text_encoders import EncoderTower, longest_text
 from ordinalclip.training import train
 from ordinalclip.training.preparation import build_model
 
@@ -79,6 +79,20 @@ def test_embeddings_without_padding_give_what_ids_with_padding_give(specs, kind,
         ValueError, match=rf"a prompt has {tower.context_length + 1 + (start == 0)} tokens; this text tower takes"
     ):
         tower(["age " * tower.context_length])
+
+
+@pytest.mark.parametrize(("kind", "own"), [("bert", 512), ("roberta", 64), ("mpnet", 64), ("m2m_100", 64), ("t5", 512)])
+def test_the_longest_text_is_as_long_as_there_are_positions(specs, kind, own):
+    """Where the tokenizer sets no limit; RoBERTa's table has two rows more, which no text uses."""
+    tower = load_backbone(specs[kind]).text
+    assert longest_text(tower.model, SimpleNamespace(model_max_length=10**30)) == own
+    ids = torch.full((1, own), 5)
+    with torch.no_grad():
+        expected = tower.model(input_ids=ids).last_hidden_state
+        assert torch.allclose(tower.model(inputs_embeds=tower.embed(ids)).last_hidden_state, expected, atol=1e-5)
+        if tower.model.config.model_type in ("roberta", "mpnet"):
+            with pytest.raises(IndexError):
+                tower.model(input_ids=torch.full((1, own + 1), 5))
 
 
 @pytest.mark.parametrize("kind", KINDS)
