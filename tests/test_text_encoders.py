@@ -91,7 +91,7 @@ def test_the_longest_text_is_as_long_as_there_are_positions(specs, kind, own):
         expected = tower.model(input_ids=ids).last_hidden_state
         assert torch.allclose(tower.model(inputs_embeds=tower.embed(ids)).last_hidden_state, expected, atol=1e-5)
         if tower.model.config.model_type in ("roberta", "mpnet"):
-            with pytest.raises(IndexError):
+            with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
                 tower.model(input_ids=torch.full((1, own + 1), 5))
 
 
