@@ -19,6 +19,7 @@ from ordinalclip import shipped
 from ordinalclip.ranks import MAX_RANKS, Decoding, Ranks
 from ordinalclip.sections import Section, brief, parse_section
 from ordinalclip.suggestions import near_matches
+from ordinalclip.tokenization import TextPooling
 from ordinalclip.written import MAX_BYTES, Written, dump, read, scalar
 
 logger = logging.getLogger(__name__)
@@ -274,6 +275,9 @@ class ModelConfig(Section):
         "hf:NAME-or-FOLDER, timm:NAME[/pretrained-or-FILE], e4e[:FILE]",
     )
     text: str = Field("", description="text tower, as a backbone spec; default: that of the backbone")
+    text_pooling: TextPooling | None = Field(
+        None, description="of a text encoder's tokens; default: as its files say, else their mean, with a warning"
+    )
     image_size: int | None = Field(
         None, ge=16, le=4096, description="input size in pixels; default: the backbone's own"
     )

@@ -220,6 +220,7 @@ def read_ordinalclip(file: str | Path, state: Mapping[str, Tensor], config: RunC
         head,
         text=config.model.text,
         load_weights=config.model.load_weights,
+        text_pooling=config.model.text_pooling,
         decoding=config.evaluation.decoding,
     )
     size = model.config.pixel_spec.size

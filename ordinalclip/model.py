@@ -46,7 +46,7 @@ from ordinalclip.images import PixelSpec
 from ordinalclip.processing import HUB_OPTIONS, OrdinalImageProcessor, find_file
 from ordinalclip.progress import without_bars
 from ordinalclip.ranks import Ranks
-from ordinalclip.tokenization import save_tokenizer
+from ordinalclip.tokenization import TextPooling, save_tokenizer
 from ordinalclip.weights import (
     FLOATS,
     LARGEST_LOGIT_SCALE,
@@ -243,6 +243,7 @@ class OrdinalModel(PreTrainedModel):
         dropout: float = 0.0,
         image_size: int | None = None,
         mirror: Sequence[str] = (),
+        text_pooling: TextPooling | None = None,
     ) -> OrdinalModel:
         """A trainable model from specs, with the backbones' pretrained weights.
 
@@ -251,14 +252,17 @@ class OrdinalModel(PreTrainedModel):
             text: spec of the text tower; default: the backbone's own.
             image_size: another input size than the backbone's own.
             dropout, mirror: see `Encoder`.
+            text_pooling: of a text encoder whose files do not say it.
 
         Raises:
-            ValueError: unknown specs, methods or options.
+            ValueError: unknown specs, methods or options, a `text_pooling` that contradicts what is known.
         """
-        image = load_backbone(backbone, load_weights, image_size=image_size)
+        another = text not in ("", backbone)
+        pooling = None if another else text_pooling
+        image = load_backbone(backbone, load_weights, image_size=image_size, text_pooling=pooling)
         if not image.output_dim:
             raise ValueError(f"model.backbone {backbone!r} is a text encoder; it goes into model.text")
-        other = load_backbone(text, load_weights) if text and text != backbone else None
+        other = load_backbone(text, load_weights, text_pooling=text_pooling) if another else None
         if other is not None and other.text is None:
             raise ValueError(
                 f"model.text {text!r} has no text tower; use tiny, minilm, or an open_clip or hf spec with one"

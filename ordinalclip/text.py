@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ordinalclip import tokenization
+from ordinalclip.tokenization import MissingTokenizer
 
 TOKENS_PER_ROW = 256  # keeps the (L, L) mask small: 80 ranks a row with a ten-token context
 
@@ -54,7 +55,8 @@ class TextTower(nn.Module):
         (R, D) text features, not normalised, in the tower's dtype.
 
     Raises:
-        ValueError: a prompt is longer than `context_length`.
+        ValueError: a prompt is longer than `context_length`; when built, a tokenizer that puts more than one token
+            before a text or after it.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class TextTower(nn.Module):
         self.padding_token = padding_token
         self.context_length, self.width = positional_embedding.shape
         self.activation_checkpointing = False
+        self.check_tokenizer()
         self.requires_grad_(False)
         self.eval()
 
@@ -174,6 +177,23 @@ class TextTower(nn.Module):
     def token_ids(self, text: str) -> list[int]:
         """Ids of the tokens of a text, without [SOT] and [EOT]."""
         return tokenization.token_ids(self.tokenizer, text)
+
+    def check_tokenizer(self) -> None:
+        """Prompts are [start] tokens [end], then padding: the tokenizer has to say the same.
+
+        Raises:
+            ValueError: it puts something else around a text, such as a language after the end (NLLB's old way).
+        """
+        if isinstance(self.tokenizer, MissingTokenizer):
+            return
+        own = tokenization.whole_text(self.tokenizer, ".")
+        ours = [*([] if self.start_token is None else [self.start_token]), *self.token_ids("."), self.end_token]
+        if own != ours + [self.padding_token] * (len(own) - len(ours)):
+            shown = ", ".join(map(str, own[: len(ours) + 2]))
+            raise ValueError(
+                f"tokenizer {type(tokenization.inner(self.tokenizer)).__name__} begins '.' with {shown}; prompts are "
+                f"built with at most one token before a text and one after it, {', '.join(map(str, ours))}"
+            )
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Token embeddings of ids, without position: (..., W)."""

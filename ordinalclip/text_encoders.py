@@ -1,4 +1,4 @@
-"""Text towers of transformer encoders, in which every token sees every other: BERT, RoBERTa, XLM-R, MPNet and kin.
+"""Text towers of transformer encoders, in which every token sees every other: BERT, RoBERTa, XLM-R, MPNet, T5 and kin.
 
 Nothing can be packed exactly where a token sees what comes after it. Prompts are encoded at their own length, those of
 one length together, without padding: R x some 12 tokens, not R x 77.
@@ -7,16 +7,15 @@ one length together, without padding: R x some 12 tokens, not R x 77.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ordinalclip.text import Prompts, TextTower
-from ordinalclip.tokenization import padding_token
+from ordinalclip.tokenization import MissingTokenizer, TextPooling, padding_token
 
-TextPooling = Literal["mean", "class", "pooler", "max"]
 ROWS = 64  # prompts whose activations are held at once with activation checkpointing
 
 
@@ -25,13 +24,14 @@ class EncoderTower(TextTower):
 
     Args:
         model: a transformers encoder that takes `inputs_embeds`.
-        pooling: what becomes of the tokens: their mean, the first one (class), the model's own pooler, or the maximum.
+        pooling: what becomes of the tokens: their mean, the first one (cls), the model's own pooler, or the maximum.
         projection: of the pooled vector, as CLIPs with such a tower have one; None: none.
         tokenizer: its tokenizer.
         context_length: most tokens that it takes, those at start and end among them.
 
     Raises:
-        ValueError: an unknown pooling, or `pooler` of a model without one.
+        ValueError: an unknown pooling, `pooler` of a model without one, or a tokenizer that puts more than one token
+            before a text or after it.
     """
 
     def __init__(
@@ -41,11 +41,12 @@ class EncoderTower(TextTower):
         if pooling not in get_args(TextPooling):
             raise ValueError(f"pooling {pooling!r} is unknown; choices: {', '.join(get_args(TextPooling))}")
         if pooling == "pooler" and getattr(model, "pooler", None) is None:
-            raise ValueError(f"{type(model).__name__} has no pooler; choose mean, class or max")
+            raise ValueError(f"{type(model).__name__} has no pooler; choose mean, cls or max")
         self.model, self.pooling, self.projection, self.tokenizer = model, pooling, projection, tokenizer
         self.causal, self.read_last, self.activation_checkpointing = False, False, False
         self.context_length, self.width = context_length, self.token_embedding.embedding_dim
         self.padding_token = padding_token(tokenizer, getattr(model.config, "pad_token_id", None) or 0)
+        self.check_tokenizer()
         self.requires_grad_(False)
         self.eval()
 
@@ -58,7 +59,8 @@ class EncoderTower(TextTower):
             tokenizer: its tokenizer.
 
         Raises:
-            ValueError: no tokenizer, or a pooling that is not supported.
+            ValueError: no tokenizer or one that pads with something else than what the model masks, no projection where
+                one is needed, or a pooling that is not supported.
         """
         text: Any = model.text
         if tokenizer is None:
@@ -66,13 +68,25 @@ class EncoderTower(TextTower):
         pooler, own = type(text.pooler).__name__, getattr(text.transformer, "pooler", None) is not None
         pooling: dict[str, TextPooling] = {
             "MeanPooler": "mean",
-            "ClsPooler": "pooler" if own else "class",
-            "ClsLastHiddenStatePooler": "class",
+            "ClsPooler": "pooler" if own else "cls",
+            "ClsLastHiddenStatePooler": "cls",
         }
         if pooler not in pooling:
             raise ValueError(f"open_clip's text tower pools by {pooler}; supported are {', '.join(pooling)}")
+        if not hasattr(text, "proj"):
+            raise ValueError(
+                f"open_clip's text tower has no projection to the width of its image tower, {text.output_dim}: "
+                "hf_proj_type must be linear or mlp"
+            )
         length = min(longest_text(text.transformer, tokenizer), getattr(tokenizer, "context_length", None) or 1 << 30)
-        return cls(text.transformer, pooling[pooler], text.proj, tokenizer, length)
+        tower, masked = cls(text.transformer, pooling[pooler], text.proj, tokenizer, length), text.config.pad_token_id
+        if not isinstance(tokenizer, MissingTokenizer) and masked in (tower.start_token, tower.end_token):
+            raise ValueError(f"open_clip's text tower masks token {masked} as padding, which stands around every text")
+        if tower.padding_token != masked:
+            raise ValueError(
+                f"open_clip's text tower masks token {masked}, its tokenizer pads with {tower.padding_token}"
+            )
+        return tower
 
     @property
     def token_embedding(self) -> nn.Embedding:  # type: ignore[override]
@@ -114,7 +128,7 @@ class EncoderTower(TextTower):
         elif self.pooling == "max":
             pooled = hidden.amax(dim=1)
         else:
-            pooled = hidden[:, 0] if self.pooling == "class" else outputs.pooler_output
+            pooled = hidden[:, 0] if self.pooling == "cls" else outputs.pooler_output
         return self.projection(pooled) if isinstance(self.projection, nn.Module) else pooled
 
 

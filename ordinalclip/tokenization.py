@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ordinalclip.files import check_no_code
+
+TextPooling = Literal["mean", "cls", "pooler", "max"]  # what a text encoder makes of its tokens
 
 
 class MissingTokenizer:
@@ -70,6 +72,13 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return list(inner(tokenizer)(text, add_special_tokens=False)["input_ids"])
 
 
+def whole_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of the tokens of a text with what the tokenizer puts around it; open_clip's HFTokenizer pads them."""
+    if hasattr(tokenizer, "sot_token_id"):
+        return [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
+    return tokenizer(text)[0].tolist() if hasattr(tokenizer, "clean_fn") else list(tokenizer(text)["input_ids"])
+
+
 def full_stop(tokenizer: Any) -> int:
     """Id of "."; looked up in the vocabulary where the tokenizer drops punctuation.
 
@@ -85,13 +94,11 @@ def full_stop(tokenizer: Any) -> int:
 
 
 def start_token(tokenizer: Any) -> int | None:
-    """Id of [SOT] or [CLS]; None for tokenizers that do not begin a text with one, even if they know one (SigLIP 2)."""
+    """Id of [SOT], [CLS] or a language (NLLB), whatever begins a text; None where nothing does (SigLIP, T5)."""
     if hasattr(tokenizer, "sot_token_id"):
         return int(tokenizer.sot_token_id)
-    tokenizer = inner(tokenizer)
-    first = list(tokenizer("")["input_ids"])[:1]
-    starts = (tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None))
-    return first[0] if first and first[0] in starts and first[0] != tokenizer.eos_token_id else None
+    around = list(inner(tokenizer)("")["input_ids"])
+    return around[0] if around and around[0] != end_token(inner(tokenizer)) else None
 
 
 def end_token(tokenizer: Any) -> int:
@@ -100,6 +107,8 @@ def end_token(tokenizer: Any) -> int:
     Raises:
         ValueError: the tokenizer names none.
     """
+    if getattr(tokenizer, "strip_sep_token", False):  # CLIPA's [SEP], which open_clip's HFTokenizer replaces
+        return 0
     token = getattr(tokenizer, "eot_token_id", None)
     for name in ("eos_token_id", "sep_token_id"):
         token = getattr(inner(tokenizer), name, None) if token is None else token

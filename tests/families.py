@@ -9,7 +9,7 @@ import open_clip
 import torch
 import transformers
 from open_clip.push_to_hf_hub import save_for_hf
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from baselines.large.e4e import Encoder
 from baselines.large.stylegan2 import Generator
@@ -23,6 +23,7 @@ def word_tokenizer(**special):
     """A tokenizer of whole words, with an end and a padding token but no start token, as SigLIP's."""
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", **special}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
@@ -143,12 +144,12 @@ def _save_open_clip(folder, config, vision=None, text=None, pixels=None):
     save_for_hf(model, word_tokenizer(), config, folder, safe_serialization=True)
 
 
-def _spread(model):
-    """Weights large enough that a wrong mask or order shows."""
+def _spread(model, scale=1):
+    """Weights large enough that a wrong mask or order shows, in layers of some 32 x `scale` numbers."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=0.15 / math.sqrt(scale))
 
 
 FAMILIES = {

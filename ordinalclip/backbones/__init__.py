@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ordinalclip.backbones import hf_models, open_clip_models, pretrained, timm_models
 from ordinalclip.backbones.base import Backbone, Request
 from ordinalclip.backbones.open_clip_models import TINY_FOLDER
+from ordinalclip.tokenization import TextPooling
 from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault, limited_memory
 
 MOST_MEMORY = 32 << 30  # bytes of an encoder and its text tower: eight billion weights
@@ -68,8 +69,9 @@ FAMILIES = {
             "open_clip:NAME/TAG": "with weights of open_clip's list, downloaded",
             "open_clip:NAME/FILE": "with weights of a file of yours",
             "open_clip:FOLDER": "what open_clip's save_for_hf and `ordinalclip convert` write",
+            "open_clip:hf-hub:OWNER/NAME": "such a folder on the hub, downloaded",
         },
-        f"CLIP's, prompts {PACKED}; SigLIP's, prompts one by one at full length",
+        f"CLIP's, prompts {PACKED}; SigLIP's, one by one at full length; a text encoder's, by their length, unpadded",
         "model.backbone=open_clip:RN50/openai",
     ),
     "hf": Family(
@@ -77,7 +79,7 @@ FAMILIES = {
         {
             "hf:NAME": "a CLIP, SigLIP or vision model (DINOv2, ViT, ConvNeXt, ResNet, ...) of the Hugging Face hub",
             "hf:FOLDER": "the same from a folder",
-            "hf:NAME (model.text)": "a text encoder: BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, DeBERTa, ALBERT",
+            "hf:NAME (model.text)": "a text encoder: BERT, RoBERTa, XLM-R, MPNet, ModernBERT, DeBERTa, T5, NLLB, ...",
         },
         f"CLIP's, prompts {PACKED}; SigLIP's, one by one at full length; a text encoder's, by their length, unpadded",
         "model.backbone=hf:openai/clip-vit-base-patch16",
@@ -110,6 +112,7 @@ def load_backbone(
     image_size: int | None = None,
     with_text: bool = True,
     tokenizer: Path | None = None,
+    text_pooling: TextPooling | None = None,
 ) -> Backbone:
     """Build a backbone from its spec (module docstring).
 
@@ -120,23 +123,29 @@ def load_backbone(
         image_size: another input size than the encoder's own; position embeddings are interpolated.
         with_text: False: the text tower is not wanted.
         tokenizer: folder of the text tower's tokenizer, when restoring one that does not come with open_clip.
+        text_pooling: of a text encoder whose files do not say it.
 
     Raises:
         ValueError: an unknown family, model or weights tag (the message lists near matches), a model that cannot
             serve as an image encoder, an input size that it cannot take, weights that cannot be had, do not fit or are
-            not finite, a folder that names code of its own.
+            not finite, a folder that names code of its own, a `text_pooling` that contradicts what is known.
     """
     family, _, name = spec.partition(":")
     families = FAMILIES if family in FAMILIES else available_families()
     if family not in families:
         raise ValueError(f"backbone {spec!r}: family {family!r} is unknown; choices: {', '.join(families)}")
-    request = Request(load_weights, architecture or {}, image_size, with_text, tokenizer)
+    request = Request(load_weights, architecture or {}, image_size, with_text, text_pooling, tokenizer)
     try:
         with limited_memory(MOST_MEMORY, f"backbone {spec}"):
             backbone = families[family].load(name, request)
     except (AssertionError, ZeroDivisionError) as error:
         raise ValueError(f"backbone {spec}: no model can be built as its configuration says ({error!r})") from error
     backbone.spec = spec
+    if text_pooling is not None and (own := getattr(backbone.text, "pooling", None)) != text_pooling:
+        known = (
+            f"its text tower is known to pool by {own}" if own else "it has no text encoder that this could be said of"
+        )
+        raise ValueError(f"backbone {spec}: text_pooling is {text_pooling}, but {known}")
     if load_weights:
         for part in (backbone.encoder, backbone.text):
             if part is not None and (why := fault(part.state_dict(), masks=True)):

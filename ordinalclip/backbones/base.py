@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from ordinalclip.images import PixelSpec
 from ordinalclip.text import TextTower
+from ordinalclip.tokenization import TextPooling
 from ordinalclip.weights import first_line
 
 
@@ -105,6 +106,7 @@ class Request:
         architecture: a `Backbone.architecture` to rebuild; empty: look the name up.
         image_size: another input size than the encoder's own, or None.
         with_text: False: the text tower is not wanted.
+        text_pooling: of a text encoder whose files do not say it.
         tokenizer: folder to restore the text tower's tokenizer from, when `architecture` says "files".
     """
 
@@ -112,6 +114,7 @@ class Request:
     architecture: dict[str, Any] = field(default_factory=dict)
     image_size: int | None = None
     with_text: bool = True
+    text_pooling: TextPooling | None = None
     tokenizer: Path | None = None
 
 

@@ -78,7 +78,7 @@ def load(name: str, request: Request) -> Backbone:
         wanted = config.vision_config if dual and not request.with_text else config
         model: Any = AutoModel.from_config(wanted, dtype=torch.float32)
     else:
-        model, pooler = hf_text.with_weights(name)  # a classifier's file has none
+        model, pooler = hf_text.with_weights(name, config)  # a classifier's file has none
     if not pooler:
         model.pooler = None
 

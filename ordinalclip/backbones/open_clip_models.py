@@ -180,10 +180,13 @@ def _build(architecture: dict[str, Any], with_text: bool = True) -> Any:
 def _text_encoder(architecture: dict[str, Any], config: dict[str, Any]) -> nn.Module:
     """A text tower of transformers inside an open_clip model, as open_clip builds it, without its hub."""
     from open_clip import CLIPTextCfg
+    from open_clip.hf_configs import arch_dict
     from open_clip.hf_model import HFTextEncoder
     from transformers import AutoConfig
 
     refuse_code(architecture["text_config"])
+    if (kind := architecture["text_config"].get("model_type")) not in arch_dict:
+        raise ValueError(f"open_clip builds no text tower of a {kind!r}; it knows {', '.join(arch_dict)}")
     known = {field.name for field in fields(CLIPTextCfg)}
     options = CLIPTextCfg(**{key: value for key, value in config["text_cfg"].items() if key in known})
     text: Any = HFTextEncoder(
@@ -342,4 +345,9 @@ def _tokenizer(config: dict[str, Any], kind: str, source: str | Path | None) -> 
     found = load_tokenizer(source, f"open_clip:{text.get('hf_tokenizer_name', source)}")
     if isinstance(found, MissingTokenizer):
         return found
-    return HFTokenizer(str(source), length, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    wrapped: Any = HFTokenizer(str(source), length, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    if (language := options.get("language")) is not None:
+        if language not in wrapped.tokenizer.get_vocab():
+            raise ValueError(f"tokenizer_kwargs.language {language!r} is no token of {source}")
+        wrapped.tokenizer.src_lang = language  # open_clip sets what transformers 5 overwrites with this
+    return wrapped

@@ -37,6 +37,7 @@ def build_model(config: RunConfig, ranks: Ranks, train: Part) -> OrdinalModel:
         dropout=config.model.dropout,
         image_size=config.model.image_size,
         mirror=config.model.mirror,
+        text_pooling=config.model.text_pooling,
     )
     return model.to(getattr(torch, config.train.precision)).eval()
 
