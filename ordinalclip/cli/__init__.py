@@ -37,10 +37,11 @@ COMMANDS = {
     "tune": "Search the values of some keys by validation; the test part stays unread.",
     "report": "Write report.html again, of finished runs (and their model cards) and comparisons.",
     "plot": "Write the figures of the report of a finished run or comparison as files.",
-    "prepare": "Turn a data set as its owners distribute it into tables with the published splits; or list the recipes.",
+    "prepare": "Turn a data set as its owners distribute it into tables with the published splits.",
     "make-gauges": "Write generated gauge pictures and their labels.csv to a folder.",
     "convert": "Turn an original OrdinalCLIP or OpenAI CLIP checkpoint into a folder.",
 }
+FILES = ("model", "out", "data", "source", "target")  # options that take files or folders
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -250,9 +251,7 @@ class _PrintCompletion(argparse.Action):
             for action in subparser._actions:
                 if action.dest in ("config", "name"):
                     complete: Any = {"bash": own, "zsh": own} if words else {}
-                elif action.dest in ("model", "out", "data", "source", "target") or not (
-                    action.option_strings or action.dest == "overrides"
-                ):
+                elif action.dest in FILES or not (action.option_strings or action.dest == "overrides"):
                     complete = shtab.FILE
                 else:
                     continue
