@@ -465,9 +465,7 @@ def read_prepared(path: str | Path) -> Prepared:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such prepared folder (--data); `ordinalclip prepare` writes one")
     if file.is_dir() and not (file / "data.yaml").is_file():
-        raise FileNotFoundError(
-            f"{file}: no data.yaml, so not a folder that `ordinalclip prepare` has written (--data)"
-        )
+        raise FileNotFoundError(f"{file}: no data.yaml in it; --data takes what `ordinalclip prepare` has written")
     file = file / "data.yaml" if file.is_dir() else file
     content = _read_mapping(file)
     if odd := sorted(content.keys() ^ {"recipe", "data", "ranks", "splits"}):

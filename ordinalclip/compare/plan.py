@@ -75,13 +75,11 @@ class CompareConfig(Section):
         False, description="replace runs of another experiment in the folder; false: refuse to start beside them"
     )
     keep_checkpoints: bool = Field(False, description="keep checkpoints/ and model-last/ of finished runs")
-    recipe: str = Field(
-        "", description="whose prepared folder it needs: ordinalclip prepare RECIPE, then --data FOLDER"
-    )
+    recipe: str = Field("", description="whose prepared folder is to be given: --data FOLDER (ordinalclip prepare)")
     base: dict[str, Any] = Field({}, description="keys of a run, shared by all methods")
     splits: list[Setting] = Field(
         [],
-        description="dotted keys of data by seed, such as published folds: the first seed has the first, and so on round",
+        description="dotted keys of data by seed, such as published folds: the first seed has the first, and so on",
     )
     settings: Settings = Field([{}], description="dotted keys to try for every method that learns")
     search: dict[str, str] | None = Field(
@@ -301,10 +299,7 @@ def _check_pictures(config: CompareConfig, source: str, recipe: str, overrides: 
         return
     if recipe:
         raise ValueError(f"{source} compares on {config.recipe}; the folder of --data holds {recipe}")
-    if not any(
-        override.split("=")[0].strip().startswith(("data.table", "data.train_table", "data.hub"))
-        for override in overrides
-    ):
+    if not read_overrides(overrides).get("data", {}).keys() & {"table", "train_table", "hub"}:
         raise ValueError(
             f"{source} needs prepared pictures: `ordinalclip prepare {config.recipe}` says which; "
             f"`ordinalclip prepare {config.recipe} --from DOWNLOAD --to FOLDER`, then add --data FOLDER"

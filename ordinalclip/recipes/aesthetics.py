@@ -43,8 +43,8 @@ def read(download: Download) -> Reading:
         raise download.lacks(f"pictures called as the photo ids of {TABLE}, such as {entries[0][1][IDENTITY]}.jpg")
     protocols = [Protocol("all", "all categories, five folds of 75 / 5 / 20", _columns("all"), folds(VALIDATED))]
     for category in sorted({row.more["category"] for row in rows}):
-        only = folds(VALIDATED, lambda row, category=category: row.more["category"] == category)
-        protocols.append(Protocol(category, f"{category}, five folds of 75 / 5 / 20", _columns(category), only))
+        columns, divide = _columns(category), folds(VALIDATED, ("category", category))
+        protocols.append(Protocol(category, f"{category}, five folds of 75 / 5 / 20", columns, divide))
     return Reading(rows, protocols, {"of the listed photos, which are not there": missing})
 
 

@@ -34,7 +34,8 @@ FOLDS = tuple(f"people_{fold}" for fold in range(5))
 
 
 def read(download: Download) -> Reading:
-    rows, nameless = {}, 0
+    rows: dict[str, Row] = {}
+    nameless = 0
     for path in download.pictures:
         found = NAME.fullmatch(path.rpartition("/")[2])
         if found is None:

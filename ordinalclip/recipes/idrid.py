@@ -2,8 +2,8 @@
 
 "B. Disease Grading" has "1. Original Images" with "a. Training Set" and "b. Testing Set", and "2. Groundtruths" with
 "a. IDRiD_Disease Grading_Training Labels.csv" and "b. IDRiD_Disease Grading_Testing Labels.csv" (Image name,
-Retinopathy grade, ...). Others report six pairs of identical files, three of them with two grades, one of which is in both parts
-(training 118, testing 064).
+Retinopathy grade, ...). Others report six pairs of identical files, three of them with two grades, one of which is in
+both parts (training 118, testing 064).
 """
 
 from __future__ import annotations

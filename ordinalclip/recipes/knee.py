@@ -28,11 +28,11 @@ def read(download: Download) -> Reading:
         raise download.lacks("train/0/ ... test/4/, folders of the grades below those of the parts")
     if len(roots) > 1:
         raise LayoutError(f"{download.root}: parts are in {roots[0] or '.'} and {roots[1]}; give one of them (--from)")
-    found = by_root[roots[0]]
-    if lacking := [part for part in PARTS if part not in {each[2] for each in found}]:
+    pictures = by_root[roots[0]]
+    if lacking := [part for part in PARTS if part not in {each[2] for each in pictures}]:
         raise download.lacks(f"pictures in {roots[0]}{lacking[0]}/0/ to {lacking[0]}/4/")
     rows = []
-    for each in found:
+    for each in pictures:
         name = NAME.fullmatch(each[4])
         patient = name[1] if name else ""
         rows.append(Row(each[0], float(each[3]), patient, {}, {"published": PARTS[each[2]]}))

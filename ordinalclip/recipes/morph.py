@@ -28,7 +28,8 @@ HOW = {"A": "setting A, by picture", "B": "setting B", "C": "setting C, by pictu
 
 
 def read(download: Download) -> Reading:
-    rows, nameless = {}, 0
+    rows: dict[str, Row] = {}
+    nameless = 0
     for path in download.pictures:
         name = path.rpartition("/")[2].upper()
         found = NAME.fullmatch(name)

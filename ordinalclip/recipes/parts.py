@@ -144,7 +144,7 @@ def add_validation(rows: Sequence[Row], columns: Iterable[str], copies: Copies) 
 
 
 def folds(
-    validation: float = VALIDATION_SHARE, only: Callable[[Row], bool] = lambda row: True
+    validation: float = VALIDATION_SHARE, only: tuple[str, str] | None = None
 ) -> Callable[[Sequence[Row], Sequence[str], Copies], None]:
     """Folds of our own, as `Protocol.divide`: of each column one is the test part.
 
@@ -152,12 +152,12 @@ def folds(
 
     Args:
         validation: share of all that is the validation part, taken from what is not the test part.
-        only: whether a row takes part.
+        only: column and cell of the rows that take part; None: all do.
     """
 
     def divide(rows: Sequence[Row], columns: Sequence[str], copies: Copies) -> None:
         odd = two_labels(rows, copies)
-        mine = [row for row in rows if only(row) and row.path not in odd]
+        mine = [row for row in rows if row.path not in odd and (only is None or row.more.get(only[0]) == only[1])]
         held = deal(mine, copies, [1 / len(columns)] * len(columns))
         share = validation / (1 - 1 / len(columns))
         for number, column in enumerate(columns):

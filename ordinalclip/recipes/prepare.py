@@ -64,7 +64,12 @@ def prepare(name: str, source: Path, target: Path, overwrite: bool = False, quie
     shared = {column: between(rows, column, copies) for protocol in protocols for column in protocol.columns}
     cleaned = _clean(rows, protocols[0], copies, shared)
     lines = _counted(made, reading, copies, shared, cleaned)
-    files = _files(made, reading, copies, shared, cleaned, source.resolve(), target.resolve(), lines)
+    linked = _links_out(source.resolve(), rows)
+    if linked:
+        lines.append(
+            "pictures are links that lead out of the download: data.outside_root=true is written, which allows it"
+        )
+    files = _files(made, reading, copies, shared, cleaned, source.resolve(), target.resolve(), linked, lines)
     _write(target, files, overwrite)
     return [*lines, *_onwards(made, protocols, target, bool(cleaned))]
 
@@ -114,6 +119,11 @@ def _look(root: Path, paths: Sequence[str], quiet: bool) -> Copies:
         with (root / path).open("rb") as opened:
             alike[hashlib.file_digest(opened, "sha256").hexdigest()].append(path)
     return Copies([group for group in alike.values() if len(group) > 1])
+
+
+def _links_out(root: Path, rows: Sequence[Row]) -> bool:
+    """Whether a picture is a link to somewhere else, which is refused by default where a run reads it."""
+    return any(not (root / row.path).resolve().is_relative_to(root) for row in rows)
 
 
 def _clean(rows: Sequence[Row], protocol: Protocol, copies: Copies, shared: dict[str, Between]) -> dict[str, str]:
@@ -185,10 +195,10 @@ def _of_columns(made: Recipe, rows: Sequence[Row], protocol: Protocol, shared: d
             published = [(found[TRAIN], train), (found[VALIDATION], validation), (found[TEST], test)]
         else:
             published = [(found[TRAIN] + found[VALIDATION], train), (found[TEST], test)]
-        names = ("train", "validation", "test") if validation is not None else ("train + validation", "test")
+        kinds = ["train", "validation", "test"] if validation is not None else ["train + validation", "test"]
         beside = [
-            f"{name} {_beside(number, known)}"
-            for name, (number, known) in zip(names, published, strict=True)
+            f"{kind} {_beside(number, known)}"
+            for kind, (number, known) in zip(kinds, published, strict=True)
             if known is not None
         ]
         if protocol.published:
@@ -232,11 +242,11 @@ def _files(
     cleaned: dict[str, str],
     root: Path,
     target: Path,
+    linked: bool,
     lines: Sequence[str],
 ) -> dict[str, str]:
     """Text of every file, by name."""
     rows, protocols = reading.rows, reading.protocols
-    linked = any(not (root / row.path).resolve().is_relative_to(root) for row in rows)
     table = _table(rows, [column for protocol in protocols for column in protocol.columns] + list(cleaned.values()))
     about = f"{made.title}: {made.homepage}\nLicence: {made.licence}\nCite: {made.citation}"
 
