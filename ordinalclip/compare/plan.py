@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from ordinalclip.search import Setting, drawn, read_search, refuse_set
 from ordinalclip.sections import Section, parse_section
 from ordinalclip.shipped import COMPARISONS
 from ordinalclip.written import values
+
+logger = logging.getLogger(__name__)
 
 SHARED = {"data", "ranks"}  # or errors could not be compared image by image
 OWN = {  # keys of a run that the comparison sets itself, and how they are said to it
@@ -289,6 +292,10 @@ def load_plan(path: str | Path, overrides: Sequence[str] = (), prepared: str | P
         raise ValueError(f"{path} is the configuration of a run: ordinalclip train {path}")
     config = parse_section(content, CompareConfig, names_of(layers))
     _check_pictures(config, str(path), recipe, shared)
+    if len(config.seeds) < len(config.splits):
+        logger.warning(
+            "%s: %d seeds take %d of %d splits", path, len(config.seeds), len(config.seeds), len(config.splits)
+        )
     return Plan(config, str(path), shared)
 
 

@@ -3,7 +3,8 @@
 The owners' archives hold 1024x768/ or 512x384/ with the pictures; koniq10k_distributions_sets.csv (image_name, c1 to
 c5, c_total, MOS, SD, set: training, validation, test), in metadata of github.com/subpic/koniq, has the scores on the
 scale to 100 and the published parts. koniq10k_scores_and_distributions.csv, which is beside the pictures, has no parts
-and another scale of MOS, so it does not do. How many pictures each part has was not found in a source that we could read.
+and another scale of MOS, so it does not do. How many pictures each part has was not found in a source that we could
+read.
 """
 
 from __future__ import annotations

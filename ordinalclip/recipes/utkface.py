@@ -4,8 +4,8 @@ The owners' aligned and cropped faces are called AGE_GENDER_RACE_DATE.jpg.chip.j
 is there and is used. The split that papers call CORAL's (Cao, Mirjalili and Raschka, 2020; ages 21 to 60) is two lists
 of names, utk_train.csv and utk_test.csv in datasets/train-test-csv of github.com/Raschka-research-group/coral-cnn, with
 ages that count from 21; MWR's copies of them, UTK_train_coral.csv and UTK_test_coral.csv, say the age itself. No rule
-makes them again, so without the lists there is no such split. 13,146 and 3,287 names are the lengths of MWR's lists; 23,708
-is what those who use the owners' archive report. Which UTKFace split other papers mean is often not said.
+makes them again, so without the lists there is no such split. 13,146 and 3,287 names are the lengths of MWR's lists;
+23,708 is what those who use the owners' archive report. Which UTKFace split other papers mean is often not said.
 """
 
 from __future__ import annotations
