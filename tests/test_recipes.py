@@ -8,6 +8,7 @@ from pathlib import Path
 
 import downloads
 import numpy as np
+import pandas as pd
 import pytest
 from downloads import MAKERS, Pictures
 
@@ -412,18 +413,23 @@ def test_seeds_and_splits(made, caplog):
 
 
 @pytest.mark.slow
-def test_a_comparison_over_published_folds_end_to_end(made, tmp_path, capsys):
+def test_a_comparison_over_published_folds_tests_every_picture_once(made, tmp_path, capsys):
     root, _ = made
-    words = [f"output_dir={tmp_path}/out", "model.backbone=tiny", "model.text=", "data.workers=0", "train.epochs="]
-    words += ["train.max_steps=2", "train.batch_size=8", "settings=[{train.lr: 1e-3}]", "jobs=2", "seeds=[1, 2, 3]"]
-    kept = "methods={OrdinalCLIP: , CoOp: , L1: {base: {method: l1}}, constant: {base: {method: constant}}}"
-    assert main(["compare", "adience", "--data", str(root / "adience"), "-q", *words, kept]) == 0
+    (tmp_path / "mine.yaml").write_text(
+        f"recipe: adience\noutput_dir: {tmp_path}/out\nseeds: [1, 2, 3, 4, 5]\njobs: 2\n"
+        "base:\n  model: {backbone: tiny}\n  train: {max_steps: 2, batch_size: 8}\n"
+        "methods:\n  L1: {base: {method: l1}}\n  constant: {base: {method: constant}}\n"
+    )
+    assert main(["compare", str(tmp_path / "mine.yaml"), "--data", str(root / "adience"), "-q"]) == 0
     assert "| constant |" in capsys.readouterr().out
-    tested = {}
-    for seed in (1, 2, 3):
-        rows = list(csv.DictReader((tmp_path / f"out/runs/constant-0-seed{seed}/predictions.csv").open()))
-        tested[seed] = {row["image"] for row in rows if row.get("part", "test") == "test"}
-    assert tested
+    tested = []
+    for fold in range(5):
+        [run] = (tmp_path / "out/runs").rglob(f"constant-0-seed{fold + 1}")
+        rows = pd.read_parquet(run / "predictions.parquet")
+        of_fold = rows.row[rows.part == "test"].tolist()
+        assert {row["fold"] for row in table(root / "adience") if row["image"] in of_fold} == {str(fold)}
+        tested += of_fold
+    assert sorted(tested) == sorted(row["image"] for row in table(root / "adience"))
 
 
 def test_pictures_written_by_the_helper_differ(tmp_path):

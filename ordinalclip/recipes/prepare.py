@@ -16,7 +16,6 @@ from typing import Any
 
 from PIL import Image
 
-from ordinalclip import __version__
 from ordinalclip.files import read_json_object, whole
 from ordinalclip.images import FORMATS, BrokenImageError
 from ordinalclip.progress import Progress
@@ -264,7 +263,6 @@ def _files(
     files[README] = _readme(made, lines, files)
     record = {
         "recipe": made.name,
-        "ordinalclip": __version__,
         "from": str(root),
         "table_sha256": hashlib.sha256(table.encode()).hexdigest(),
         "counted": list(lines),
