@@ -119,11 +119,11 @@ def test_counts_stand_beside_the_published_ones(made):
     said = made[1]
     assert "UTKFace: 61 pictures (published 23,708: 23,647 fewer), labels 20 to 64 years" in said["utkface"]
     assert any("no published count known" in line for line in said["agedb"])
-    assert "left out: 1 faces whose name does not begin with an age" in said["utkface"]
+    assert "left out, faces whose name does not begin with an age: 1" in said["utkface"]
     assert any(line.startswith("names that lack the gender or race: 1") for line in said["utkface"])
-    assert "left out: 1 faces without an age" in said["adience"]
-    assert "left out: 2 faces whose age lies in none of the eight groups" in said["adience"]
-    assert "left out: 3 of the listed photos, which are not there" in said["aesthetics"]
+    assert "left out, faces without an age: 1" in said["adience"]
+    assert "left out, faces whose age lies in none of the eight groups: 2" in said["adience"]
+    assert "left out, listed photos that are not there: 3" in said["aesthetics"]
     assert any(
         line.startswith("byte-identical pictures: 2 groups, 4 files, 1 groups with two labels")
         for line in said["aptos"]
@@ -438,3 +438,13 @@ def test_pictures_written_by_the_helper_differ(tmp_path):
     content = {name: (tmp_path / f"{name}.png").read_bytes() for name in "abcd"}
     assert content["a"] != content["b"]
     assert content["c"] == content["d"]
+
+
+def test_the_page_has_every_recipe_with_its_licence():
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name in NAMES:
+        assert page.count(f"| `{name}` |") == 2  # in the table of splits and in that of licences
+        for number in {recipe(name).pictures, *(number for part in recipe(name).parts.values() for number in part)} - {
+            None
+        }:
+            assert f"{number:,}" in page or name == "hci" or name == "idrid", (name, number)

@@ -45,7 +45,7 @@ def read(download: Download) -> Reading:
     for category in sorted({row.more["category"] for row in rows}):
         columns, divide = _columns(category), folds(VALIDATED, ("category", category))
         protocols.append(Protocol(category, f"{category}, five folds of 75 / 5 / 20", columns, divide))
-    return Reading(rows, protocols, {"of the listed photos, which are not there": missing})
+    return Reading(rows, protocols, {"listed photos that are not there": missing})
 
 
 def _columns(name: str) -> tuple[str, ...]:

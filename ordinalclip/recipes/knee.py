@@ -39,8 +39,8 @@ def read(download: Download) -> Reading:
     nameless = sum(not row.subject for row in rows)
     if nameless:
         raise LayoutError(
-            f"{download.root / next(row.path for row in rows if not row.subject)}: {nameless:,} names are not seven "
-            "digits of the patient with L or R, as in 9003175R.png"
+            f"{download.root / next(row.path for row in rows if not row.subject)}: not called by seven digits of the "
+            f"patient with L or R, as 9003175R.png is; {nameless:,} are so"
         )
     return Reading(rows, [Protocol("published", "the published parts", ("published",))])
 

@@ -152,7 +152,7 @@ def _counted(
         f"{made.title}: {len(rows):,} pictures ({_beside(len(rows), made.pictures)}), labels {low:g} to {high:g} "
         f"{made.unit}"
     ]
-    lines += [f"left out: {number:,} {why}" for why, number in reading.left_out.items() if number]
+    lines += [f"left out, {why}: {number:,}" for why, number in reading.left_out.items() if number]
     lines += list(reading.said)
     odd = two_labels(rows, copies)
     groups = {copies.of[path] for path in odd}

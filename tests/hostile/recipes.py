@@ -79,7 +79,7 @@ def _(folder):
 
 @case(
     "prepare: a picture whose name does not say the patient",
-    r"scan\.png: 1 names are not seven digits of the patient with L or R, as in 9003175R\.png",
+    r"scan\.png: not called by seven digits of the patient with L or R, as 9003175R\.png is; 1 are so",
     after=nothing_written,
 )
 def _(folder):
