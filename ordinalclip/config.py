@@ -447,11 +447,13 @@ class Prepared(NamedTuple):
     Attributes:
         layer: sections `data` and `ranks`.
         recipe: whose pictures these are.
+        parts: how they are divided, in a sentence.
         splits: keys of a run by split, for comparisons.
     """
 
     layer: Layer
     recipe: str
+    parts: str
     splits: list[dict[str, Any]]
 
 
@@ -468,12 +470,14 @@ def read_prepared(path: str | Path) -> Prepared:
         raise FileNotFoundError(f"{file}: no data.yaml in it; --data takes what `ordinalclip prepare` has written")
     file = file / "data.yaml" if file.is_dir() else file
     content = _read_mapping(file)
-    if odd := sorted(content.keys() ^ {"recipe", "data", "ranks", "splits"}):
-        raise ValueError(f"{file}: key {odd[0]}; a YAML file of a prepared folder has recipe, data, ranks and splits")
-    if not isinstance(content["recipe"], str) or not isinstance(content["splits"], list):
-        raise ValueError(f"{file}: recipe is a name and splits a list")
+    if odd := sorted(content.keys() ^ {"recipe", "parts", "data", "ranks", "splits"}):
+        raise ValueError(
+            f"{file}: key {odd[0]}; a YAML file of a prepared folder has recipe, parts, data, ranks and splits"
+        )
+    if not (isinstance(content["recipe"], str) and isinstance(content["parts"], str)):
+        raise ValueError(f"{file}: recipe is a name and parts a sentence")
     layer = Layer(str(file), {key: content[key] for key in ("data", "ranks")})
-    return Prepared(layer, content["recipe"], content["splits"])
+    return Prepared(layer, content["recipe"], content["parts"], content["splits"])
 
 
 def load_config(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -105,6 +106,33 @@ def test_a_comparison_of_its_name_runs_on_the_prepared_folder(made, name):
             number = plan.seeds.index(place.seed) % len(splits)
             assert run.data.split_column == splits[number]["data.split_column"]
     assert len({run.method for run in plan.runs.values()}) >= 12
+
+
+def test_how_the_parts_are_made_stands_above_the_table(made):
+    root, _ = made
+    given = ["model.backbone=tiny", "model.text="]
+
+    def title(name, data="data.yaml"):
+        return load_plan(name, given, root / name / data).config.title
+
+    assert title("adience") == "Adience, eight age groups. Parts: the five official folds, as published."
+    assert title("morph") == "MORPH II, ages 16 to 77. Parts: setting D, by person, without what they share."
+    published = title("morph", "A.yaml")
+    assert re.search(
+        r"A, by picture, as published: \d+% of the test pictures show somebody of the training part\.", published
+    )
+    assert title("utkface", "coral.yaml").endswith("as published: 2 files are copies across parts.")
+    assert title("hci").endswith("Parts: ten draws of 210 / 5 / 50 a decade, drawn here.")
+
+
+def test_a_run_takes_a_prepared_folder_over_its_configuration(made):
+    root, _ = made
+    config = load_config("adience", ["data.workers=0"], root / "adience")
+    assert (config.data.train_table, config.data.split_column, config.data.workers) == ("", "fold_0", 0)
+    assert config.ranks.names is not None
+    assert config.ranks.names[-1] == "60 and older"
+    assert load_config("bone_age", [], root / "rsna").ranks.high == 228
+    assert load_config("hci", ["data.split_column=draw_7"], root / "hci").data.split_column == "draw_7"
 
 
 def test_a_comparison_refuses_the_folder_of_another_data_set(made):
@@ -370,6 +398,18 @@ def test_nothing_is_replaced_silently(tmp_path):
     (target / "other.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"holds other\.txt already"):
         prepare("elpv", source, target, overwrite=True, quiet=True)
+
+
+def test_links_to_folders_are_followed_but_in_no_circle(tmp_path):
+    downloads.hci(tmp_path / "store")
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from/decade_database").symlink_to(
+        tmp_path / "store/HistoricalColor-ECCV2012/data/imgs/decade_database", target_is_directory=True
+    )
+    (tmp_path / "from/again").symlink_to(tmp_path / "from", target_is_directory=True)
+    assert prepare("hci", tmp_path / "from", tmp_path / "to", quiet=True)[0].startswith(
+        "Historical Colour Images: 130 pictures"
+    )
 
 
 def test_links_that_lead_out_are_said_and_allowed(tmp_path):

@@ -272,7 +272,8 @@ def load_plan(path: str | Path, overrides: Sequence[str] = (), prepared: str | P
         path: a YAML file, or the name of a comparison that comes with the package.
         overrides: dotted "key=value"; keys of a run (data.root, train.max_steps, ...) apply to all runs, keys of
             the comparison itself (seeds, output_dir, title) to it.
-        prepared: a prepared folder, whose data, ranks and splits are laid over those of the file.
+        prepared: a prepared folder, whose data, ranks and splits are laid over those of the file; the title says how its
+            parts are made.
 
     Raises:
         ValueError: unknown keys or wrong values, with file, method and key; no prepared folder where one is needed, or
@@ -283,8 +284,9 @@ def load_plan(path: str | Path, overrides: Sequence[str] = (), prepared: str | P
     layers = read_layers(path, COMPARISONS)
     recipe = ""
     if prepared is not None:
-        (name, sections), recipe, splits = read_prepared(prepared)
-        layers.append(Layer(name, {"base": sections, "splits": splits}))
+        (name, sections), recipe, parts, splits = read_prepared(prepared)
+        title = next((layer.content["title"] for layer in reversed(layers) if "title" in layer.content), "")
+        layers.append(Layer(name, {"base": sections, "splits": splits, "title": f"{title} {parts}".strip()}))
     content = stack([*layers, Layer("the command line", read_overrides(own))], WAYS_TO_TRY)
     if "methods" not in content and content.keys() & (
         RunConfig.model_fields.keys() - CompareConfig.model_fields.keys()

@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,7 +249,7 @@ class Download:
             separator: between cells; of Excel files it means nothing.
 
         Raises:
-            LayoutError: a column is missing; ValueError: not a table in UTF-8, or a row of another length.
+            LayoutError: a column is missing; ValueError: not a table in UTF-8, or a row that is longer than the header.
         """
         (_, header), *rows = list(_excel(file) if file.suffix.lower() == ".xlsx" else _records(file, separator)) or [
             (0, [])
@@ -259,9 +260,9 @@ class Download:
             )
         found = []
         for line, cells in rows:
-            if len(cells) != len(header):
+            if any(cells[len(header) :]):
                 raise ValueError(f"{file}, line {line}: {len(cells)} cells, the header has {len(header)}")
-            found.append((f"{file}, line {line}", dict(zip(header, cells, strict=True))))
+            found.append((f"{file}, line {line}", dict(zip_longest(header, cells[: len(header)], fillvalue=""))))
         return found
 
     def all_there(self, listed: Mapping[str, str], there: Iterable[str]) -> None:
@@ -312,9 +313,17 @@ def stem(path: str) -> str:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Files below a folder, from it, with slashes; without hidden ones and what macOS adds to archives."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+    """Files below a folder, from it, with slashes; without hidden ones and what macOS adds to archives.
+
+    Links to folders are followed, unless they lead to where they come from.
+    """
+    for place, folders, names in os.walk(folder, followlinks=True):
+        above = {os.path.realpath(place), *map(str, Path(os.path.realpath(place)).parents)}
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith((".", "__MACOSX")) and os.path.realpath(os.path.join(place, name)) not in above
+        ]
         inner = Path(place).relative_to(folder)
         yield from ((inner / name).as_posix() for name in names if not name.startswith("."))
 

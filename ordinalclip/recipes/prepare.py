@@ -226,7 +226,8 @@ def _onwards(made: Recipe, protocols: Sequence[Protocol], target: Path, cleaned:
     lines.append(f"next: ordinalclip compare {made.name} --data {printable(target)}")
     others = [protocol for number, protocol in enumerate(protocols) if number or (protocol.published and cleaned)]
     for protocol in others:
-        lines.append(f"  {protocol.what}: --data {printable(target / protocol.name)}.yaml")
+        kind = ", as published" if protocol.published else ""
+        lines.append(f"  {protocol.what}{kind}: --data {printable(target / protocol.name)}.yaml")
     return lines
 
 
@@ -250,10 +251,10 @@ def _files(
     about = f"{made.title}: {made.homepage}\nLicence: {made.licence}\nCite: {made.citation}"
 
     def configured(protocol: Protocol, columns: Sequence[str], as_published: bool) -> str:
+        parts = _said_of(protocol, columns, as_published, shared)
         content = _configuration(made, protocol, columns, as_published, rows, root, target, linked)
-        what = f"{protocol.what}{'' if columns == protocol.columns else ', without what its parts share'}"
-        comment = "".join(f"# {line}\n" for line in [f"{what}.", *about.splitlines()])
-        return f"{comment}\n{dump(content)}"
+        comment = "".join(f"# {line}\n" for line in about.splitlines())
+        return f"{comment}\n{dump({'recipe': made.name, 'parts': parts, **content})}"
 
     files = {TABLE: table, DUPLICATES: _duplicates(rows, copies, shared)}
     for protocol in protocols:
@@ -273,6 +274,24 @@ def _files(
     }
     files[RECORD] = json.dumps(record, indent=2) + "\n"
     return files
+
+
+def _said_of(protocol: Protocol, columns: Sequence[str], as_published: bool, shared: dict[str, Between]) -> str:
+    """How the pictures are divided, in a sentence that goes above the table of a comparison."""
+    if not columns:
+        return f"Parts: {protocol.what}."
+    if not as_published:
+        how = "drawn here" if not protocol.published else "without what they share"
+        return (
+            f"Parts: {protocol.what}, {'as published' if columns == protocol.columns and protocol.published else how}."
+        )
+    leaks = []
+    worst = max((shared[column] for column in columns), key=lambda found: found.seen / max(found.test, 1))
+    if worst.seen:
+        leaks.append(f"{worst.seen / worst.test:.0%} of the test pictures show somebody of the training part")
+    if number := max(len(shared[column].copies) for column in columns):
+        leaks.append(f"{number:,} files are copies across parts")
+    return f"Parts: {protocol.what}, as published{': ' if leaks else ''}{', '.join(leaks)}."
 
 
 def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -355,7 +374,7 @@ def _configuration(
     }
     ranks = {"names": None, "edges": None, "unit": made.unit, **(protocol.ranks or made.ranks)}
     splits = [{"data.split_column": column} for column in columns] if len(columns) > 1 else []
-    return {"recipe": made.name, "data": data, "ranks": ranks, "splits": splits}
+    return {"data": data, "ranks": ranks, "splits": splits}
 
 
 def _readme(made: Recipe, lines: Sequence[str], files: Iterable[str]) -> str:

@@ -225,10 +225,11 @@ def _(folder):
 
 
 @case(
-    "--data: a configuration of one's own", r"mine\.yaml: key method; a YAML file of a prepared folder has recipe, data"
+    "--data: a configuration of one's own",
+    r"mine\.yaml: key method; a YAML file of a prepared folder has recipe, parts",
 )
 def _(folder):
-    (folder / "mine.yaml").write_text("recipe: a\ndata: {}\nranks: {}\nsplits: []\nmethod: l1\n")
+    (folder / "mine.yaml").write_text("recipe: a\nparts: b\ndata: {}\nranks: {}\nsplits: []\nmethod: l1\n")
     return ["train", "default", "--data", "mine.yaml"]
 
 
