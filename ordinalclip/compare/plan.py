@@ -272,8 +272,8 @@ def load_plan(path: str | Path, overrides: Sequence[str] = (), prepared: str | P
         path: a YAML file, or the name of a comparison that comes with the package.
         overrides: dotted "key=value"; keys of a run (data.root, train.max_steps, ...) apply to all runs, keys of
             the comparison itself (seeds, output_dir, title) to it.
-        prepared: a prepared folder, whose data, ranks and splits are laid over those of the file; the title says how its
-            parts are made.
+        prepared: a prepared folder, whose data, ranks and splits are laid over those of the file; how its parts are
+            made is said in the title.
 
     Raises:
         ValueError: unknown keys or wrong values, with file, method and key; no prepared folder where one is needed, or
