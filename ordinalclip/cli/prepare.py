@@ -4,22 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-NEEDS = ("recipes",)
-# What recipes/__init__.py lists, which takes NumPy and Pillow to import; a test compares them.
-NAMES = (
-    "adience",
-    "aesthetics",
-    "agedb",
-    "aptos",
-    "elpv",
-    "hci",
-    "idrid",
-    "knee",
-    "koniq",
-    "morph",
-    "rsna",
-    "utkface",
-)
+from ordinalclip.recipes import NAMES, recipe
+
+NEEDS = ("recipes.prepare",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ordinalclip prepare adience                                what it expects, licence, citation\n"
         "ordinalclip prepare adience --from DOWNLOAD --to FOLDER\n"
         "ordinalclip compare adience --data FOLDER\n\n"
-        "Pictures are neither copied nor changed. FOLDER/data.yaml has no picture and nobody in two parts; splits as "
+        "Pictures are neither copied nor changed. FOLDER/data.yaml has no picture, and nobody who is known, in two parts; splits as "
         "published,\nwith what leaks in them, are in files of their own there. docs/recipes.md says more."
     )
 
@@ -41,7 +28,6 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ordinalclip.quoting import printable
-    from ordinalclip.recipes import NAMES, recipe
     from ordinalclip.recipes.prepare import prepare
 
     given = [arguments.source, arguments.target]
@@ -66,8 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def described(name: str) -> str:
     """A recipe, for people."""
-    from ordinalclip.recipes import recipe
-
     made = recipe(name)
     lines = [made.title, "", "expected below DOWNLOAD, in any folder:"]
     lines += [f"  {line}" for line in made.expects]

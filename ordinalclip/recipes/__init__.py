@@ -9,9 +9,12 @@ the others    a data set each: `RECIPE`
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
-from ordinalclip.recipes.base import Recipe
 from ordinalclip.suggestions import near_matches
+
+if TYPE_CHECKING:  # the command line lists the names before anything is loaded
+    from ordinalclip.recipes.base import Recipe
 
 NAMES = (  # a module each
     "adience",
@@ -37,6 +40,5 @@ def recipe(name: str) -> Recipe:
     """
     if name not in NAMES:
         raise ValueError(f"there is no recipe {name!r}; {near_matches(name, NAMES)} (ordinalclip prepare lists them)")
-    found = importlib.import_module(f"{__name__}.{name}").RECIPE
-    assert isinstance(found, Recipe)
+    found: Recipe = importlib.import_module(f"{__name__}.{name}").RECIPE
     return found
