@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ordinalclip prepare adience                                what it expects, licence, citation\n"
         "ordinalclip prepare adience --from DOWNLOAD --to FOLDER\n"
         "ordinalclip compare adience --data FOLDER\n\n"
-        "Pictures are neither copied nor changed. FOLDER/data.yaml has no picture, and nobody who is known, in two parts; splits as "
-        "published,\nwith what leaks in them, are in files of their own there. docs/recipes.md says more."
+        "Pictures are neither copied nor changed. FOLDER/data.yaml has no picture, and nobody who is known, in two\n"
+        "parts; splits as published, with what leaks in them, are in files of their own there. docs/recipes.md says more."
     )
 
 

@@ -166,6 +166,8 @@ def _counted(
         lines += _of_columns(made, rows, protocol, shared)
     for column, clean in cleaned.items():
         lost = [row for row in rows if row.parts.get(column, UNUSED) != row.parts[clean]]
+        if not lost:
+            continue
         of_part = Counter(row.parts[column] for row in lost)
         lines.append(
             f"{clean}: {column} without what its parts share: {of_part[TRAIN]:,} training, {of_part[VALIDATION]:,} "
