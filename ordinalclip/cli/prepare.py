@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ordinalclip prepare adience --from DOWNLOAD --to FOLDER\n"
         "ordinalclip compare adience --data FOLDER\n\n"
         "Pictures are neither copied nor changed. FOLDER/data.yaml has no picture, and nobody who is known, in two\n"
-        "parts; splits as published, with what leaks in them, are in files of their own there. docs/recipes.md says more."
+        "parts; splits as published, with what leaks in them, are in files of their own there. See docs/recipes.md."
     )
 
 
