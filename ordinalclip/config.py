@@ -180,7 +180,9 @@ class DataConfig(Section):
     label_column: str = Field(
         "label", description="column with the label: a number in the label's unit, or one of ranks.names"
     )
-    split_column: str = Field("", description="column that says train / validation / test, instead of a random split")
+    split_column: str = Field(
+        "", description="column that says train / validation / test, or unused, instead of a random split"
+    )
     split: tuple[float, float, float] = Field(
         (0.6, 0.15, 0.25), description="shares of train, validation and test in a random split"
     )
@@ -471,13 +473,55 @@ class Layer(NamedTuple):
     content: dict[str, Any]
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+class Prepared(NamedTuple):
+    """What a prepared folder says (`ordinalclip prepare`).
+
+    Attributes:
+        layer: sections `data` and `ranks`.
+        recipe: whose pictures these are.
+        parts: how they are divided, in a sentence.
+        splits: keys of a run by split, for comparisons.
+    """
+
+    layer: Layer
+    recipe: str
+    parts: str
+    splits: list[dict[str, Any]]
+
+
+def read_prepared(path: str | Path) -> Prepared:
+    """Read a prepared folder, which means its data.yaml, or another of its YAML files.
+
+    Raises:
+        FileNotFoundError: no such folder or file; ValueError: not of a prepared folder.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such prepared folder (--data); `ordinalclip prepare` writes one")
+    if file.is_dir() and not (file / "data.yaml").is_file():
+        raise FileNotFoundError(f"{file}: no data.yaml in it; --data takes what `ordinalclip prepare` has written")
+    file = file / "data.yaml" if file.is_dir() else file
+    content = _read_mapping(file)
+    if odd := sorted(content.keys() ^ {"recipe", "parts", "data", "ranks", "splits"}):
+        raise ValueError(
+            f"{file}: key {odd[0]}; a YAML file of a prepared folder has recipe, parts, data, ranks and splits"
+        )
+    if not (isinstance(content["recipe"], str) and isinstance(content["parts"], str)):
+        raise ValueError(f"{file}: recipe is a name and parts a sentence")
+    layer = Layer(str(file), {key: content[key] for key in ("data", "ranks")})
+    return Prepared(layer, content["recipe"], content["parts"], content["splits"])
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), prepared: str | Path | None = None
+) -> RunConfig:
     """Read a YAML file, apply dotted overrides, check every key and value.
 
     Args:
         path: a YAML file, which may extend another, or the name of a configuration that comes with the package
             (`read_layers`); None or "default" for the defaults.
         overrides: "key=value" with dotted keys, e.g. "train.lr=1e-3", "data.kinds=[dial, tank]" (`read_overrides`).
+        prepared: a prepared folder, laid over the file and below the overrides (`read_prepared`).
 
     Raises:
         FileNotFoundError: no such file (with the nearest that there is).
@@ -485,6 +529,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             outside its range. The message names the file, those it extends, and the key.
     """
     layers = read_layers(path)
+    if prepared is not None:
+        layers.append(read_prepared(prepared).layer)
     content = stack([*layers, Layer("the command line", read_overrides(overrides))])
     if path is not None and "methods" in content:
         raise ValueError(f"{path} is a comparison: ordinalclip compare {path}")

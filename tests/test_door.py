@@ -234,12 +234,13 @@ def test_configs_lists_every_configuration_in_a_line(capsys):
     files = {
         path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in (ROOT / "configs").rglob("*.yaml")
     }
-    assert listed.keys() == files - {"methods/base"}  # extended, not run
+    assert listed.keys() == files - {"methods/base", "compare/rivals"}  # extended, not run
     assert listed["demo"].endswith(
         "OrdinalCLIP on 64 pictures of an instrument that the tiny CLIP has never seen. [pictures: generated]"
     )
     assert listed["morph"].endswith("[pictures: data.root=FOLDER with train.txt, validation.txt, test.txt]")
     assert listed["compare/elpv"].endswith("[pictures: data.root=FOLDER with labels.csv]")
+    assert listed["compare/hci"].endswith("[pictures: --data FOLDER, ordinalclip prepare hci]")
 
 
 @pytest.mark.parametrize("name", ["demo", "morph", "methods/corn", "ordinalclip"])

@@ -37,10 +37,12 @@ COMMANDS = {
     "tune": "Search the values of some keys by validation; the test part stays unread.",
     "report": "Write report.html again, of finished runs (and their model cards) and comparisons.",
     "plot": "Write the figures of the report of a finished run or comparison as files.",
+    "prepare": "Turn a data set as its owners distribute it into tables with the published splits.",
     "make-gauges": "Write generated gauge pictures and their labels.csv to a folder.",
     "features": "List the features of frozen encoders that are kept, or delete some.",
     "convert": "Turn an original OrdinalCLIP or OpenAI CLIP checkpoint into a folder.",
 }
+FILES = ("model", "out", "data", "source", "target")  # options that take files or folders
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -250,7 +252,7 @@ class _PrintCompletion(argparse.Action):
             for action in subparser._actions:
                 if action.dest in ("config", "name"):
                     complete: Any = {"bash": own, "zsh": own} if words else {}
-                elif action.dest in ("model", "out") or not (action.option_strings or action.dest == "overrides"):
+                elif action.dest in FILES or not (action.option_strings or action.dest == "overrides"):
                     complete = shtab.FILE
                 else:
                     continue
@@ -282,6 +284,12 @@ def add_configuration(parser: argparse.ArgumentParser, more: str = "") -> None:
     """The arguments of commands that read a configuration."""
     parser.add_argument("config", help=f"YAML file, or a name that `ordinalclip configs` lists{more}")
     add_overrides(parser)
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="prepared folder (ordinalclip prepare), or one of its YAML files: its data and ranks replace those of the "
+        "configuration",
+    )
 
 
 def add_overrides(parser: argparse.ArgumentParser, what: str = "overrides of the configuration") -> None:

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.data import load_parts
     from ordinalclip.data.checks import check
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.data)
     unchecked = config.data.model_copy(update={"duplicates": "allow"}) if config.data.duplicates == "refuse" else None
     report = check(load_parts(unchecked or config.data, config.ranks, config.seed), config, arguments.quiet)
     for line in report.lines:

@@ -10,6 +10,7 @@ A comparison is a YAML file:
       OrdinalCLIP:                                          # a row of the table
         base: {method: ordinalclip, head: {...}}            # keys of a run, for this method
         settings: [...]                                     # its own instead of those above, as many
+    splits: [{data.split_column: fold_0}, ...]              # published folds, by seed: the first seed has the first
     variants:                                               # a table each; default: one without a name
       all the data: {}
       10 %: {data.train_share: 0.1, train.max_steps: 100}   # keys of a run that are different
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.compare import compare
 
-    tables, errors = compare(arguments.config, arguments.overrides, arguments.quiet)
+    tables, errors = compare(arguments.config, arguments.overrides, arguments.quiet, prepared=arguments.data)
     print(tables)
     for error in errors:
         print(f"ordinalclip: {printable(error)}", file=sys.stderr)

@@ -70,6 +70,8 @@ def _data(kind: str, content: dict[str, Any]) -> str:
     """The pictures that it needs, in brackets."""
     if kind == LAUNCHER:
         return ""
+    if content.get("recipe"):
+        return f" [pictures: --data FOLDER, ordinalclip prepare {content['recipe']}]"
     data = (content if kind == RUN else content["base"])["data"]
     if data["source"] == "gauges":
         return " [pictures: generated]"

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.run_folder import RunFolder
     from ordinalclip.runs import train
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.data)
     folder = RunFolder(train(config, quiet=arguments.quiet))
     if is_main_process():
         print_metrics(folder.read_metrics())

@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.seeds,
         arguments.pruner,
         arguments.quiet,
+        arguments.data,
     )
     print(text)
     for error in errors:

@@ -21,7 +21,11 @@ __all__ = ["Outcome", "Plan", "compare", "load_plan", "run_plan"]
 
 
 def compare(
-    path: str | Path, overrides: Sequence[str] = (), quiet: bool = False, executor: Executor | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    executor: Executor | None = None,
+    prepared: str | Path | None = None,
 ) -> tuple[str, list[str]]:
     """Run a comparison file; see `run_plan`.
 
@@ -29,7 +33,7 @@ def compare(
         its tables as Markdown, with where everything is; and what broke runs off that are missing there.
     """
     started = time.monotonic()
-    plan = load_plan(path, overrides)
+    plan = load_plan(path, overrides, prepared)
     outcome = run_plan(plan, quiet, executor)
     elapsed = time.monotonic() - started
     runs = f"{outcome.num_runs} runs in {printable(plan.folder)}/runs, {elapsed:.0f} s this time."

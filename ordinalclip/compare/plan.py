@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from ordinalclip.config import (
     parse_config,
     read_layers,
     read_overrides,
+    read_prepared,
     stack,
 )
 from ordinalclip.executors import Jobs, Where
@@ -30,6 +32,8 @@ from ordinalclip.search import Setting, drawn, read_search, refuse_set
 from ordinalclip.sections import Section, parse_section
 from ordinalclip.shipped import COMPARISONS
 from ordinalclip.written import values
+
+logger = logging.getLogger(__name__)
 
 SHARED = {"data", "ranks"}  # or errors could not be compared image by image
 OWN = {  # keys of a run that the comparison sets itself, and how they are said to it
@@ -74,7 +78,12 @@ class CompareConfig(Section):
         False, description="replace runs of another experiment in the folder; false: refuse to start beside them"
     )
     keep_checkpoints: bool = Field(False, description="keep checkpoints/ and model-last/ of finished runs")
+    recipe: str = Field("", description="whose prepared folder is to be given: --data FOLDER (ordinalclip prepare)")
     base: dict[str, Any] = Field({}, description="keys of a run, shared by all methods")
+    splits: list[Setting] = Field(
+        [],
+        description="dotted keys of data by seed, such as published folds: the first seed has the first, and so on",
+    )
     settings: Settings = Field([{}], description="dotted keys to try for every method that learns")
     search: dict[str, str] | None = Field(
         None,
@@ -90,6 +99,8 @@ class CompareConfig(Section):
     def _fair(self) -> CompareConfig:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different, got {self.seeds}")
+        if odd := [key for split in self.splits for key in flat_keys(split) if not key.startswith("data.")]:
+            raise ValueError(f"splits say how the data is divided, in keys that begin with data., got {odd[0]}")
         for name in [*self.methods, *(self.variants if self.variants.keys() != {""} else ())]:
             if not 0 < len(name.strip()) <= MAX_NAME:
                 raise ValueError(f"names of methods and variants have 1 to {MAX_NAME} characters, got {name[:200]!r}")
@@ -214,6 +225,7 @@ class Plan:
             raise ValueError(f"{source}: every method needs the same number of settings to try, got {numbers}")
         tuned = {key for settings in self.settings.values() for setting in settings for key in flat_keys(setting)}
         varied = {key for keys in self.config.variants.values() for key in flat_keys(keys)}
+        divided = {key for keys in self.config.splits for key in flat_keys(keys)}
         for name, method in self.config.methods.items():
             twice = flat_keys(method.base).keys() & {key for each in self.settings[name] for key in flat_keys(each)}
             if twice:
@@ -223,9 +235,17 @@ class Plan:
             (varied, tuned, "by variants and by settings"),
             (given, tuned, "on the command line and by settings"),
             (given, varied, "on the command line and by variants"),
+            (given, divided, "on the command line and by splits"),
+            (varied, divided, "by variants and by splits"),
+            (tuned, divided, "by settings and by splits"),
         ):
             if both := sorted(first & second):
                 raise ValueError(f"{source}: {both[0]} is set {what}")
+
+    def _split(self, seed: int) -> Setting:
+        """What the data of a seed is divided by."""
+        splits = self.config.splits
+        return splits[self.seeds.index(seed) % len(splits)] if splits else {}
 
     def _run_folder(self, variant: str, name: str, number: int, seed: int) -> Path:
         return self.folder / "runs" / _label(variant) / f"{_label(name)}-{number}-seed{seed}"
@@ -237,7 +257,7 @@ class Plan:
         for above in (
             self.config.base,
             self.config.methods[name].base,
-            nested({**self.config.variants[variant], **setting}),
+            nested({**self._split(seed), **self.config.variants[variant], **setting}),
             overrides,
             {"output_dir": str(folder), "seed": seed, "evaluation": {"test": False}, "train": {"resume": "auto"}},
         ):
@@ -245,26 +265,54 @@ class Plan:
         return parse_config(content, source)
 
 
-def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
+def load_plan(path: str | Path, overrides: Sequence[str] = (), prepared: str | Path | None = None) -> Plan:
     """Read a comparison file.
 
     Args:
         path: a YAML file, or the name of a comparison that comes with the package.
         overrides: dotted "key=value"; keys of a run (data.root, train.max_steps, ...) apply to all runs, keys of
             the comparison itself (seeds, output_dir, title) to it.
+        prepared: a prepared folder, whose data, ranks and splits are laid over those of the file; how its parts are
+            made is said in the title.
 
     Raises:
-        ValueError: unknown keys or wrong values, with file, method and key.
+        ValueError: unknown keys or wrong values, with file, method and key; no prepared folder where one is needed, or
+            that of other pictures.
     """
     own = [override for override in overrides if re.split("[.=]", override)[0].strip() in CompareConfig.model_fields]
     shared = [override for override in overrides if override not in own]
     layers = read_layers(path, COMPARISONS)
+    recipe = ""
+    if prepared is not None:
+        (name, sections), recipe, parts, splits = read_prepared(prepared)
+        title = next((layer.content["title"] for layer in reversed(layers) if "title" in layer.content), "")
+        layers.append(Layer(name, {"base": sections, "splits": splits, "title": f"{title} {parts}".strip()}))
     content = stack([*layers, Layer("the command line", read_overrides(own))], WAYS_TO_TRY)
     if "methods" not in content and content.keys() & (
         RunConfig.model_fields.keys() - CompareConfig.model_fields.keys()
     ):
         raise ValueError(f"{path} is the configuration of a run: ordinalclip train {path}")
-    return Plan(parse_section(content, CompareConfig, names_of(layers)), str(path), shared)
+    config = parse_section(content, CompareConfig, names_of(layers))
+    _check_pictures(config, str(path), recipe, shared)
+    if len(config.seeds) < len(config.splits):
+        logger.warning(
+            "%s: %d seeds take %d of %d splits", path, len(config.seeds), len(config.seeds), len(config.splits)
+        )
+    return Plan(config, str(path), shared)
+
+
+def _check_pictures(config: CompareConfig, source: str, recipe: str, overrides: Sequence[str]) -> None:
+    """Raises:
+    ValueError: a comparison on pictures of a recipe without them, or with those of another."""
+    if not config.recipe or recipe == config.recipe:
+        return
+    if recipe:
+        raise ValueError(f"{source} compares on {config.recipe}; the folder of --data holds {recipe}")
+    if not read_overrides(overrides).get("data", {}).keys() & {"table", "train_table", "hub"}:
+        raise ValueError(
+            f"{source} needs prepared pictures: `ordinalclip prepare {config.recipe}` says which; "
+            f"`ordinalclip prepare {config.recipe} --from DOWNLOAD --to FOLDER`, then add --data FOLDER"
+        )
 
 
 def _label(name: str) -> str:

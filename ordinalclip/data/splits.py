@@ -14,6 +14,7 @@ from ordinalclip.data.labels import say
 from ordinalclip.data.parts import ALIASES, PARTS, Part, part_called
 from ordinalclip.data.tables import Table
 
+UNUSED = "unused"  # in a split column: rows that a published split leaves out
 FINENESS = 20  # folds that shares are made of where groups stay whole and strata even
 
 
@@ -36,11 +37,11 @@ def split_rows(
     if config.split_column:
         texts = _texts(table, config.split_column, "data.split_column")
         given = np.asarray([part_called(text) for text in texts])
-        unknown = np.flatnonzero(~np.isin(given, PARTS))
+        unknown = np.flatnonzero(~np.isin(given, (*PARTS, UNUSED)))
         if len(unknown):
             raise ValueError(
                 f"{table.place(unknown[0])}: column {config.split_column!r} (data.split_column) says "
-                f"{str(given[unknown[0]])!r}; allowed are {', '.join((*PARTS, *ALIASES))}"
+                f"{str(given[unknown[0]])!r}; allowed are {', '.join((*PARTS, *ALIASES, UNUSED))}"
             )
         rows = {name: np.flatnonzero(given == name) for name in PARTS}
         if config.group:

@@ -21,6 +21,7 @@ def tune(
     seeds: int = 1,
     pruner: str = "median",
     quiet: bool = False,
+    prepared: str | Path | None = None,
 ) -> tuple[str, list[str]]:
     """Search; see above.
 
@@ -30,12 +31,13 @@ def tune(
         trials: how many there are to be, those of earlier calls included.
         seeds: runs of each.
         pruner: median, hyperband or none.
+        prepared: a prepared folder, laid over the configuration.
 
     Returns:
         what was found, in words; and what broke trials off.
     """
     started = time.monotonic()
-    plan = load_plan(path, overrides, trials, seeds, pruner)
+    plan = load_plan(path, overrides, trials, seeds, pruner, prepared)
     found = run_plan(plan, quiet)
     unit = plan.base.ranks.unit
     setting = " ".join(f"{key}={value}" for key, value in found.setting.items())

@@ -21,6 +21,7 @@ from ordinalclip.config import (
     parse_config,
     read_layers,
     read_overrides,
+    read_prepared,
     stack,
 )
 from ordinalclip.executors import Jobs, Where
@@ -192,12 +193,18 @@ class TuningPlan:
 
 
 def load_plan(
-    path: str | Path | None, overrides: Sequence[str] = (), trials: int = 20, seeds: int = 1, pruner: str = "median"
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    trials: int = 20,
+    seeds: int = 1,
+    pruner: str = "median",
+    prepared: str | Path | None = None,
 ) -> TuningPlan:
     """Read a configuration and what is searched of it.
 
     Args:
         overrides: ranges and choices; keys of a run; jobs and execution.
+        prepared: a prepared folder, laid over the configuration.
 
     Raises:
         ValueError: unknown keys or wrong values, nothing to search, a range of which the configuration refuses an end.
@@ -209,4 +216,6 @@ def load_plan(
     layers = read_layers(path)
     if any("methods" in layer.content for layer in layers):
         raise ValueError(f"{path} is a comparison: it searches for every method with its own key `search`")
+    if prepared is not None:
+        layers.append(read_prepared(prepared).layer)
     return TuningPlan([*layers, Layer("the command line", read_overrides(plain))], searched, options)
