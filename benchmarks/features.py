@@ -52,12 +52,12 @@ class Counted(Evaluator):
 def measured(config: RunConfig, folder: Path, **changes: Any) -> tuple[float, list[float]]:
     """Processor seconds of a run, and milliseconds of each of its steps."""
     content = config.model_dump()
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        content[section][name] = value
     content |= {"output_dir": str(folder), "overwrite": True}
     content["train"]["resume"] = "none"
     content["evaluation"] |= {"report": False, "test": True, "space": False}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        content[section][name] = value
     Counted.pictures = 0
     begun = time.process_time()
     train(RunConfig.model_validate(content), quiet=True)
@@ -98,7 +98,11 @@ def main() -> None:
             row["computed_s"] = cached + Counted.pictures * encoding
             if steps:
                 frozen = {"train__freeze": [*config.train.freeze, "encoder.*"], "model__features": "computed"}
-                short = {"train__max_steps": options.short, "data__split": (0.985, 0.005, 0.01)}
+                short = {
+                    "train__max_steps": options.short,
+                    "data__split": (0.05, 0.005, 0.945),
+                    "evaluation__test": False,
+                }
                 _, computed = measured(config, folder / "short", **frozen, **short)
                 row |= {"step_cached_ms": median(steps), "step_computed_ms": median(computed)}
                 row["computed_s"] += len(steps) * (row["step_computed_ms"] - row["step_cached_ms"]) / 1000
