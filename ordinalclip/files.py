@@ -17,8 +17,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 try:
     import fcntl
 except ImportError:  # Windows
@@ -56,6 +54,8 @@ def whole(target: Path) -> Iterator[Path]:
         aside.replace(target)
         _flush(target.parent)
     except BaseException as error:
+        from safetensors import SafetensorError  # which the command line's help does without
+
         with contextlib.suppress(OSError):
             _put_back(old, target)
             delete(aside)

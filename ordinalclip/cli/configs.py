@@ -43,7 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for kind, (folders, command) in GROUPS.items():
         found = {name: read_layers(name, EVERYWHERE) for name in shipped.names(folders)}
-        extended = {layer.name for layers in found.values() for layer in layers[:-1]}
+        extended = {  # what is there for others to start from says no folder of its own
+            layer.name for layers in found.values() for layer in layers[:-1] if "output_dir" not in layer.content
+        }
         runnable = {name: layers for name, layers in found.items() if layers[-1].name not in extended}
         width = max(map(len, runnable), default=0)
         print(command)
