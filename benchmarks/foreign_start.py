@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,17 +102,10 @@ def plan(seeds: int) -> Iterator[Run]:
     """All runs, the shorter ones first."""
     two, starts = ("coop", "ordinalclip"), ("published", "centred")
 
-    def grid(
-        data: str, texts: str, names: str, shots: tuple[int, ...], steps: int, starts: Any, lr: float = RATE
-    ) -> Any:
-        for text in texts.split():
-            for each in names.split():
-                for number in shots:
-                    for method in two:
-                        for start in starts:
-                            yield from (
-                                Run(data, text, each, method, number, steps, start, s, lr) for s in range(seeds)
-                            )
+    def grid(data: str, texts: str, names: str, shots: Any, steps: int, starts: Any, lr: float = RATE) -> Iterator[Run]:
+        settings = product(texts.split(), names.split(), shots, two, starts, range(FIRST_SEED, FIRST_SEED + seeds))
+        for text, each, number, method, start, seed in settings:
+            yield Run(data, text, each, method, number, steps, start, seed, lr)
 
     yield from grid("elpv", "tiny minilm", "functional whole digits", (0, 16), 60, starts)
     yield from grid("faces", "tiny", "digits words", (0, 4), 60, starts)
@@ -390,11 +384,10 @@ def page(found: dict[str, Score], runs: list[Run], files: dict[str, Path], seen:
         "`python benchmarks/foreign_start.py --elpv FOLDER --faces FOLDER --out benchmarks/results/foreign_start`; "
         f"{versions}; one thread a run; {seconds:.0f} processor seconds for the runs of the last call.",
         "",
-        f"MAE on a quarter of the pictures, mean ± standard deviation over {seeds} seeds of split, weights and "
-        "batches; p of the paired t-test over these seeds, not corrected for the number of settings. Splits overlap, so "
-        "p is too small rather than too large: read the settings together. Entropy is that of the distributions "
-        "before training, as a share of the uniform one's; NLL is after it. What the starts are is said at the top of the "
-        "script.",
+        f"MAE on a quarter of the pictures, mean ± standard deviation over {seeds} seeds of split, weights and batches; "
+        "p of the paired t-test over these seeds, not corrected for the number of settings. Splits overlap, so p is "
+        "too small rather than too large: read the settings together. Entropy is of the distributions before training, "
+        "as a share of the uniform one's; NLL is after it. The script says at its top what the starts are.",
         "",
     ]
     for start, other in (
