@@ -116,7 +116,7 @@ def plan(seeds: int) -> Iterator[Run]:
     yield from grid("elpv", "minilm", "functional", (0, 16), 60, ("ridge", "class names"))
     yield from grid("elpv", "tiny", "functional", (0,), 600, starts)
     yield from grid("faces", "minilm", "digits", (0,), 60, (*starts, "class names"))
-    yield from grid("elpv", "tiny minilm", "functional", (4, 1), 60, (*starts, "class names"))
+    yield from grid("elpv", "minilm", "functional", (4,), 60, ("centred", "class names"))
 
 
 def encode(folder: Path, data: str, into: Path) -> None:
