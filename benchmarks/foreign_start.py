@@ -116,7 +116,7 @@ def plan(seeds: int) -> Iterator[Run]:
     yield from grid("elpv", "minilm", "functional", (0, 16), 60, ("ridge", "class names"))
     yield from grid("elpv", "tiny", "functional", (0,), 600, starts)
     yield from grid("faces", "minilm", "digits", (0,), 60, (*starts, "class names"))
-    yield from grid("elpv", "minilm", "functional", (4,), 60, ("centred", "class names"))
+    yield from grid("elpv", "tiny minilm", "functional", (4, 1), 60, (*starts, "class names"))
 
 
 def encode(folder: Path, data: str, into: Path) -> None:
@@ -353,16 +353,16 @@ def against(table: dict[Cell, dict[str, np.ndarray]], start: str, other: str) ->
             lines.append(
                 f"| {data}, {names} | {text} | {method} | {shots or 'all'} | {steps} | {rate:g} | "
                 f"{two.mean():.3f} ± {two.std(ddof=1):.3f} | {one.mean():.3f} ± {one.std(ddof=1):.3f} | "
-                f"{p_value:.3f} | {entropies} | {likelihoods} |"
+                f"{p_value:.2g} | {entropies} | {likelihoods} |"
             )
             differences.append((one.mean() - two.mean()) / two.mean())
     if not lines:
         return []
     better = sum(difference < 0 for difference in differences)
-    p_value = wilcoxon(differences).pvalue if len(differences) > 5 else float("nan")
+    tested = f" (Wilcoxon over settings: p = {wilcoxon(differences).pvalue:.2g})" if len(differences) > 5 else ""
     said = (
         f"{start} against {other}: smaller MAE in {better} of {len(differences)} settings, "
-        f"{100 * float(np.mean(differences)):+.1f} % on average (Wilcoxon over settings: p = {p_value:.2g})."
+        f"{100 * float(np.mean(differences)):+.1f} % on average{tested}."
     )
     head = (
         f"| data, names | text | method | shots | steps | rate | MAE, {other} | MAE, {start} | p | entropy, {other} | "
@@ -371,7 +371,9 @@ def against(table: dict[Cell, dict[str, np.ndarray]], start: str, other: str) ->
     return [said, "", head, "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|", *lines, ""]
 
 
-def page(found: dict[str, Score], runs: list[Run], files: dict[str, Path], seen: list[str], seconds: float) -> str:
+def page(
+    found: dict[str, Score], runs: list[Run], files: dict[str, Path], seen: list[str], cost: tuple[int, float]
+) -> str:
     """README.md of the results."""
     table = cells(found, runs)
     seeds = len({run.seed for run in runs})
@@ -380,7 +382,7 @@ def page(found: dict[str, Score], runs: list[Run], files: dict[str, Path], seen:
         "# How heads start where image encoder and text tower are strangers",
         "",
         "`python benchmarks/foreign_start.py --elpv FOLDER --faces FOLDER --out benchmarks/results/foreign_start`; "
-        f"{versions}; one thread a run; {seconds:.0f} processor seconds for the runs of the last call.",
+        f"{versions}; {len(runs)} runs of one thread each, the last {cost[0]} in {cost[1]:.0f} processor seconds.",
         "",
         f"MAE on a quarter of the pictures, mean ± standard deviation over {seeds} seeds (split, weights, batches); "
         "p of the paired t-test over these seeds, not corrected for the number of settings. Splits overlap, so p is "
@@ -461,7 +463,7 @@ def main() -> None:
             found[row_key(run)], spent = score, spent + seconds
             with open(table, "a", encoding="utf-8") as lines:
                 lines.write(",".join([row_key(run), *(f"{number:.6g}" for number in score)]) + "\n")
-    text = page(found, runs, files, photograph_lines(["minilm", "tiny"]), spent)
+    text = page(found, runs, files, photograph_lines(["minilm", "tiny"]), (len(missing), spent))
     (arguments.out / "README.md").write_text(text, encoding="utf-8")
     print(text)
 
