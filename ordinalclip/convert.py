@@ -206,6 +206,7 @@ def read_ordinalclip(file: str | Path, state: Mapping[str, Tensor], config: RunC
         "num_context": context.shape[-2],
         "tokens_per_rank": rank.shape[1],
         "rank_specific_context": context.ndim == 3,
+        "centred": False,  # the published code compares with the prototypes as they are, projected or not
     }
     if config.method == "ordinalclip":
         head |= {"num_base_ranks": len(rank), "init_from_names": False}

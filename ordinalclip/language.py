@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
 from ordinalclip.text import TextTower
 
 PLACE = re.compile(r"\{(name|unit)\}")
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # of CLIP's training (Radford et al., 2021, section 2.5)
 
 
 class SimilarityHead(Head):
@@ -129,6 +131,12 @@ class PromptHead(SimilarityHead):
     Trained: context, rank embeddings and, when the image features live in another space than the text features, a
     linear projection.
 
+    The texts of neighbouring ranks say nearly the same: the cosine of their features is 0.9 to 0.9999. In a CLIP's own
+    space images are where such cosines tell them apart. A projection that starts at random is not: distributions are
+    flat, and the gradient is that of what all ranks share. There the mean over the ranks is taken from the prototypes,
+    so that what differs between ranks is all that an image is compared with, and the temperature is the one that
+    CLIP's own training starts from, not the one that it ended with (benchmarks/results/foreign_start).
+
     Args:
         num_base_ranks, interpolation: see `PromptLearner`.
         prompt: a sentence to start the context from, e.g. "the age of the person is"; default: random.
@@ -138,6 +146,7 @@ class PromptHead(SimilarityHead):
         rank_specific_context: a context of its own for every rank instead of a shared one.
         init_from_names: start rank embeddings from the names of the ranks instead of at random.
         learn_logit_scale: whether the temperature learns too.
+        centred: start as said above; default: where there is a projection. The published code never does.
         activation_checkpointing: compute the text tower's activations again in the backward pass: less memory.
 
     Raises:
@@ -159,14 +168,17 @@ class PromptHead(SimilarityHead):
         rank_specific_context: bool = False,
         init_from_names: bool = False,
         learn_logit_scale: bool = False,
+        centred: bool | None = None,
         activation_checkpointing: bool = False,
         **shared: Any,
     ):
         text = _text_tower(context, self)
         super().__init__(context, None if context.shared_space else text.output_dim, **shared)
+        self.centred = not context.shared_space if centred is None else centred
         self.text = text
         self.text.activation_checkpointing = activation_checkpointing
-        scale = nn.Parameter(torch.tensor(float(context.logit_scale)), requires_grad=learn_logit_scale)
+        logit_scale = INITIAL_LOGIT_SCALE if self.centred else context.logit_scale
+        scale = nn.Parameter(torch.tensor(float(logit_scale)), requires_grad=learn_logit_scale)
         self.logit_scale: nn.Parameter = scale
         self.learner = PromptLearner(
             text,
@@ -182,7 +194,11 @@ class PromptHead(SimilarityHead):
         )
 
     def rank_prototypes(self) -> Tensor:
-        return self.text(self.learner())
+        prototypes = self.text(self.learner())
+        if not self.centred:
+            return prototypes
+        prototypes = normalize(at_least_float32(prototypes), dim=-1)
+        return prototypes - prototypes.mean(dim=0)
 
     def prompt_parameters(self) -> list[nn.Parameter]:
         return [*self.learner.parameters(), self.logit_scale]
