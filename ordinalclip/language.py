@@ -131,7 +131,7 @@ class PromptHead(SimilarityHead):
     Trained: context, rank embeddings and, when the image features live in another space than the text features, a
     linear projection.
 
-    The texts of neighbouring ranks say nearly the same: the cosine of their features is 0.9 to 0.9999. In a CLIP's own
+    The texts of neighbouring ranks often say nearly the same: cosines of 0.9 to 0.9999. In a CLIP's own
     space images are where such cosines tell them apart. A projection that starts at random is not: distributions are
     flat, and the gradient is that of what all ranks share. There the mean over the ranks is taken from the prototypes,
     so that what differs between ranks is all that an image is compared with, and the temperature is the one that

@@ -73,7 +73,6 @@ def error(head, others):
     return (head.eval().predict(head(features)).value - truth.values).abs().mean().item()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_sixty_steps_beat_a_constant_answer(method):
     """In the mean over seeds of weights and pictures; as published, they nearly end there."""
