@@ -18,6 +18,7 @@ from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
 from ordinalclip.text import TextTower
 
 PLACE = re.compile(r"\{(name|unit)\}")
+ROUNDING = 1e-5  # of unit vectors in float32
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # of CLIP's training (Radford et al., 2021, section 2.5)
 
 
@@ -198,7 +199,8 @@ class PromptHead(SimilarityHead):
         if not self.centred:
             return prototypes
         prototypes = normalize(at_least_float32(prototypes), dim=-1)
-        return prototypes - prototypes.mean(dim=0)
+        apart = prototypes - prototypes.mean(dim=0)
+        return apart * (apart.norm(dim=-1, keepdim=True) > ROUNDING)  # or equal prompts would be told apart by it
 
     def prompt_parameters(self) -> list[nn.Parameter]:
         return [*self.learner.parameters(), self.logit_scale]

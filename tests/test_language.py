@@ -104,3 +104,11 @@ def test_what_is_deployed_answers_as_what_was_trained(method, tmp_path):
             form.save_pretrained(tmp_path / name)
             loaded = OrdinalModel.from_pretrained(tmp_path / name).eval()
             assert torch.allclose(loaded(pixels).probabilities, expected, atol=1e-5)
+
+
+def test_ranks_of_equal_prompts_are_not_told_apart():
+    """One base rank: nothing differs between the ranks but rounding, which is no reason for an answer."""
+    head = stranger("ordinalclip", init_from_names=False, num_base_ranks=1).eval()
+    features, _ = pictures(20, seed=1)
+    with torch.no_grad():
+        assert torch.allclose(head(features)["logits"].softmax(dim=1), torch.full((20, 4), 0.25))
