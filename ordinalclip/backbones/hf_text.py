@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from ordinalclip.backbones.base import Backbone, Request, fetching
 from ordinalclip.files import check_no_code, read_json, read_json_object
 from ordinalclip.images import PixelSpec
+from ordinalclip.progress import without_bars
 from ordinalclip.text_encoders import EncoderTower, longest_text
 from ordinalclip.tokenization import TextPooling, load_tokenizer
 from ordinalclip.weights import read_weights
@@ -95,9 +97,10 @@ def with_weights(name: str, config: Any) -> tuple[Any, bool]:
     Raises:
         ValueError: weights that are pickled, cannot be had, or lack more than a pooler.
     """
-    if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
+    here = Path(name).is_dir()
+    if here and not list(Path(name).glob("*.safetensors")):
         raise ValueError(f"backbone hf:{name}: the folder holds no .safetensors; pickled weights are not read")
-    with fetching(f"hf:{name}"):
+    with fetching(f"hf:{name}"), without_bars() if here else nullcontext():
         model, found = model_class(config).from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
