@@ -14,7 +14,7 @@ from conftest import image_folder, log_of, losses_of, without_times  # noqa: F40
 
 from ordinalclip.cli import main
 from ordinalclip.config import load_config
-from ordinalclip.files import lock
+from ordinalclip.files import ASIDE, lock
 from ordinalclip.images import Augmentation, PixelSpec
 from ordinalclip.model import Encoder
 from ordinalclip.runs import evaluate_run
@@ -337,6 +337,19 @@ def test_processes_share_the_work_and_the_features(quick, cache):
     assert np.abs(losses_of("several") / losses_of(single) - 1).max() < 1e-8
 
 
+def test_what_is_not_written_to_its_end_is_not_read(quick, cache):
+    """It may be another process's that is still writing; a job that computes features deletes it."""
+    options = ("method=l1", "data.views=1", "data.split_seed=1", *CACHED)
+    train(quick(*options), quiet=True)
+    (store,) = cache.iterdir()
+    partial = store / f"{ASIDE}abc.safetensors"
+    partial.write_bytes(b"half")
+    train(quick(*options, "output_dir=second"), quiet=True)
+    assert partial.exists()
+    train(quick(*options, "data.num_test=20", "output_dir=third"), quiet=True)
+    assert not partial.exists()
+
+
 def test_rows_are_where_they_belong(quick, cache):
     """Each picture's features are those of its own pixels, after rows came in several draws and files."""
     from conftest import learner_of
@@ -384,6 +397,15 @@ def test_encoders_own_dropout_is_spoken_of(quick, caplog):
     learner.model.encoder.tower.add_module("noise", torch.nn.Dropout(0.5))
     preparation.prepare_model(learner.model, config, 1, False)
     assert "1 dropout layers of the encoder do nothing in training" in caplog.text
+
+
+def test_equal_views_are_spoken_of(quick, caplog):
+    from conftest import learner_of
+
+    for method, views, said in (("rank_n_contrast", 1, True), ("rank_n_contrast", 2, False), ("l1", 1, False)):
+        caplog.clear()
+        learner_of(quick(f"method={method}", f"data.views={views}"))
+        assert ("all the same with data.views=1" in caplog.text) == said
 
 
 def test_listed_and_cleared(quick, cache, capsys):

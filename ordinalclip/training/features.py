@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Part
-from ordinalclip.files import FolderInUse, delete, lock, read_json, whole, write_json
+from ordinalclip.files import ASIDE, FolderInUse, delete, lock, read_json, whole, write_json
 from ordinalclip.images import Augmentation
 from ordinalclip.losses import at_least_float32
 from ordinalclip.model import OrdinalModel
@@ -206,7 +206,9 @@ class Store:
         self.names: set[str] = set()
 
     def begin(self, content: dict[str, Any]) -> dict[bytes, tuple[int, int]]:
-        """The folder is there, with its key. Gives the places of what it holds already."""
+        """The folder is there, with its key and without what a killed job did not finish. Gives the places of the rest."""
+        for path in self.folder.glob(f"{ASIDE}*"):
+            delete(path)
         if not (self.folder / KEY_FILE).is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / KEY_FILE, content)
@@ -224,7 +226,7 @@ class Store:
             raise ValueError(f"{self.folder / KEY_FILE}: these are features of something else; {_cure(self.folder)}")
         os.utime(self.folder / KEY_FILE)  # when they were used last
         for path in sorted(self.folder.glob(f"*{ENDING}")):
-            if path.name not in self.names:
+            if path.name not in self.names and not path.name.startswith(ASIDE):  # which another process is writing
                 pictures, features = read_features(path, self.folder.name)
                 self.names.add(path.name)
                 number = len(self.files)

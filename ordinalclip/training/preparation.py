@@ -81,6 +81,8 @@ def prepare_model(
     noises = use_sample_noise(encoder, config.seed)
     if cached and (silent := [noise for noise in noises if noise.p and noise is not encoder.dropout]):
         logger.warning("model.features=cached: %d dropout layers of the encoder do nothing in training", len(silent))
+    if model.head.views > 1 and config.data.views == 1:
+        logger.warning("method %s compares views of a picture, which are all the same with data.views=1", config.method)
     head_noises = use_sample_noise(model.head, config.seed, len(noises))
     if inexact := inexact_dropout(model):
         logger.warning("dropout of these layers depends on processes and micro-batches: %s", ", ".join(inexact))
