@@ -206,7 +206,7 @@ class Store:
         self.names: set[str] = set()
 
     def begin(self, content: dict[str, Any]) -> dict[bytes, tuple[int, int]]:
-        """The folder is there, with its key and without what a killed job did not finish. Gives the places of the rest."""
+        """The folder is there, with its key, without what a killed job did not finish. Gives the places of the rest."""
         for path in self.folder.glob(f"{ASIDE}*"):
             delete(path)
         if not (self.folder / KEY_FILE).is_file():
