@@ -19,6 +19,7 @@ from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.distributed import from_main, held, make_accelerator
 from ordinalclip.training.evaluation import Evaluator, metrics_of
 from ordinalclip.training.interruption import Watch, unwatched
+from ordinalclip.training.preparation import use_precision
 from ordinalclip.training.trainer import run_training
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def evaluate_run(
     config = config or run.read_config(overrides)
     head_class(config.method)  # a method of one's own, which a model's files may not import by themselves
     accelerator = make_accelerator(config.train.mixed_precision)
+    use_precision(config.train)
     with held(run, accelerator) if kept else nullcontext():
         parts = parts or load_parts(config.data, config.ranks, config.seed)
         if kept and (changed := from_main(accelerator, partial(_changed, run, parts))):

@@ -182,6 +182,30 @@ def test_weights_and_augmentation_are_told_apart(quick, cache):
     assert features.weights_digest(model) != before
 
 
+def test_settings_that_a_module_does_not_show_are_told_apart():
+    """Attention in other numbers of heads has weights of the same shapes, and the same text."""
+    from types import SimpleNamespace
+
+    from timm.models.vision_transformer import Attention
+
+    digests = set()
+    for heads in (2, 4, 4):
+        torch.manual_seed(0)
+        digests.add(features.weights_digest(SimpleNamespace(encoder=SimpleNamespace(tower=Attention(8, heads)))))
+    assert len(digests) == 2
+
+
+def test_only_files_with_wanted_pictures_stay_open(quick, cache):
+    from conftest import learner_of
+
+    options = ("method=l1", "data.views=1", "data.split_seed=1", *CACHED)
+    for number in (20, 30, 40):
+        train(quick(*options, f"data.num_train={number}", f"output_dir={number}"), quiet=True)
+    learner = learner_of(quick(*options, "data.num_train=20"))
+    cached = FeatureCache(learner.model, quick(*options), learner.accelerator, quiet=True)
+    assert len(cached.evaluated(learner.train).files) < len(files_of(cache))
+
+
 def test_fixed_views_follow_the_picture_alone(image_folder):  # noqa: F811
     """Not the row, the seed or the step; every number is a view of its own, and the stream takes them in turn."""
     table = ["data.source=table", f"data.root={image_folder}", "data.table=labels.csv", "data.image_column=file"]
@@ -412,6 +436,8 @@ def test_listed_and_cleared(quick, cache, capsys):
     assert main(["features"]) == 0
     assert f"{features_folder()}: 0.0 MB" in capsys.readouterr().out
     train(quick("method=l1", "data.views=2", "data.augment.flip=true", *CACHED), quiet=True)
+    os.utime(next(iter(cache.iterdir())) / "key.json", (0, 0))
+    assert [kept.used for kept in kept_features()] == [kept.used for kept in kept_features()]
     assert len(kept_features()) == 3
     assert main(["features"]) == 0
     said = capsys.readouterr().out

@@ -487,3 +487,63 @@ def test_the_page_has_every_recipe_with_its_licence():
             None
         }:
             assert f"{number:,}" in page or name == "hci" or name == "idrid", (name, number)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_folder_above_the_download_gives_the_same_split(name, made, tmp_path):
+    """What is drawn hangs on names below the download's own folders alone."""
+    root, _ = made
+    MAKERS[name](tmp_path / "somewhere" / "else" / "download")
+    prepare(name, tmp_path / "somewhere", tmp_path / "deep", quiet=True)
+    shallow, deep = (
+        {row["image"].rpartition("/")[2]: row for row in table(at)} for at in (root / name, tmp_path / "deep")
+    )
+    assert shallow.keys() == deep.keys()
+    for key, row in shallow.items():
+        assert {**row, "image": ""} == {**deep[key], "image": ""}
+
+
+@pytest.mark.parametrize(
+    "name, folder", [("aptos", "train_images"), ("idrid", "a. Training Set"), ("adience", "aligned"), ("rsna", "")]
+)
+def test_two_pictures_of_one_name_are_refused(name, folder, tmp_path):
+    """A folder of thumbnails inside that of the pictures, which would be taken for some of them."""
+    MAKERS[name](tmp_path / "download")
+    pictures = sorted(path for path in (tmp_path / "download").rglob("*.*g") if folder in path.as_posix())
+    first = next(path for path in pictures if "training" in path.as_posix().lower() or name != "rsna")
+    small = first.parent / "small" / first.name
+    if name == "adience":  # known by user and name
+        small = first.parent.parent / "small" / first.parent.name / first.name
+    small.parent.mkdir(parents=True)
+    shutil.copy(first, small)
+    with pytest.raises(LayoutError, match=f"both .*{re.escape(first.name)} and .*{re.escape(first.name)} are there"):
+        prepare(name, tmp_path / "download", tmp_path / "prepared", quiet=True)
+
+
+def test_folders_above_do_not_say_the_part_of_rsna(tmp_path):
+    MAKERS["rsna"](tmp_path / "latest")
+    said = prepare("rsna", tmp_path, tmp_path.parent / "prepared-rsna", quiet=True)
+    assert "challenge" in " ".join(said)
+
+
+def test_a_file_of_ones_own_in_a_prepared_folder_is_never_replaced(tmp_path):
+    downloads.elpv(tmp_path / "one")
+    downloads.aptos(tmp_path / "two")
+    prepare("elpv", tmp_path / "one", tmp_path / "prepared", quiet=True)
+    mine = tmp_path / "prepared" / "mine.yaml"
+    mine.write_text("extends: data.yaml\n")
+    with pytest.raises(FileExistsError, match=r"mine\.yaml is not of a prepared folder"):
+        prepare("aptos", tmp_path / "two", tmp_path / "prepared", overwrite=True, quiet=True)
+    assert mine.exists()
+    mine.unlink()
+    prepare("aptos", tmp_path / "two", tmp_path / "prepared", overwrite=True, quiet=True)
+    assert not (tmp_path / "prepared" / "seeds.yaml").exists()
+
+
+@pytest.mark.parametrize("name, file", [("elpv", "labels.csv"), ("utkface", "utk_train.csv")])
+def test_text_that_is_not_utf_8_is_refused_by_name(name, file, tmp_path):
+    MAKERS[name](tmp_path / "download")
+    (found,) = (tmp_path / "download").rglob(file)
+    found.write_bytes("é".encode("latin-1") + found.read_bytes())
+    with pytest.raises(ValueError, match=f"{file}: not a text in UTF-8"):
+        prepare(name, tmp_path / "download", tmp_path / "prepared", quiet=True)

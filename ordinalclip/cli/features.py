@@ -24,14 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ordinalclip.files import FolderInUse
     from ordinalclip.training.features import clear_features, features_folder, kept_features
 
     kept = kept_features()
     if arguments.what == "clear":
-        chosen = _chosen(arguments.keys, kept)
-        for each in chosen:
-            clear_features(each.folder)
-        print(f"{len(chosen)} deleted, {_megabytes(sum(each.size for each in chosen))} MB")
+        deleted, used = [], []
+        for each in _chosen(arguments.keys, kept):
+            try:
+                clear_features(each.folder)
+                deleted.append(each)
+            except FolderInUse as error:
+                used.append(error)
+        print(f"{len(deleted)} deleted, {_megabytes(sum(each.size for each in deleted))} MB")
+        if used:
+            raise used[0]
         return 0
     if arguments.keys:
         raise ValueError(f"{arguments.keys[0]!r}: `ordinalclip features` lists all; features clear KEY deletes")

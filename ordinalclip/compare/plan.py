@@ -308,7 +308,8 @@ def _check_pictures(config: CompareConfig, source: str, recipe: str, overrides: 
         return
     if recipe:
         raise ValueError(f"{source} compares on {config.recipe}; the folder of --data holds {recipe}")
-    if not read_overrides(overrides).get("data", {}).keys() & {"table", "train_table", "hub"}:
+    data = read_overrides(overrides).get("data")
+    if not isinstance(data, dict) or not data.keys() & {"table", "train_table", "hub"}:
         raise ValueError(
             f"{source} needs prepared pictures: `ordinalclip prepare {config.recipe}` says which; "
             f"`ordinalclip prepare {config.recipe} --from DOWNLOAD --to FOLDER`, then add --data FOLDER"

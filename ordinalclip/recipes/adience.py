@@ -29,7 +29,7 @@ def read(download: Download) -> Reading:
     folder = next((name for name in FACES if download.below(name)), None)
     if folder is None:
         raise download.lacks("aligned/USER/landmark_aligned_face.*.jpg or faces/USER/coarse_tilt_aligned_face.*.jpg")
-    there = {"/".join(path.rsplit("/", 2)[1:]): path for path in download.below(folder)}
+    there = download.named(download.below(folder), lambda path: "/".join(path.rsplit("/", 2)[-2:]))
     rows, listed, ageless, between = [], [], 0, 0
     for fold, table in enumerate(tables):
         for place, cells in download.table(table, COLUMNS, "\t"):

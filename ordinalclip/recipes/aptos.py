@@ -17,7 +17,7 @@ FOLDS = tuple(f"fold_{fold}" for fold in range(5))
 def read(download: Download) -> Reading:
     file = download.file("train.csv")
     entries = download.table(file, ["id_code", "diagnosis"])
-    there = {stem(path): path for path in download.below("train_images")}
+    there = download.named(download.below("train_images"), stem)
     if not there:
         raise download.lacks("pictures in train_images/")
     download.all_there(once((place, cells["id_code"]) for place, cells in entries), there)

@@ -225,6 +225,31 @@ class Download:
         wanted = folder.lower()
         return [name for name in self.pictures if wanted in name.lower().split("/")[:-1]]
 
+    def named(self, pictures: Iterable[str], name: Callable[[str], str]) -> dict[str, str]:
+        """Paths of pictures by their names.
+
+        Raises:
+            LayoutError: two are called alike.
+        """
+        there: dict[str, str] = {}
+        for path in pictures:
+            if there.setdefault(name(path), path) != path:
+                raise LayoutError(
+                    f"{self.root}: both {there[name(path)]} and {path} are there; which is it? Give one alone"
+                )
+        return there
+
+    def text(self, file: Path) -> str:
+        """The content of a text file.
+
+        Raises:
+            ValueError: not UTF-8.
+        """
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file}: not a text in UTF-8") from None
+
     def one_folder(self, pictures: Iterable[str], preferred: str = "") -> list[str]:
         """Of pictures those in one folder: the one that is called so, or the only one.
 

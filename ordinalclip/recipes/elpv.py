@@ -15,7 +15,7 @@ LEVELS = 3
 def read(download: Download) -> Reading:
     file = download.file("labels.csv")
     entries = []
-    for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for line, text in enumerate(download.text(file).splitlines(), 1):
         cells, place = text.split(), f"{file}, line {line}"
         if not cells:
             continue

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ordinalclip.recipes.base import TEST, TRAIN, VALIDATION, Copies, Download, Protocol, Reading, Recipe, Row
-from ordinalclip.recipes.parts import digest, two_labels
+from ordinalclip.recipes.parts import digest, inner_names, two_labels
 
 DECADES = ("1930s", "1940s", "1950s", "1960s", "1970s")
 DRAWS = tuple(f"draw_{draw}" for draw in range(10))
@@ -37,9 +37,11 @@ def draw(rows: Sequence[Row], columns: Sequence[str], copies: Copies) -> None:
     odd = two_labels(rows, copies)
     first = {copies.of[path]: path for group in copies.groups for path in [min(group)]}
     mine = [row for row in rows if row.path not in odd and first.get(copies.of.get(row.path, -1), row.path) == row.path]
+    names = {row.path: name for row, name in zip(mine, inner_names(mine), strict=True)}
     for column in columns:
         for label in sorted({row.label for row in mine}):
-            members = sorted((row for row in mine if row.label == label), key=lambda row: digest(column + row.path))
+            members = [row for row in mine if row.label == label]
+            members.sort(key=lambda row: digest(column + names[row.path]))
             tested = max(1, round(TESTED * len(members) / EACH))
             validated = max(1, round(VALIDATED * len(members) / EACH))
             for place, row in enumerate(members):

@@ -26,7 +26,7 @@ def read(download: Download) -> Reading:
         wanted = {cells[NAME] for _, cells in entries}
         pictures = [path for path in download.below(folder) if stem(path) in wanted]
         grading = [path for path in pictures if "grading" in path.lower()] or pictures
-        there = {stem(path): path for path in grading}
+        there = download.named(grading, stem)
         if not there:
             raise download.lacks(f"pictures in {folder}/")
         download.all_there(once((place, cells[NAME]) for place, cells in entries), there)

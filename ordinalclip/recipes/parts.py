@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -105,8 +106,9 @@ def deal(rows: Sequence[Row], copies: Copies, shares: Sequence[float], salt: str
 
     def order(members: list[int]) -> tuple[float, str]:
         middle = sorted(rows[place].label for place in members)[len(members) // 2]
-        return middle, digest(salt + min(rows[place].subject or rows[place].path for place in members))
+        return middle, digest(salt + min(rows[place].subject or names[place] for place in members))
 
+    names = inner_names(rows)
     piles, sizes, done = [0] * len(rows), [0] * len(shares), 0
     for members in sorted(units.values(), key=order):
         done += len(members)
@@ -116,6 +118,12 @@ def deal(rows: Sequence[Row], copies: Copies, shares: Sequence[float], salt: str
         for place in members:
             piles[place] = pile
     return piles
+
+
+def inner_names(rows: Sequence[Row]) -> list[str]:
+    """Paths from the deepest folder that holds all rows: the same, whichever folder above it is the download."""
+    folder = posixpath.commonpath([posixpath.dirname(row.path) for row in rows]) if rows else ""
+    return [row.path[len(folder) :].lstrip("/") for row in rows]
 
 
 def digest(text: str) -> str:

@@ -273,6 +273,7 @@ def _files(
         "citation": made.citation,
         "homepage": made.homepage,
         "caveats": list(made.caveats),
+        "files": sorted(files),
     }
     files[RECORD] = json.dumps(record, indent=2) + "\n"
     return files
@@ -405,17 +406,19 @@ def _write(target: Path, files: dict[str, str], overwrite: bool) -> None:
         ours = RECORD in there
         if not ours:
             raise FileExistsError(f"{target} holds {there[0]} already; name another folder (--to)")
-        same = all((target / name).is_file() and (target / name).read_text() == text for name, text in files.items())
+        same = all(
+            (target / name).is_file() and (target / name).read_bytes() == text.encode() for name, text in files.items()
+        )
         if same:
             return
-        was = read_json_object(target / RECORD).get("recipe")
+        record = read_json_object(target / RECORD)
+        was = record.get("recipe")
         if not overwrite:
             raise FileExistsError(
                 f"{target} holds {was} prepared from other files or in another way; --overwrite replaces it, another "
                 "folder leaves it alone"
             )
-        known = {*files, *(name for name in there if name.endswith(".yaml"))}
-        if foreign := [name for name in there if name not in known]:
+        if foreign := sorted(set(there) - {RECORD, *record.get("files", [])}):
             raise FileExistsError(f"{target / foreign[0]} is not of a prepared folder, which is therefore not replaced")
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole(target) as aside:

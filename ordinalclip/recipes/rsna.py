@@ -43,6 +43,15 @@ TABLES = {  # names of the table, its columns of pictures and labels, and what t
 FOLDS = tuple(f"fold_{fold}" for fold in range(5))
 
 
+def _part_of(path: str) -> str | None:
+    """The part whose pictures a folder holds, by the innermost that says so."""
+    for folder in reversed(path.lower().split("/")[:-1]):
+        for part, (_, _, _, word) in TABLES.items():
+            if word in folder:
+                return part
+    return None
+
+
 def read(download: Download) -> Reading:
     rows: list[Row] = []
     lacking = []
@@ -51,11 +60,7 @@ def read(download: Download) -> Reading:
             lacking.append(names[0])
             continue
         file = download.file(*names)
-        there = {
-            stem(path): path
-            for path in download.pictures
-            if any(folder in place.lower() for place in path.split("/")[:-1])
-        }
+        there = download.named((path for path in download.pictures if _part_of(path) == part), stem)
         if not there:
             raise download.lacks(f"pictures of {file.name} in a folder with {folder!r} in its name")
         entries = download.table(file, [picture, label])

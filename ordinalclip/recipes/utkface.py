@@ -60,7 +60,7 @@ def _coral(download: Download, rows: list[Row]) -> bool:
     for part, file in lists.items():
         if file is None:
             raise download.lacks(f"{LISTS[part][0]} beside the other list of the CORAL split")
-        column = "file" if "file" in file.open(encoding="utf-8-sig").readline().strip().split(",") else "filename"
+        column = "file" if "file" in download.text(file).partition("\n")[0].strip().split(",") else "filename"
         entries = download.table(file, [column, "age"])
         places = once((place, _name(cells[column])) for place, cells in entries)
         download.all_there(places, by_name)

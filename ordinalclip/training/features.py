@@ -15,9 +15,9 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +125,8 @@ class FeatureCache:
         """The store of a view, with all pictures of a part in it."""
         content = self._key(view, mirrored)
         store = Store(features_folder() / key_of(content))
+        with suppress(OSError):  # when they were used last; in a folder of somebody else's it cannot be noted
+            os.utime(store.folder / KEY_FILE)
         if from_main(self.accelerator, lambda: _first_of(digests, store.read(content))):
             with self._alone(store):
                 lacking = from_main(self.accelerator, lambda: _first_of(digests, store.begin(content)))
@@ -139,7 +141,9 @@ class FeatureCache:
 
     def _key(self, view: int | None, mirrored: bool) -> dict[str, Any]:
         """All that features depend on beside the picture, as JSON data."""
-        config, options = self.model.config, self.config.train
+        config, options, backends = self.model.config, self.config.train, torch.backends
+        tf32 = [backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32]
+        registered = [point.dist for point in entry_points(group="ordinalclip.backbones") if point.dist is not None]
         return {
             "format": FORMAT,
             "encoder": config.backbone,
@@ -148,8 +152,11 @@ class FeatureCache:
             "pixels": json.loads(json.dumps(asdict(config.pixel_spec))),
             "view": None if view is None else {"number": view, **json.loads(json.dumps(asdict(self.augmentation)))},
             "mirror": list(config.mirror or []) if mirrored else [],
-            "numbers": [options.precision, options.mixed_precision, options.tf32, self.accelerator.device.type],
-            "versions": {name: version(name) for name in LIBRARIES},
+            "numbers": [options.precision, options.mixed_precision, *tf32, self.accelerator.device.type],
+            "versions": {
+                **{name: version(name) for name in LIBRARIES},
+                **{package.name: package.version for package in registered},
+            },
         }
 
     @contextmanager
@@ -196,14 +203,13 @@ class Store:
 
     Attributes:
         places: (file, row) of every picture, by its digest.
-        files: the features of each file, memory-mapped.
+        files: by number.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.places: dict[bytes, tuple[int, int]] = {}
-        self.files: list[np.ndarray] = []
-        self.names: set[str] = set()
+        self.files: list[Path] = []
 
     def begin(self, content: dict[str, Any]) -> dict[bytes, tuple[int, int]]:
         """The folder is there, with its key, without what a killed job did not finish. Gives the places of the rest."""
@@ -224,13 +230,11 @@ class Store:
             return self.places
         if read_json(self.folder / KEY_FILE) != content:
             raise ValueError(f"{self.folder / KEY_FILE}: these are features of something else; {_cure(self.folder)}")
-        os.utime(self.folder / KEY_FILE)  # when they were used last
         for path in sorted(self.folder.glob(f"*{ENDING}")):
-            if path.name not in self.names and not path.name.startswith(ASIDE):  # which another process is writing
-                pictures, features = read_features(path, self.folder.name)
-                self.names.add(path.name)
+            if path not in self.files and not path.name.startswith(ASIDE):  # which another process is writing
+                pictures, _ = read_features(path, self.folder.name)
                 number = len(self.files)
-                self.files.append(features)
+                self.files.append(path)
                 for row, digest in enumerate(pictures):
                     self.places.setdefault(digest.tobytes(), (number, row))
         return self.places
@@ -251,13 +255,7 @@ def read_features(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
         ValueError: it is damaged, or of another key.
     """
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 0 < size <= 1 << 20:
-                raise ValueError("no header")
-            header = json.loads(file.read(size))
-        metadata = header["__metadata__"]
-        pictures, features = (_mapped(path, 8 + size, header[name]) for name in ("pictures", "features"))
+        metadata, pictures, features = _mapped(path)
         if pictures.shape != (len(features), DIGEST) or pictures.dtype != np.uint8 or features.dtype.kind != "f":
             raise ValueError("its parts do not belong together")
         if metadata["content"] != _checksum(pictures, features):
@@ -269,9 +267,19 @@ def read_features(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     return pictures, features
 
 
-def _mapped(path: Path, begin: int, entry: dict[str, Any]) -> np.ndarray:
+def _mapped(path: Path) -> tuple[dict[str, str], np.ndarray, np.ndarray]:
+    """Metadata, pictures and features of a file, by its header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 0 < size <= 1 << 20:
+            raise ValueError("no header")
+        header = json.loads(file.read(size))
     dtypes = {"F32": np.float32, "F64": np.float64, "U8": np.uint8}
-    return np.memmap(path, dtypes[entry["dtype"]], "r", begin + entry["data_offsets"][0], tuple(entry["shape"]))
+    pictures, features = (
+        np.memmap(path, dtypes[entry["dtype"]], "r", 8 + size + entry["data_offsets"][0], tuple(entry["shape"]))
+        for entry in (header["pictures"], header["features"])
+    )
+    return header["__metadata__"], pictures, features
 
 
 def _checksum(pictures: np.ndarray, features: np.ndarray) -> str:
@@ -295,12 +303,14 @@ def _first_of(digests: Sequence[bytes], known: dict[bytes, Any]) -> list[int]:
 
 
 def _joined(stores: Sequence[Store], digests: Sequence[bytes]) -> Rows:
+    """Only files that hold a wanted picture are mapped, since each takes a descriptor."""
     files: list[np.ndarray] = []
     places = np.empty((len(digests), len(stores), 2), np.int64)
     for view, store in enumerate(stores):
         places[:, view] = [store.places[digest] for digest in digests]
+        wanted, places[:, view, 0] = np.unique(places[:, view, 0], return_inverse=True)
         places[:, view, 0] += len(files)
-        files += store.files
+        files += [_mapped(store.files[number])[2] for number in wanted]
     return Rows(files, places[..., 0], places[..., 1])
 
 
@@ -321,6 +331,10 @@ def weights_digest(model: OrdinalModel) -> str:
     """A hash of an image encoder: its parts with their settings, and its weights."""
     tower = model.encoder.tower
     digest = hashlib.blake2b(repr(tower).encode())
+    for name, module in tower.named_modules():  # what a module does not show: its number of heads
+        settings = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+        settings = {key: value for key, value in settings.items() if key != "training" and not key.startswith("_")}
+        digest.update(f"{name} {sorted(settings.items())}".encode())
     for name, tensor in tower.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -354,8 +368,11 @@ def kept_features() -> list[Kept]:
 
 
 def _kept(folder: Path) -> Kept:
-    files = [path for path in folder.glob("*") if path.is_file()]
-    size, used = sum(path.stat().st_size for path in files), max((p.stat().st_mtime for p in files), default=0.0)
+    size, used = 0, 0.0
+    for path in folder.glob("*"):
+        with suppress(FileNotFoundError):  # another process has just finished or deleted it
+            about = path.stat()
+            size, used = size + about.st_size, max(used, about.st_mtime)
     store = Store(folder)
     content: dict[str, Any] = {}
     try:
@@ -377,4 +394,5 @@ def clear_features(folder: Path) -> None:
         for path in folder.glob("*"):
             if path.name != LOCK_FILE:
                 delete(path)
-    folder.rmdir()
+    with suppress(OSError):  # a job that computes them anew has just begun
+        folder.rmdir()
