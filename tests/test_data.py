@@ -29,6 +29,16 @@ def parts_of(root, ranks=None, seed=1, **options):
     return load_parts(DataConfig(**options), RanksConfig(**(ranks or {})), seed)
 
 
+def test_rows_that_a_split_column_leaves_out_are_counted(image_folder, caplog):
+    table = image_folder / "labels.csv"
+    names = ["part", "train", "train", "train", "test", "unused", "unused"]
+    lines = zip(table.read_text().splitlines(), names, strict=True)
+    table.write_text("\n".join(f"{line},{name}" for line, name in lines))
+    parts = parts_of(image_folder, table="labels.csv", split_column="part")
+    assert (len(parts.train), len(parts.test)) == (3, 1)
+    assert "labels.csv: 2 of 6 rows are unused by column 'part'" in caplog.text
+
+
 def test_csv_with_a_split_column(image_folder):
     table = image_folder / "labels.csv"
     lines = table.read_text().splitlines()

@@ -5,20 +5,29 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import image_folder, log_of, losses_of, without_times  # noqa: F401
+from conftest import QUICK, interrupted, learner_of, log_of, losses_of, without_times
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from test_training import launch
+from timm.models.vision_transformer import Attention
 
 from ordinalclip.cli import main
 from ordinalclip.config import load_config
+from ordinalclip.data import load_parts
 from ordinalclip.files import ASIDE, lock
 from ordinalclip.images import Augmentation, PixelSpec
-from ordinalclip.model import Encoder
+from ordinalclip.model import Encoder, OrdinalModel
+from ordinalclip.ranks import Ranks
 from ordinalclip.runs import evaluate_run
-from ordinalclip.training import features, train
+from ordinalclip.training import features, preparation, train
 from ordinalclip.training.features import FeatureCache, features_folder, kept_features, read_features
 from ordinalclip.training.sampling import Stream, StreamDataset, ViewDataset
 
@@ -110,7 +119,7 @@ def test_nothing_is_computed_twice(quick, no_encoder, cache):
     assert before == {file: file.stat().st_mtime_ns for file in files_of(cache)}
 
 
-def test_another_split_of_the_same_files_computes_nothing(image_folder, no_encoder):  # noqa: F811
+def test_another_split_of_the_same_files_computes_nothing(image_folder, no_encoder):
     table = ("data.source=table", f"data.root={image_folder}", "data.table=labels.csv", "data.image_column=file")
     options = [*table, "data.label_column=grade", "data.split=[0.5,0.5,0]", "train.max_steps=2", "train.batch_size=2"]
     options += ["evaluation.report=false", "method=l1", "data.views=1", *CACHED]
@@ -171,9 +180,6 @@ def test_weights_and_augmentation_are_told_apart(quick, cache):
     for number, rotation in enumerate((10, 20)):
         train(quick(*options, f"data.augment.rotate={rotation}", f"output_dir={number}"), quiet=True)
     assert len(pictures_in(cache)) == 5  # as evaluated, and two views of either
-    from ordinalclip.model import OrdinalModel
-    from ordinalclip.ranks import Ranks
-
     model = OrdinalModel.build("tiny", Ranks((0, 1)), "l1")
     before = features.weights_digest(model)
     assert before == features.weights_digest(OrdinalModel.build("tiny", Ranks((0, 1, 2)), "cnn"))
@@ -184,10 +190,6 @@ def test_weights_and_augmentation_are_told_apart(quick, cache):
 
 def test_settings_that_a_module_does_not_show_are_told_apart():
     """Attention in other numbers of heads has weights of the same shapes, and the same text."""
-    from types import SimpleNamespace
-
-    from timm.models.vision_transformer import Attention
-
     digests = set()
     for heads in (2, 4, 4):
         torch.manual_seed(0)
@@ -196,8 +198,6 @@ def test_settings_that_a_module_does_not_show_are_told_apart():
 
 
 def test_only_files_with_wanted_pictures_stay_open(quick, cache):
-    from conftest import learner_of
-
     options = ("method=l1", "data.views=1", "data.split_seed=1", *CACHED)
     for number in (20, 30, 40):
         train(quick(*options, f"data.num_train={number}", f"output_dir={number}"), quiet=True)
@@ -206,12 +206,10 @@ def test_only_files_with_wanted_pictures_stay_open(quick, cache):
     assert len(cached.evaluated(learner.train).files) < len(files_of(cache))
 
 
-def test_fixed_views_follow_the_picture_alone(image_folder):  # noqa: F811
+def test_fixed_views_follow_the_picture_alone(image_folder):
     """Not the row, the seed or the step; every number is a view of its own, and the stream takes them in turn."""
     table = ["data.source=table", f"data.root={image_folder}", "data.table=labels.csv", "data.image_column=file"]
     config = load_config(None, [*table, "data.label_column=grade", "data.split=[1,0,0]"])
-    from ordinalclip.data import load_parts
-
     part = load_parts(config.data, config.ranks, 1).train
     spec, augmentation = PixelSpec(16, (0.5,) * 3, (0.5,) * 3), Augmentation(rotate=90, crop_ratio=2.0)
     views = [ViewDataset(part, spec, augmentation, number) for number in range(3)]
@@ -232,8 +230,6 @@ def test_fixed_views_follow_the_picture_alone(image_folder):  # noqa: F811
 
 
 def test_resumed_run_is_that_of_one_piece(quick, monkeypatch):
-    from conftest import interrupted
-
     options = ("method=ordinalclip", "data.views=2", "model.dropout=0.3", "train.eval_every=2", *CACHED)
     whole = train(quick(*options, "output_dir=whole"), quiet=True)
     config = quick(*options, "output_dir=pieces", "train.resume=auto")
@@ -257,9 +253,6 @@ def damage_header(file):
 
 def swap_rows(file):
     """The same numbers for other pictures."""
-    from safetensors import safe_open
-    from safetensors.numpy import load_file, save_file
-
     with safe_open(file, "np") as opened:
         metadata = opened.metadata()
     content = load_file(file)
@@ -300,13 +293,11 @@ def test_foreign_features_are_refused_by_name(quick, cache):
 
 def command_of(config, *more):
     overrides = [f"output_dir={config.output_dir}", *more]
-    from conftest import QUICK
-
     return [sys.executable, "-m", "ordinalclip", "train", "default", "--quiet", *QUICK, *overrides]
 
 
 @pytest.mark.slow
-def test_killed_in_between_nothing_is_lost_or_repeated(quick, cache, monkeypatch):
+def test_killed_in_between_nothing_is_lost_or_repeated(quick, cache, encoded):
     """SIGKILL while features are computed, in files of few pictures: what was written is read by the next run."""
     options = ("method=l1", "data.views=1", "evaluation.batch_size=2", "data.num_train=400", *CACHED)
     script = (
@@ -322,12 +313,9 @@ def test_killed_in_between_nothing_is_lost_or_repeated(quick, cache, monkeypatch
     running.wait()
     held = sum(map(len, pictures_in(cache).values()))
     assert 10 <= held < 300
-    computed = []
-    encode = Encoder.encode
-    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: computed.append(len(pixels)) or encode(self, pixels))
     train(quick(*options), quiet=True)
     (pictures,) = pictures_in(cache).values()
-    assert len(pictures) == len(set(pictures)) == held + sum(computed)
+    assert len(pictures) == len(set(pictures)) == held + sum(encoded)
     assert not list(cache.glob("*/*.lock"))
 
 
@@ -345,15 +333,11 @@ def test_jobs_at_the_same_time_compute_each_picture_once(quick, cache):
 @pytest.mark.slow
 def test_processes_share_the_work_and_the_features(quick, cache):
     """torchrun with three processes: each picture once, and the losses of a single process."""
-    from test_training import launch
-
     options = ("method=ordinalclip", "data.views=2", "data.augment.flip=true", "model.dropout=0.2", *EXACT, *CACHED)
     single = train(quick(*options, "output_dir=single"), quiet=True)
     before = pictures_in(cache)
     for file in files_of(cache):
         file.unlink()
-    from conftest import QUICK
-
     launch(3, *QUICK, *options, "output_dir=several")
     after = pictures_in(cache)
     assert {key: sorted(held) for key, held in after.items()} == {key: sorted(held) for key, held in before.items()}
@@ -374,10 +358,92 @@ def test_what_is_not_written_to_its_end_is_not_read(quick, cache):
     assert not partial.exists()
 
 
+@pytest.fixture
+def encoded(monkeypatch):
+    """Numbers of the pictures that were encoded at once, from here on."""
+    found, encode = [], Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, pixels: found.append(len(pixels)) or encode(self, pixels))
+    return found
+
+
+def test_only_what_is_new_is_computed_and_each_picture_once(image_folder, encoded, cache):
+    """A picture that stands in the table twice; then one picture more."""
+    table = ["data.source=table", f"data.root={image_folder}", "data.table=labels.csv", "data.image_column=file"]
+    options = [*table, "data.label_column=grade", "data.split=[1,0,0]", "data.duplicates=allow", "method=l1"]
+    options += ["train.max_steps=2", "train.batch_size=2", "evaluation.report=false", "data.views=1", *CACHED]
+    with (image_folder / "labels.csv").open("a") as rows:
+        rows.write("again.png,0,a,s0\n")
+    (image_folder / "again.png").write_bytes((image_folder / "cell0.png").read_bytes())
+    encoded.clear()
+    train(load_config(None, [*options, "output_dir=one"]), quiet=True)
+    assert sum(encoded) == 6
+    with (image_folder / "labels.csv").open("a") as rows:
+        rows.write("new.png,2,a,s9\n")
+    Image.new("RGB", (20, 20), "red").save(image_folder / "new.png")
+    train(load_config(None, [*options, "output_dir=two"]), quiet=True)
+    assert sum(encoded) == 7
+    (pictures,) = pictures_in(cache).values()
+    assert len(pictures) == len(set(pictures)) == 7
+
+
+def test_pictures_of_equal_size_are_told_apart(image_folder):
+    """Files of one length: only what they hold differs."""
+    for file in image_folder.glob("*.png"):
+        Image.open(file).save(file.with_suffix(".bmp"))
+    labels = image_folder / "labels.csv"
+    labels.write_text(labels.read_text().replace(".png", ".bmp"))
+    table = ["data.source=table", f"data.root={image_folder}", "data.table=labels.csv", "data.image_column=file"]
+    config = load_config(None, [*table, "data.label_column=grade", "data.split=[1,0,0]"])
+    part = load_parts(config.data, config.ranks, 1).train
+    assert len({len(part.content(row)) for row in range(6)}) == 1
+    assert len({part.digest(row) for row in range(6)}) == 6
+
+
+def test_features_in_many_files_are_those_in_one(quick, cache, monkeypatch):
+    options = ("method=l1", "data.views=1", "evaluation.batch_size=5", *EXACT, *CACHED)
+    one = train(quick(*options, "output_dir=one"), quiet=True)
+    assert main(["features", "clear", "all"]) == 0
+    monkeypatch.setattr(features, "AT_ONCE", 1)
+    many = train(quick(*options, "output_dir=many"), quiet=True)
+    assert len(files_of(cache)) > 9
+    assert losses_of(many).tolist() == losses_of(one).tolist()
+
+
+def test_another_job_is_waited_for(quick, cache, monkeypatch, caplog):
+    """It holds the lock while this one starts; nothing is computed before it lets go."""
+    monkeypatch.setattr(features, "PATIENCE", 0.2)
+    options = ("method=l1", "data.views=1", *CACHED)
+    train(quick(*options), quiet=True)
+    (store,) = cache.iterdir()
+    files_of(cache)[0].unlink()
+    released = []
+    holding = lock(store / features.LOCK_FILE)
+    holding.__enter__()
+
+    def release():
+        released.append(time.monotonic())
+        holding.__exit__(None, None, None)
+
+    timer = threading.Timer(2, release)
+    add = features.Store.add
+    written = []
+    monkeypatch.setattr(features.Store, "add", lambda *given: written.append(time.monotonic()) or add(*given))
+    timer.start()
+    train(quick(*options, "output_dir=second"), quiet=True)
+    timer.join()
+    assert written
+    assert min(written) >= released[0]
+    assert "waiting for features that another job computes" in caplog.text
+
+
+def test_only_the_head_is_trained(quick):
+    """L1 has a weight a feature and an offset; the optimiser holds nothing of the encoder."""
+    learner = learner_of(quick("method=l1", "data.views=1", *CACHED))
+    assert sum(parameter.numel() for parameter in learner.parameters) == learner.model.config.input_dim + 1
+
+
 def test_rows_are_where_they_belong(quick, cache):
     """Each picture's features are those of its own pixels, after rows came in several draws and files."""
-    from conftest import learner_of
-
     options = ("method=l1", "data.views=1", "data.num_train=40", "data.split_seed=1", *CACHED)
     train(quick(*options, "data.train_share=0.3"), quiet=True)
     train(quick(*options, "data.train_share=0.7", "output_dir=second"), quiet=True)
@@ -408,15 +474,21 @@ def test_what_is_refused(quick, options, message):
         quick(*options)
 
 
+def test_augmentation_without_effect_is_spoken_of(quick, caplog):
+    for options, said in ((["data.augment.flip=true"], True), (["data.augment.crop_ratio=1.5"], False)):
+        caplog.clear()
+        learner_of(quick("method=l1", "data.views=1", *options))
+        assert ("without data.augment (flip)" in caplog.text) == said
+    caplog.clear()
+    learner_of(quick("method=l1", "data.views=2", "data.augment.flip=true"))
+    assert "without data.augment" not in caplog.text
+
+
 def test_encoders_own_dropout_is_spoken_of(quick, caplog):
     """A frozen encoder's dropout would move its features in training; cached ones stay as they are."""
-    from conftest import learner_of
-
     config = quick("method=l1", "data.views=1", "model.dropout=0.1", *CACHED)
     learner_of(config)
     assert "dropout layers of the encoder" not in caplog.text
-    from ordinalclip.training import preparation
-
     learner = learner_of(quick("method=l1"))
     learner.model.encoder.tower.add_module("noise", torch.nn.Dropout(0.5))
     preparation.prepare_model(learner.model, config, 1, False)
@@ -424,8 +496,6 @@ def test_encoders_own_dropout_is_spoken_of(quick, caplog):
 
 
 def test_equal_views_are_spoken_of(quick, caplog):
-    from conftest import learner_of
-
     for method, views, said in (("rank_n_contrast", 1, True), ("rank_n_contrast", 2, False), ("l1", 1, False)):
         caplog.clear()
         learner_of(quick(f"method={method}", f"data.views={views}"))
@@ -454,8 +524,13 @@ def test_listed_and_cleared(quick, cache, capsys):
         assert main(["features", *words]) == 2
         assert message in capsys.readouterr().err
     with lock(one / features.LOCK_FILE):
-        assert main(["features", "clear", one.name]) == 2
-    assert "is in use" in capsys.readouterr().err
+        assert main(["features", "clear", "all"]) == 1
+    said = capsys.readouterr().out
+    assert f"left: {one} is in use" in said
+    assert "2 deleted" in said
+    assert [kept.folder for kept in kept_features()] == [one]
+    train(quick("method=l1", "data.views=2", "data.augment.flip=true", "output_dir=again", *CACHED), quiet=True)
+    capsys.readouterr()
     assert main(["features", "clear", one.name[:6]]) == 0
     assert not one.exists()
     assert len(kept_features()) == 2

@@ -29,17 +29,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     kept = kept_features()
     if arguments.what == "clear":
-        deleted, used = [], []
-        for each in _chosen(arguments.keys, kept):
+        deleted, chosen = [], _chosen(arguments.keys, kept)
+        for each in chosen:
             try:
                 clear_features(each.folder)
                 deleted.append(each)
             except FolderInUse as error:
-                used.append(error)
+                print(f"left: {error}")
         print(f"{len(deleted)} deleted, {_megabytes(sum(each.size for each in deleted))} MB")
-        if used:
-            raise used[0]
-        return 0
+        return 0 if len(deleted) == len(chosen) else 1
     if arguments.keys:
         raise ValueError(f"{arguments.keys[0]!r}: `ordinalclip features` lists all; features clear KEY deletes")
     print(f"{features_folder()}: {_megabytes(sum(each.size for each in kept))} MB")

@@ -44,6 +44,8 @@ def split_rows(
                 f"{str(given[unknown[0]])!r}; allowed are {', '.join((*PARTS, *ALIASES, UNUSED))}"
             )
         rows = {name: np.flatnonzero(given == name) for name in PARTS}
+        if left := int((given == UNUSED).sum()):
+            say(f"{table.source}: {left} of {len(given)} rows are {UNUSED} by column {config.split_column!r}")
         if config.group:
             named = group_names(table, config)
             check_groups({name: named[of_part] for name, of_part in rows.items()}, config.group)

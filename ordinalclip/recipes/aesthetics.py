@@ -22,10 +22,7 @@ VALIDATED = 0.05
 
 def read(download: Download) -> Reading:
     table = download.file(TABLE)
-    there: dict[str, str] = {}
-    for path in download.pictures:
-        if there.setdefault(stem(path), path) != path:
-            raise ValueError(f"{download.root / path}: {there[stem(path)]} is called so, too; which is it?")
+    there = download.named(download.pictures, stem)
     entries = download.table(table, [IDENTITY, "category", "beauty_scores"], "\t")
     once((place, cells[IDENTITY]) for place, cells in entries)
     rows, missing = [], 0

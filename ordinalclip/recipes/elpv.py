@@ -19,8 +19,8 @@ def read(download: Download) -> Reading:
         cells, place = text.split(), f"{file}, line {line}"
         if not cells:
             continue
-        level = (plain_number(cells[1]) if len(cells) == 3 else None) or 0.0
-        if len(cells) != 3 or plain_number(cells[1]) is None or abs(LEVELS * level - round(LEVELS * level)) > 1e-6:
+        level = plain_number(cells[1]) if len(cells) == 3 else None
+        if level is None or abs(LEVELS * level - round(LEVELS * level)) > 1e-6:
             raise LayoutError(f"{place}: looked for `path probability type`, found {text.strip()[:60]!r}")
         if not 0 <= level <= 1:
             raise LayoutError(f"{place}: probability {level:g}; from 0 to 1")

@@ -27,7 +27,6 @@ from ordinalclip.written import dump
 
 TABLE, DUPLICATES, RECORD, DATA, README = "table.csv", "duplicates.csv", "prepared.json", "data.yaml", "README.md"
 CLEAN = "_clean"  # ends the name of a published split without what it shares between its parts
-BLOCK = 1 << 20
 
 
 def prepare(name: str, source: Path, target: Path, overwrite: bool = False, quiet: bool = False) -> list[str]:

@@ -81,6 +81,9 @@ def prepare_model(
     noises = use_sample_noise(encoder, config.seed)
     if cached and (silent := [noise for noise in noises if noise.p and noise is not encoder.dropout]):
         logger.warning("model.features=cached: %d dropout layers of the encoder do nothing in training", len(silent))
+    idle = config.data.augment.model_dump(exclude={"crop_ratio"}, exclude_defaults=True)
+    if config.data.views == 1 and idle:
+        logger.warning("data.views=1: pictures are as evaluated, without data.augment (%s)", ", ".join(idle))
     if model.head.views > 1 and config.data.views == 1:
         logger.warning("method %s compares views of a picture, which are all the same with data.views=1", config.method)
     head_noises = use_sample_noise(model.head, config.seed, len(noises))
