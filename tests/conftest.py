@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ordinalclip.training.preparation import build_model
 from ordinalclip.training.step import Learner
 
 torch.set_num_threads(1)  # two threads on two busy cores wait for each other: see CONTRIBUTING.md
+CACHE = os.environ["ORDINALCLIP_CACHE"]
 
 QUICK = (
     "ranks.low=0",
@@ -38,6 +40,10 @@ QUICK = (
 )
 
 NOISY = ("data.augment.flip=true", "data.augment.crop_ratio=1.2", "model.dropout=0.1")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def log_of(folder):

@@ -44,6 +44,13 @@ class Case(NamedTuple):
 
 
 CASES: list[Case] = []
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def lasting_folder() -> Path:
+    """An empty folder that lasts as long as the process: for what several cases share."""
+    _FOLDERS.append(tempfile.TemporaryDirectory(prefix="ordinalclip-hostile-"))
+    return Path(_FOLDERS[-1].name)
 
 
 def case(

@@ -3,17 +3,15 @@
 import json
 import pickle
 import shutil
-import tempfile
 import zipfile
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from families import latent_pair
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hostile import case
+from hostile import case, lasting_folder
 from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.backbones import TINY_FOLDER, load_backbone
 
@@ -24,7 +22,7 @@ CODE = "open('ran', 'w').close()\n"
 def saved(method="prototypes", **options):
     """A folder with a small random model that answers; made once."""
     torch.manual_seed(0)
-    folder = Path(tempfile.mkdtemp(prefix="ordinalclip-hostile-"))
+    folder = lasting_folder()
     ranks = Ranks.linear(0, 10, 11, unit="points")
     model = OrdinalModel.build("tiny", ranks, method, load_weights=False, label_mean=5, label_std=2, **options)
     if method == "prototypes":

@@ -3,7 +3,6 @@
 import os
 import socket
 import struct
-import tempfile
 import zlib
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hostile import case
+from hostile import case, lasting_folder
 from ordinalclip.model import OrdinalModel
 from ordinalclip.ranks import Ranks
 
@@ -22,7 +21,7 @@ FORMATS = "JPEG, PNG, WEBP, TIFF, BMP, GIF, AVIF"
 @cache
 def model():
     """A saved model of random weights, that answers 0 to 4 %."""
-    folder = tempfile.mkdtemp()
+    folder = str(lasting_folder())
     torch.manual_seed(0)
     OrdinalModel.build("tiny", Ranks(range(5), unit="%"), "prototypes").save_pretrained(folder)
     return folder

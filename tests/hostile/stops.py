@@ -3,7 +3,6 @@
 import json
 import resource
 import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from hostile import case
+from hostile import case, lasting_folder
 from ordinalclip.cli import main
 from ordinalclip.files import lock
 from ordinalclip.run_folder import RunFolder
@@ -26,7 +25,7 @@ HELD = []
 @cache
 def _trained(*more):
     """A run that is done once, to be copied; `more` overrides."""
-    folder = Path(tempfile.mkdtemp()) / "run"
+    folder = lasting_folder() / "run"
     assert main(["train", "default", f"output_dir={folder}", *QUICK, *more]) == 0
     return folder
 

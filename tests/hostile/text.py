@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 import yaml
 
-from hostile import case
+from hostile import case, lasting_folder
 from hostile.pictures import picture, predict
 from ordinalclip.config import parse_config
 from ordinalclip.model import OrdinalModel
@@ -33,7 +32,7 @@ def hostile_model(unit, names):
 @cache
 def finished():
     """A finished run of five ranks, of which nothing was learnt."""
-    folder = Path(tempfile.mkdtemp()) / "run"
+    folder = lasting_folder() / "run"
     content = {
         "output_dir": str(folder),
         "method": "constant",
