@@ -219,6 +219,7 @@ class Head(nn.Module):
 HEADS = {
     "ordinalclip": "ordinalclip.language:OrdinalCLIP",
     "coop": "ordinalclip.language:CoOp",
+    "text_anchors": "ordinalclip.anchors:TextAnchors",
     "zero_shot": "ordinalclip.language:ZeroShot",
     "prototypes": "ordinalclip.language:PrototypeHead",
 }

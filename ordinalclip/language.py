@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width
-from ordinalclip.losses import Alignment, alignment_loss, at_least_float32
+from ordinalclip.losses import Alignment, alignment_loss, at_least_float32, ranked_probability_score
 from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
+from ordinalclip.ranks import Ranks
 from ordinalclip.text import TextTower
 
 PLACE = re.compile(r"\{(name|unit)\}")
@@ -29,6 +30,7 @@ class SimilarityHead(Head):
         output_dim: width of the prototypes when the features are projected to it; None: the features are compared.
         alignment: form of the loss's second term, that of the authors' code or of the paper, see `alignment_loss`.
         alignment_weight: factor of the loss's second term.
+        rps_weight: factor of a third term, the ranked probability score.
 
     Attributes:
         logit_scale: (), log of the temperature's inverse.
@@ -43,12 +45,14 @@ class SimilarityHead(Head):
         /,
         alignment: Alignment = "official",
         alignment_weight: Factor = 1.0,
+        rps_weight: Factor = 0.0,
     ):
         super().__init__(context)
         self.projection = nn.Identity() if output_dim is None else nn.Linear(context.input_dim, output_dim)
         self.output_dim = output_dim
         self.alignment: Alignment = alignment
         self.alignment_weight = alignment_weight
+        self.rps_weight = rps_weight
 
     def rank_prototypes(self) -> Tensor:
         """The (R, D) prototypes, of any length."""
@@ -65,7 +69,12 @@ class SimilarityHead(Head):
             return {"logits": self.logit_scale.exp() * image @ rank.t()}
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
-        return alignment_loss(outputs["logits"], targets.ranks, targets.weights, self.alignment, self.alignment_weight)
+        logits, ranks, weights = outputs["logits"], targets.ranks, targets.weights
+        terms = alignment_loss(logits, ranks, weights, self.alignment, self.alignment_weight)
+        if not self.rps_weight:
+            return terms
+        score = ranked_probability_score(logits, ranks, weights)
+        return {**terms, "loss": terms["loss"] + self.rps_weight * score, "ranked_probability": score}
 
 
 class PrototypeHead(SimilarityHead):
@@ -73,18 +82,27 @@ class PrototypeHead(SimilarityHead):
 
     Args:
         output_dim: width of the prototypes; default: that of the features, without a projection.
+        corrected: whether logits are corrected for how common the ranks are: see `TextAnchors`.
     """
 
     learns = False
     prototypes: Tensor
+    correction: Tensor
 
-    def __init__(self, context: HeadContext, output_dim: Width | None = None, **shared: Any):
+    def __init__(self, context: HeadContext, output_dim: Width | None = None, corrected: bool = False, **shared: Any):
         super().__init__(context, output_dim, **shared)
         self.register_buffer("prototypes", torch.zeros(len(context.ranks), output_dim or context.input_dim))
         self.register_buffer("logit_scale", torch.tensor(float(context.logit_scale)))
+        if corrected:
+            self.register_buffer("correction", torch.zeros(len(context.ranks)))
+        self.corrected = corrected
 
     def rank_prototypes(self) -> Tensor:
         return self.prototypes
+
+    def forward(self, features: Tensor) -> Outputs:
+        logits = super().forward(features)["logits"]
+        return {"logits": logits + self.correction if self.corrected else logits}
 
 
 class ZeroShot(PrototypeHead):
@@ -106,21 +124,10 @@ class ZeroShot(PrototypeHead):
         templates: Annotated[Sequence[str], Field(min_length=1)] = ("a photo of {name} {unit}.",),
     ):
         super().__init__(context)
-        text = _text_tower(context, self)
+        text = text_tower(context, self)
         if not context.shared_space:
             raise ValueError("zero_shot needs an image encoder and a text tower of the same CLIP")
-        for template in templates:
-            if "{name}" not in template:
-                raise ValueError(f"head.templates: {template!r} lacks the place {{name}} for the rank's name")
-            if re.search("[{}]", PLACE.sub("", template)):
-                raise ValueError(f"head.templates: {template!r} has braces besides {{name}} and {{unit}}")
-        names, unit = context.ranks.names or (), context.ranks.unit
-        with torch.no_grad():
-            total = sum(
-                normalize(text([_filled(template, {"name": name, "unit": unit}) for name in names]), dim=-1)
-                for template in templates
-            )
-            self.prototypes.copy_(normalize(torch.as_tensor(total), dim=-1))
+        self.prototypes.copy_(sentence_prototypes(text, context.ranks, templates))
 
     def deploy(self) -> tuple[str, dict[str, Any], Head]:
         return "prototypes", {}, self
@@ -173,7 +180,7 @@ class PromptHead(SimilarityHead):
         activation_checkpointing: bool = False,
         **shared: Any,
     ):
-        text = _text_tower(context, self)
+        text = text_tower(context, self)
         super().__init__(context, None if context.shared_space else text.output_dim, **shared)
         self.centred = not context.shared_space if centred is None else centred
         self.text = text
@@ -196,29 +203,13 @@ class PromptHead(SimilarityHead):
 
     def rank_prototypes(self) -> Tensor:
         prototypes = self.text(self.learner())
-        if not self.centred:
-            return prototypes
-        prototypes = normalize(at_least_float32(prototypes), dim=-1)
-        apart = prototypes - prototypes.mean(dim=0)
-        return apart * (apart.norm(dim=-1, keepdim=True) > ROUNDING)  # or equal prompts would be told apart by it
+        return centre(prototypes) if self.centred else prototypes
 
     def prompt_parameters(self) -> list[nn.Parameter]:
         return [*self.learner.parameters(), self.logit_scale]
 
     def deploy(self) -> tuple[str, dict[str, Any], Head]:
-        options: dict[str, Any] = {
-            "output_dim": self.output_dim,
-            "alignment": self.alignment,
-            "alignment_weight": self.alignment_weight,
-        }
-        input_dim = self.projection.in_features if isinstance(self.projection, nn.Linear) else self.text.output_dim
-        context = HeadContext(self.ranks, input_dim, decoding=self.decoding)
-        head = PrototypeHead(context, **options).to(self.logit_scale)
-        with torch.no_grad():
-            head.prototypes.copy_(normalize(self.rank_prototypes(), dim=-1))
-            head.logit_scale.copy_(self.logit_scale)
-        head.projection.load_state_dict(self.projection.state_dict())
-        return "prototypes", options, head
+        return as_prototypes(self)
 
 
 class OrdinalCLIP(PromptHead):
@@ -252,7 +243,63 @@ class CoOp(PromptHead):
         super().__init__(context, None, "linear", init_from_names=init_from_names, **shared)
 
 
-def _text_tower(context: HeadContext, head: Head) -> TextTower:
+def as_prototypes(
+    head: SimilarityHead, sharpness: Tensor | None = None, correction: Tensor | None = None
+) -> tuple[str, dict[str, Any], Head]:
+    """What `Head.deploy` gives of a head with prototypes.
+
+    Args:
+        sharpness: (), factor of the logits; None: 1.
+        correction: (R,), added to the logits after it; None: 0.
+    """
+    prototypes = head.rank_prototypes()
+    options: dict[str, Any] = {
+        "output_dim": head.output_dim,
+        "alignment": head.alignment,
+        "alignment_weight": head.alignment_weight,
+        "rps_weight": head.rps_weight,
+    }
+    if correction is not None:
+        options["corrected"] = True
+    input_dim = head.projection.in_features if isinstance(head.projection, nn.Linear) else prototypes.shape[1]
+    deployed = PrototypeHead(HeadContext(head.ranks, input_dim, decoding=head.decoding), **options)
+    deployed = deployed.to(head.logit_scale)
+    with torch.no_grad():
+        deployed.prototypes.copy_(normalize(prototypes, dim=-1))
+        deployed.logit_scale.copy_(head.logit_scale if sharpness is None else head.logit_scale + sharpness.log())
+        if correction is not None:
+            deployed.correction.copy_(correction)
+    deployed.projection.load_state_dict(head.projection.state_dict())
+    return "prototypes", options, deployed
+
+
+def centre(prototypes: Tensor) -> Tensor:
+    """(R, D) prototypes of length 1, less their mean; see `PromptHead` for why."""
+    prototypes = normalize(at_least_float32(prototypes), dim=-1)
+    apart = prototypes - prototypes.mean(dim=0)
+    return apart * (apart.norm(dim=-1, keepdim=True) > ROUNDING)  # or equal prompts would be told apart by it
+
+
+@torch.no_grad()
+def sentence_prototypes(text: TextTower, ranks: Ranks, templates: Sequence[str]) -> Tensor:
+    """(R, D) text features of length 1: of sentences with the ranks' names, averaged over the templates.
+
+    Raises:
+        ValueError: a template without {name} or with other braces.
+    """
+    for template in templates:
+        if "{name}" not in template:
+            raise ValueError(f"head.templates: {template!r} lacks the place {{name}} for the rank's name")
+        if re.search("[{}]", PLACE.sub("", template)):
+            raise ValueError(f"head.templates: {template!r} has braces besides {{name}} and {{unit}}")
+    total = sum(
+        normalize(text([_filled(template, {"name": name, "unit": ranks.unit}) for name in ranks.names or ()]), dim=-1)
+        for template in templates
+    )
+    return normalize(torch.as_tensor(total), dim=-1)
+
+
+def text_tower(context: HeadContext, head: Head) -> TextTower:
     if context.text is None:
         name = type(head).__name__
         raise ValueError(f"{name} needs a text tower: set model.text, e.g. to open_clip:RN50/openai")

@@ -32,6 +32,21 @@ def absolute_error(values: Tensor, targets: Tensor, weights: Tensor | None = Non
     return weighted_mean((values - targets).abs(), weights)
 
 
+def ranked_probability_score(logits: Tensor, ranks: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted mean ranked probability score of (B, R) logits, in ranks: a scalar.
+
+    The sum over k < R - 1 of (P(rank <= k) - 1[true rank <= k])^2 (Epstein, 1969), which is the squared earth mover's
+    distance to the true rank (Hou et al., 2016). It is proper: no distribution has a smaller expected score than the
+    true one. `ordinalclip.metrics.ranked_probability_score` is the same of probabilities.
+
+    >>> ranked_probability_score(torch.tensor([[-99.0, -99.0, 99.0]]), torch.tensor([0])).item()
+    2.0
+    """
+    reached = torch.softmax(at_least_float32(logits), dim=1).cumsum(dim=1)[:, :-1]
+    truth = ranks[:, None] <= torch.arange(reached.shape[1], device=ranks.device)
+    return weighted_mean((reached - truth.to(reached.dtype)).square().sum(dim=1), weights)
+
+
 def alignment_loss(
     logits: Tensor,
     ranks: Tensor,

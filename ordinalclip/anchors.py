@@ -1,0 +1,127 @@
+"""Text anchors: rank prototypes that stay what the language says, an ordinal loss, and how common the ranks are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets
+from ordinalclip.language import (
+    INITIAL_LOGIT_SCALE,
+    SimilarityHead,
+    as_prototypes,
+    centre,
+    sentence_prototypes,
+    text_tower,
+)
+from ordinalclip.losses import ranked_probability_score
+
+Prior = Literal["validation", "training"]
+SHARPNESS = tuple(2.0 ** (step / 4) for step in range(-20, 9))  # 1/32 to 4
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+KERNEL = 20  # standard deviation of the smoothing of frequencies: a twentieth of the ranks
+ENOUGH = 10_000  # validation pictures that the correction is searched on
+
+
+class TextAnchors(SimilarityHead):
+    """Fixed text features of the ranks' names, matched by images with an ordinal loss and the right prior.
+
+    Prototypes are the text features of sentences with the ranks' names, computed once; nothing of them learns, so a
+    step costs what a linear classifier costs, whatever the text tower. The loss is OrdinalCLIP's, cross-entropy
+    and alignment, and the ranked probability score, which knows how far off an answer is.
+
+    What learns from as many pictures of every rank takes all ranks for equally common, and a model that has seen few
+    pictures is surer than it should be. So before every evaluation two numbers are chosen by the ranked probability
+    score of the validation part: how sharp the distribution is (a temperature), and with what power the ranks'
+    frequencies in the validation part, over those that the loss has seen, are put back.
+
+    Where image and text share no space the start is that of OrdinalCLIP here: a linear projection, prototypes less
+    their mean, the first temperature of CLIP.
+
+    Args:
+        templates: sentences with {name} and, if wanted, {unit}, whose features are averaged.
+        prior: the frequencies that the answers assume: those of the validation part, or those of the training as it
+            was. Without a validation part nothing is corrected.
+
+    Raises:
+        ValueError: no text tower; a template without {name} or with other braces.
+    """
+
+    prototypes: Tensor
+    sharpness: Tensor
+    correction: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        context: HeadContext,
+        templates: Annotated[Sequence[str], Field(min_length=1)] = ("{name} {unit}",),
+        prior: Prior = "validation",
+        rps_weight: Factor = 1.0,
+        **shared: Any,
+    ):
+        text = text_tower(context, self)
+        width = None if context.shared_space else text.output_dim
+        super().__init__(context, width, rps_weight=rps_weight, **shared)
+        prototypes = sentence_prototypes(text, context.ranks, templates)
+        scale = context.logit_scale
+        if not context.shared_space:
+            prototypes, scale = centre(prototypes), INITIAL_LOGIT_SCALE
+        self.register_buffer("prototypes", normalize(prototypes, dim=-1))
+        self.logit_scale: nn.Parameter = nn.Parameter(torch.tensor(float(scale)), requires_grad=False)
+        self.prior: Prior = prior
+        ranks = len(context.ranks)
+        self.register_buffer("seen", torch.zeros(ranks))
+        self.register_buffer("sharpness", torch.ones(()))
+        self.register_buffer("correction", torch.zeros(ranks))
+
+    def rank_prototypes(self) -> Tensor:
+        return self.prototypes
+
+    def forward(self, features: Tensor) -> Outputs:
+        learnt = super().forward(features)["logits"]
+        return {"logits": self.sharpness * learnt + self.correction, "learnt": learnt}
+
+    def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        if not self.training:
+            return super().loss(outputs, targets)
+        copies = torch.ones_like(targets.values) if targets.weights is None else targets.weights
+        self.seen.index_add_(0, targets.ranks, copies.to(self.seen))
+        return super().loss({"logits": outputs["learnt"]}, targets)
+
+    def fit(self, train: tuple[Outputs, Targets], validation: tuple[Outputs, Targets] | None) -> None:
+        self.sharpness.fill_(1)
+        self.correction.zero_()
+        if validation is None:
+            return
+        outputs, targets = validation
+        odds = torch.zeros(len(self.ranks), dtype=torch.float64)
+        if self.prior == "validation":
+            counts = torch.bincount(targets.ranks, minlength=len(self.ranks))
+            odds = _smoothed(counts).log() - _smoothed(self.seen).log()
+        step = -(-len(targets.ranks) // ENOUGH)
+        learnt, ranks = outputs["learnt"][::step].cpu().double(), targets.ranks[::step].cpu()
+        _, sharpness, strength = min(
+            (ranked_probability_score(sharpness * learnt + strength * odds, ranks).item(), sharpness, strength)
+            for strength in (STRENGTHS if odds.any() else STRENGTHS[:1])
+            for sharpness in SHARPNESS
+        )
+        self.sharpness.fill_(sharpness)
+        self.correction.copy_(strength * odds)
+
+    def deploy(self) -> tuple[str, dict[str, Any], Head]:
+        return as_prototypes(self, self.sharpness, self.correction)
+
+
+def _smoothed(counts: Tensor) -> Tensor:
+    """(R,) float64 frequencies of (R,) counts, none of them 0, by a Gaussian kernel over neighbouring ranks."""
+    counts = counts.cpu().double()
+    place = torch.arange(len(counts), dtype=torch.float64)
+    kernel = torch.exp(-0.5 * ((place[:, None] - place) * KERNEL / len(counts)).square())
+    smooth = (kernel / kernel.sum(dim=0)) @ counts + 1
+    return smooth / smooth.sum()
