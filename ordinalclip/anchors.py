@@ -22,9 +22,11 @@ from ordinalclip.language import (
 from ordinalclip.losses import ranked_probability_score
 
 Prior = Literal["validation", "training"]
+Control = Literal["shuffled", "path", "random"]
 SHARPNESS = tuple(2.0 ** (step / 4) for step in range(-20, 9))  # 1/32 to 4
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-KERNEL = 20  # standard deviation of the smoothing of frequencies: a twentieth of the ranks
+KERNEL = 0.05  # standard deviation of the smoothing of frequencies, as a share of the ranks
+PATH = 0.15  # length over which a random path forgets its direction, as a share of the ranks
 ENOUGH = 10_000  # validation pictures that the correction is searched on
 
 
@@ -45,11 +47,14 @@ class TextAnchors(SimilarityHead):
 
     Args:
         templates: sentences with {name} and, if wanted, {unit}, whose features are averaged.
+        names: R words for the sentences, instead of the names of the ranks.
+        control: what takes the place of the text features, to see what of them matters: the same ones shuffled over
+            the ranks; a smooth random path, which has an order and no language; or random directions.
         prior: the frequencies that the answers assume: those of the validation part, or those of the training as it
             was. Without a validation part nothing is corrected.
 
     Raises:
-        ValueError: no text tower; a template without {name} or with other braces.
+        ValueError: no text tower; a template without {name} or with other braces; not one name per rank.
     """
 
     prototypes: Tensor
@@ -61,6 +66,8 @@ class TextAnchors(SimilarityHead):
         self,
         context: HeadContext,
         templates: Annotated[Sequence[str], Field(min_length=1)] = ("{name} {unit}",),
+        names: Sequence[str] | None = None,
+        control: Control | None = None,
         prior: Prior = "validation",
         rps_weight: Factor = 1.0,
         **shared: Any,
@@ -68,7 +75,11 @@ class TextAnchors(SimilarityHead):
         text = text_tower(context, self)
         width = None if context.shared_space else text.output_dim
         super().__init__(context, width, rps_weight=rps_weight, **shared)
-        prototypes = sentence_prototypes(text, context.ranks, templates)
+        if names is not None and len(names) != len(context.ranks):
+            raise ValueError(f"head.names: {len(names)} names for {len(context.ranks)} ranks")
+        prototypes = sentence_prototypes(text, names or context.ranks.names or (), templates, context.ranks.unit)
+        if control is not None:
+            prototypes = _controls(prototypes, control)
         scale = context.logit_scale
         if not context.shared_space:
             prototypes, scale = centre(prototypes), INITIAL_LOGIT_SCALE
@@ -118,10 +129,27 @@ class TextAnchors(SimilarityHead):
         return as_prototypes(self, self.sharpness, self.correction)
 
 
+def _controls(prototypes: Tensor, control: Control) -> Tensor:
+    """(R, D) vectors of length 1 in the place of prototypes, without what a control takes away."""
+    count = len(prototypes)
+    if control == "shuffled":
+        return prototypes[torch.randperm(count)]
+    drawn = torch.randn(prototypes.shape, dtype=torch.float64)
+    if control == "path":  # a Gaussian process over the ranks
+        place = torch.arange(count, dtype=torch.float64) / max(count * PATH, 1)
+        drawn = torch.linalg.cholesky(_kernel(place) + 1e-6 * torch.eye(count)) @ drawn
+    return normalize(drawn, dim=-1).to(prototypes)
+
+
+def _kernel(place: Tensor) -> Tensor:
+    """(R, R) Gaussian kernel of (R,) places, in standard deviations."""
+    return torch.exp(-0.5 * (place[:, None] - place).square())
+
+
 def _smoothed(counts: Tensor) -> Tensor:
     """(R,) float64 frequencies of (R,) counts, none of them 0, by a Gaussian kernel over neighbouring ranks."""
     counts = counts.cpu().double()
     place = torch.arange(len(counts), dtype=torch.float64)
-    kernel = torch.exp(-0.5 * ((place[:, None] - place) * KERNEL / len(counts)).square())
+    kernel = _kernel(place / (KERNEL * len(counts)))
     smooth = (kernel / kernel.sum(dim=0)) @ counts + 1
     return smooth / smooth.sum()

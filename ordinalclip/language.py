@@ -15,7 +15,6 @@ from torch.nn.functional import normalize
 from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width
 from ordinalclip.losses import Alignment, alignment_loss, at_least_float32, ranked_probability_score
 from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
-from ordinalclip.ranks import Ranks
 from ordinalclip.text import TextTower
 
 PLACE = re.compile(r"\{(name|unit)\}")
@@ -127,7 +126,7 @@ class ZeroShot(PrototypeHead):
         text = text_tower(context, self)
         if not context.shared_space:
             raise ValueError("zero_shot needs an image encoder and a text tower of the same CLIP")
-        self.prototypes.copy_(sentence_prototypes(text, context.ranks, templates))
+        self.prototypes.copy_(sentence_prototypes(text, context.ranks.names or (), templates, context.ranks.unit))
 
     def deploy(self) -> tuple[str, dict[str, Any], Head]:
         return "prototypes", {}, self
@@ -281,8 +280,8 @@ def centre(prototypes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sentence_prototypes(text: TextTower, ranks: Ranks, templates: Sequence[str]) -> Tensor:
-    """(R, D) text features of length 1: of sentences with the ranks' names, averaged over the templates.
+def sentence_prototypes(text: TextTower, names: Sequence[str], templates: Sequence[str], unit: str) -> Tensor:
+    """(R, D) text features of length 1: of sentences with R names, averaged over the templates.
 
     Raises:
         ValueError: a template without {name} or with other braces.
@@ -293,7 +292,7 @@ def sentence_prototypes(text: TextTower, ranks: Ranks, templates: Sequence[str])
         if re.search("[{}]", PLACE.sub("", template)):
             raise ValueError(f"head.templates: {template!r} has braces besides {{name}} and {{unit}}")
     total = sum(
-        normalize(text([_filled(template, {"name": name, "unit": ranks.unit}) for name in ranks.names or ()]), dim=-1)
+        normalize(text([_filled(template, {"name": name, "unit": unit}) for name in names]), dim=-1)
         for template in templates
     )
     return normalize(torch.as_tensor(total), dim=-1)

@@ -72,6 +72,32 @@ def test_prototypes_are_what_the_language_says_and_stay_so(tmp_path):
     assert not [name for name in head.state_dict() if name.startswith("text.")]  # no text tower in a checkpoint
 
 
+def test_names_of_your_own():
+    names = [f"number {number}" for number in range(21)]
+    by_option = head_of(names=names, templates=["it is {name}"])
+    by_ranks = head_of(ranks=Ranks(RANKS.values, names), templates=["it is {name}"])
+    assert torch.equal(by_option.prototypes, by_ranks.prototypes)
+    with pytest.raises(ValueError, match=r"head\.names: 20 names for 21 ranks"):
+        head_of(names=names[1:])
+
+
+def neighbours(head):
+    """Cosine of neighbouring prototypes and of those eight ranks apart, on average."""
+    cosines = head.prototypes @ head.prototypes.t()
+    return cosines.diagonal(1).mean().item(), cosines.diagonal(8).mean().item()
+
+
+def test_controls_take_away_what_they_say():
+    text, shuffled, path, random = (head_of(control=control) for control in (None, "shuffled", "path", "random"))
+    order = torch.cdist(shuffled.prototypes, text.prototypes).argmin(dim=1)
+    assert torch.allclose(shuffled.prototypes, text.prototypes[order], atol=1e-5)
+    assert sorted(order.tolist()) == list(range(21))
+    assert order.tolist() != list(range(21))
+    near, far = neighbours(path)
+    assert near > 0.8 > far + 0.5
+    assert all(abs(cosine) < 0.2 for cosine in neighbours(random))
+
+
 def test_in_a_clip_s_own_space_it_starts_as_zero_shot():
     ranks = Ranks.linear(0, 100, 5, unit="%")
     anchors = OrdinalModel.build("tiny", ranks, "text_anchors", {"templates": TEMPLATES})
