@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
@@ -161,18 +163,19 @@ class Adapter(nn.Module):
 class FineRegressor(nn.Module):
     """Logits of K classes (B, K) -> values (B,): sum over k of p_k b_k / (1 + delta_k), in the style of SSR-Net.
 
-    p is the softmax of the logits, b the anchors, delta = tanh(W2 relu(W1 logits)), near 0 at the start. 1 + delta, which
-    can come near 0 as published, is held above 0.1.
+    p is the softmax of the logits, b the anchors, delta = tanh(W2 relu(W1 logits)), near 0 at the start. 1 + delta,
+    which can come near 0 as published, is held above 0.1.
     """
 
     def __init__(self, anchors: Sequence[float]):
         super().__init__()
         self.anchors = tuple(anchors)  # numbers: no cast rounds them
         num = len(self.anchors)
-        self.layers = nn.Sequential(FullPrecisionLinear(num, 2 * num), nn.ReLU(), FullPrecisionLinear(2 * num, num))
-        for layer in (self.layers[0], self.layers[2]):
+        first, last = FullPrecisionLinear(num, 2 * num), FullPrecisionLinear(2 * num, num)
+        for layer in (first, last):
             nn.init.normal_(layer.weight, std=CORRECTION_STD)
             nn.init.zeros_(layer.bias)
+        self.layers = nn.Sequential(first, nn.ReLU(), last)
 
     def forward(self, logits: Tensor) -> Tensor:
         divisors = (1 + torch.tanh(self.layers(logits))).clamp(min=SMALLEST_DIVISOR)
@@ -193,17 +196,17 @@ def coarse_ranks(ranks: Ranks, coarse: Coarse | None) -> Ranks:
         return ranks
     if coarse is None:
         firsts = [len(ranks) * part // PARTS for part in range(PARTS + 1)]
-        names = [f"{ranks.name(a)} to {ranks.name(b - 1)}" for a, b in zip(firsts[:-1], firsts[1:], strict=True)]
-        return Ranks([ranks.values[first] for first in firsts[:-1]], names, ranks.unit)
+        names = [f"{ranks.name(a)} to {ranks.name(b - 1)}" for a, b in pairwise(firsts)]
+        return Ranks(tuple(ranks.values[first] for first in firsts[:-1]), tuple(names), ranks.unit)
     try:
-        classes = Ranks([start for _, start in coarse], [name for name, _ in coarse], ranks.unit)
+        classes = Ranks(tuple(start for _, start in coarse), tuple(name for name, _ in coarse), ranks.unit)
     except ValueError as error:
         raise ValueError(f"head.coarse, names and starts of the classes: {error}") from error
     low, high = ranks.say(ranks.values[0]), ranks.say(ranks.values[-1])
     if classes.values[0] > ranks.values[0]:
         raise ValueError(
-            f"head.coarse: the first class, {classes.name(0)!r}, starts at {classes.values[0]:g}; the ranks begin below, "
-            f"with {low}"
+            f"head.coarse: the first class, {classes.name(0)!r}, starts at {classes.values[0]:g}; the ranks begin "
+            f"below, with {low}"
         )
     if len(set(classes_of(ranks, classes))) == 1:
         raise ValueError(f"head.coarse: all ranks, {low} to {high}, are in one class; is it in the labels' unit?")
@@ -212,7 +215,7 @@ def coarse_ranks(ranks: Ranks, coarse: Coarse | None) -> Ranks:
 
 def classes_of(ranks: Ranks, classes: Ranks) -> list[int]:
     """For every rank the index of the last class that starts at or below it."""
-    return [max(k for k, start in enumerate(classes.values) if start <= value) for value in ranks.values]
+    return [bisect_right(classes.values, value) - 1 for value in ranks.values]
 
 
 class CoarseToFine(Head):
@@ -224,7 +227,13 @@ class CoarseToFine(Head):
     class_of_rank: Tensor
 
     def __init__(
-        self, context: HeadContext, coarse: Coarse | None, anchors: Anchors, adapter_share: float, options: dict[str, Any], /
+        self,
+        context: HeadContext,
+        coarse: Coarse | None,
+        anchors: Anchors,
+        adapter_share: float,
+        options: dict[str, Any],
+        /,
     ):
         super().__init__(context)
         assert self.inner is not None
@@ -307,9 +316,9 @@ class NumCLIP(CoarseToFine):
             ranks. With starts, a class that starts at 0 contributes nothing, and above the last start only learned
             corrections reach.
         adapter_share: of the adapted features, the rest being the features as they are; 0: no adaptation.
-        fcrc: form of the loss over classes: that of the authors' code, which weighs logits, or of the paper, which weighs
-            exponentials. See `fcrc_code` and `fcrc_paper`. Only the code has a second term (`alignment_weight`), which
-            the authors say is needed; 0 leaves it out.
+        fcrc: form of the loss over classes: that of the authors' code, which weighs logits, or of the paper, which
+            weighs exponentials. See `fcrc_code` and `fcrc_paper`. The second term (`alignment_weight`) is the code's in
+            both: the paper prints none, and its authors say that it is needed.
         negatives: for fcrc=paper, what an image is told apart from: each other class once, or as often as it is in the
             batch.
         norm: for fcrc=paper, whether the weights of an image's negatives sum to 1 or have mean 1.
