@@ -219,28 +219,52 @@ def classes_of(ranks: Ranks, classes: Ranks) -> list[int]:
 
 
 class CoarseToFine(Head):
-    """Adapter, comparison with the prototypes of coarse classes, and from there to the value.
+    """What NumCLIP deploys: an adapter, prototypes of coarse classes, and a regressor from their logits to the value.
 
-    Subclasses say what compares: `inner`, which is given the coarse classes as its ranks.
+    Args:
+        coarse: names and starts of the classes in ascending order, in the labels' unit, e.g. [[child, 0], [teenager,
+            13], [young adult, 19]]; a rank belongs to the last class that starts at or below it. Default: the ranks
+            where there are at most 10, else five groups of as many ranks, named by their numbers.
+        anchors: what a class stands for in the answer: its start, as in the authors' code, or the centre (mean) of its
+            ranks. With starts, a class that starts at 0 contributes nothing, and above the last start only learned
+            corrections reach.
+        adapter_share: of the adapted features, the rest being the features as they are; 0: no adaptation.
+        fcrc: form of the loss over classes: that of the authors' code, which weighs logits, or of the paper, which
+            weighs exponentials. See `fcrc_code` and `fcrc_paper`. The second term (`alignment_weight`) is the code's in
+            both: the paper prints none, and its authors say that it is needed.
+        negatives: for fcrc=paper, what an image is told apart from: each other class once, or as often as it is in the
+            batch.
+        norm: for fcrc=paper, whether the weights of an image's negatives sum to 1 or have mean 1.
+        regression_weight: factor of the absolute error of the value.
+
+    Raises:
+        ValueError: classes that `coarse_ranks` refuses.
     """
 
+    learns: ClassVar[bool] = False
+    inner: ClassVar[type[Head] | None] = PrototypeHead  # what compares; it is given the coarse classes as its ranks
     class_of_rank: Tensor
 
     def __init__(
         self,
         context: HeadContext,
-        coarse: Coarse | None,
-        anchors: Anchors,
-        adapter_share: float,
-        options: dict[str, Any],
-        /,
+        coarse: Coarse | None = None,
+        anchors: Anchors = "start",
+        adapter_share: Share = 0.8,
+        fcrc: Literal["code", "paper"] = "code",
+        negatives: Negatives = "ranks",
+        norm: Norm = "sum",
+        regression_weight: Factor = 1.0,
+        **shared: Any,
     ):
         super().__init__(context)
         assert self.inner is not None
         self.coarse, self.anchors = coarse, anchors
+        self.fcrc, self.negatives, self.norm = fcrc, negatives, norm
+        self.regression_weight = regression_weight
         classes = coarse_ranks(context.ranks, coarse)
         self.adapter = Adapter(context.input_dim, adapter_share)
-        similarity = self.inner(replace(context, ranks=classes), **options)
+        similarity = self.inner(replace(context, ranks=classes), **shared)
         assert isinstance(similarity, SimilarityHead)
         self.similarity: SimilarityHead = similarity
         members = classes_of(context.ranks, classes)
@@ -264,91 +288,6 @@ class CoarseToFine(Head):
         with torch.autocast(features.device.type, enabled=False):
             return {"coarse_logits": logits, "value": self.fine(logits)}
 
-    def predict(self, outputs: Outputs) -> Prediction:
-        if self.fine is None:
-            return super().predict(outputs)
-        value = check_numbers(at_least_float32(outputs["value"]))
-        return Prediction(value, self.ranks.nearest(value))
-
-    def rank_prototypes(self) -> Tensor | None:
-        return self.similarity.rank_prototypes() if self.fine is None else None
-
-
-class CoarsePrototypes(CoarseToFine):
-    """What NumCLIP deploys: prototypes of the coarse classes instead of the text tower.
-
-    Args:
-        coarse, anchors, adapter_share: see `NumCLIP`.
-    """
-
-    learns: ClassVar[bool] = False
-    inner: ClassVar[type[Head] | None] = PrototypeHead
-
-    def __init__(
-        self,
-        context: HeadContext,
-        coarse: Coarse | None = None,
-        anchors: Anchors = "start",
-        adapter_share: Share = 0.8,
-        **shared: Any,
-    ):
-        super().__init__(context, coarse, anchors, adapter_share, shared)
-
-
-class NumCLIP(CoarseToFine):
-    """Coarse classes in words through the frozen text tower, FCRC, and a regressor from their logits to the value.
-
-    Paper: Du et al., "Teach CLIP to Develop a Number Sense for Ordinal Regression", ECCV 2024, arXiv:2408.03574.
-
-    Each class has a prompt of its own, a context and its name, without interpolation; images pass through an adapter
-    before they are compared. The loss is FCRC over the images' classes, and the absolute error of the value in the
-    labels' unit. Where every rank is a class (at most 10 ranks, or so given) there is no regressor: the answer is read
-    from the distribution over ranks, as the authors do for HCI and aesthetics, and the error is that of its mean.
-
-    The published training leaves the context as it is for ages (`train.freeze=[head.similarity.learner.context]`) and
-    trains the encoder, which it found better than the adapter alone.
-
-    Args:
-        coarse: names and starts of the classes in ascending order, in the labels' unit, e.g. [[child, 0], [teenager,
-            13], [young adult, 19]]; a rank belongs to the last class that starts at or below it. Default: the ranks
-            where there are at most 10, else five groups of as many ranks, named by their numbers.
-        anchors: what a class stands for in the answer: its start, as in the authors' code, or the centre (mean) of its
-            ranks. With starts, a class that starts at 0 contributes nothing, and above the last start only learned
-            corrections reach.
-        adapter_share: of the adapted features, the rest being the features as they are; 0: no adaptation.
-        fcrc: form of the loss over classes: that of the authors' code, which weighs logits, or of the paper, which
-            weighs exponentials. See `fcrc_code` and `fcrc_paper`. The second term (`alignment_weight`) is the code's in
-            both: the paper prints none, and its authors say that it is needed.
-        negatives: for fcrc=paper, what an image is told apart from: each other class once, or as often as it is in the
-            batch.
-        norm: for fcrc=paper, whether the weights of an image's negatives sum to 1 or have mean 1.
-        regression_weight: factor of the absolute error of the value.
-
-    Raises:
-        ValueError: no text tower, classes that `coarse_ranks` refuses; see `CoOp` for the rest.
-    """
-
-    inner: ClassVar[type[Head] | None] = CoOp
-    rebuilt: ClassVar[tuple[str, ...]] = ("similarity.text",)
-
-    def __init__(
-        self,
-        context: HeadContext,
-        coarse: Coarse | None = None,
-        anchors: Anchors = "start",
-        adapter_share: Share = 0.8,
-        fcrc: Literal["code", "paper"] = "code",
-        negatives: Negatives = "ranks",
-        norm: Norm = "sum",
-        regression_weight: Factor = 1.0,
-        **shared: Any,
-    ):
-        if context.text is None:
-            raise ValueError("NumCLIP needs a text tower: set model.text, e.g. to open_clip:ViT-B-16/openai")
-        super().__init__(context, coarse, anchors, adapter_share, shared)
-        self.fcrc, self.negatives, self.norm = fcrc, negatives, norm
-        self.regression_weight = regression_weight
-
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         logits = outputs["logits" if self.fine is None else "coarse_logits"]
         ranks, weights = self.class_of_rank[targets.ranks], targets.weights
@@ -365,6 +304,44 @@ class NumCLIP(CoarseToFine):
         loss = contrastive + self.similarity.alignment_weight * alignment + self.regression_weight * error
         return {"loss": loss, "contrastive": contrastive, "alignment": alignment, "error": error}
 
+    def predict(self, outputs: Outputs) -> Prediction:
+        if self.fine is None:
+            return super().predict(outputs)
+        value = check_numbers(at_least_float32(outputs["value"]))
+        return Prediction(value, self.ranks.nearest(value))
+
+    def rank_prototypes(self) -> Tensor | None:
+        return self.similarity.rank_prototypes() if self.fine is None else None
+
+
+class NumCLIP(CoarseToFine):
+    """Coarse classes in words through the frozen text tower, FCRC, and a regressor from their logits to the value.
+
+    Paper: Du et al., "Teach CLIP to Develop a Number Sense for Ordinal Regression", ECCV 2024, arXiv:2408.03574.
+
+    Each class has a prompt of its own, a context and its name, without interpolation; images pass through an adapter
+    before they are compared. The loss is FCRC over the images' classes, and the absolute error of the value in the
+    labels' unit. Where every rank is a class (at most 10 ranks, or so given) there is no regressor: the answer is read
+    from the distribution over ranks, as the authors do for HCI and aesthetics, and the error is that of its mean.
+
+    The published training leaves the context as it is for ages (`train.freeze=[head.similarity.learner.context]`) and
+    trains the encoder, which it found better than the adapter alone.
+
+    Args: see `CoarseToFine`, and `CoOp` for the prompts.
+
+    Raises:
+        ValueError: no text tower, classes that `coarse_ranks` refuses; see `CoOp` for the rest.
+    """
+
+    learns: ClassVar[bool] = True
+    inner: ClassVar[type[Head] | None] = CoOp
+    rebuilt: ClassVar[tuple[str, ...]] = ("similarity.text",)
+
+    def __init__(self, context: HeadContext, **shared: Any):
+        if context.text is None:
+            raise ValueError("NumCLIP needs a text tower: set model.text, e.g. to open_clip:ViT-B-16/openai")
+        super().__init__(context, **shared)
+
     def prompt_parameters(self) -> list[nn.Parameter]:
         return self.similarity.prompt_parameters()
 
@@ -377,8 +354,12 @@ class NumCLIP(CoarseToFine):
             "coarse": None if self.coarse is None else [list(each) for each in self.coarse],
             "anchors": self.anchors,
             "adapter_share": self.adapter.share,
+            "fcrc": self.fcrc,
+            "negatives": self.negatives,
+            "norm": self.norm,
+            "regression_weight": self.regression_weight,
             **shared,
         }
-        head = CoarsePrototypes(HeadContext(self.ranks, self.adapter.width, decoding=self.decoding), **options)
+        head = CoarseToFine(HeadContext(self.ranks, self.adapter.width, decoding=self.decoding), **options)
         head.similarity, head.adapter, head.fine = similarity, self.adapter, self.fine
-        return f"{__name__}:CoarsePrototypes", options, head
+        return f"{__name__}:CoarseToFine", options, head

@@ -384,10 +384,10 @@ def head_options(method: str) -> dict[str, Option]:
     """The options of a method, each declared once in the class that uses it.
 
     These are the keyword arguments of the class's constructor and, where it takes `**shared` to pass them on, those of
-    the next class in its method resolution order that has a constructor, and so on; after a class that has an `inner`
-    head, those of the latter follow. A default in a subclass wins. The
-    first parameter is the `HeadContext`; positional-only ones are what a base class wants from its subclasses. The
-    description is that of the docstring's block `Args:`, in the declaring class or else in the next that has one.
+    the next class in its method resolution order that has a constructor, and so on; in the end those of its `inner`
+    head, if it has one. A default in a subclass wins. The first parameter is the `HeadContext`; positional-only ones
+    are what a base class wants from its subclasses. The description is that of the docstring's block `Args:`, in the
+    declaring class or else in the next that has one.
 
     >>> head_options("huber")["delta"].default
     1.0
@@ -412,10 +412,10 @@ def head_options(method: str) -> dict[str, Option]:
 def _declaring(head: type[Head]) -> Iterator[type]:
     """The classes that may declare options of a head, in the order in which they are asked."""
     for base in head.__mro__:
-        yield base
-        if (inner := vars(base).get("inner")) is not None:
-            yield from _declaring(inner)
+        if base is Head and head.inner is not None:
+            yield from _declaring(head.inner)
             return
+        yield base
 
 
 def _described_arguments(base: type) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from baselines.numclip import (
-    CoarsePrototypes,
+    CoarseToFine,
     FineRegressor,
     classes_of,
     coarse_ranks,
@@ -396,8 +396,8 @@ def test_what_is_deployed_answers_as_what_was_trained(coarse, tmp_path):
     pixels = torch.randn(3, 3, model.config.pixel_spec.size, model.config.pixel_spec.size)
     model.eval().save_pretrained(tmp_path)
     loaded = OrdinalModel.from_pretrained(tmp_path)
-    assert isinstance(loaded.head, CoarsePrototypes)
-    assert loaded.config.method == "baselines.numclip:CoarsePrototypes"
+    assert isinstance(loaded.head, CoarseToFine)
+    assert loaded.config.method == "baselines.numclip:CoarseToFine"
     assert not [name for name in loaded.state_dict() if "text" in name or "learner" in name]
     with torch.no_grad():
         assert torch.allclose(loaded(pixels).value, model(pixels).value, atol=1e-4)
