@@ -144,12 +144,14 @@ class Head(nn.Module):
         views: how many augmented views of every picture are in a training batch, as rows of their own.
         layerwise: whether features are those of every layer of the image encoder, (B, L, D), instead of its own pooled
             ones, (B, D): see `ordinalclip.backbones.layers.LayerFeatures`. What is deployed takes the same.
+        inner: class of a head inside this one that takes the options this one leaves, see `head_options`.
     """
 
     learns: ClassVar[bool] = True
     rebuilt: ClassVar[tuple[str, ...]] = ()
     views = 1
     layerwise: ClassVar[bool] = False
+    inner: ClassVar[type[Head] | None] = None
 
     def __init__(self, context: HeadContext):
         super().__init__()
@@ -383,15 +385,16 @@ def head_options(method: str) -> dict[str, Option]:
     """The options of a method, each declared once in the class that uses it.
 
     These are the keyword arguments of the class's constructor and, where it takes `**shared` to pass them on, those of
-    the next class in its method resolution order that has a constructor, and so on. A default in a subclass wins. The
-    first parameter is the `HeadContext`; positional-only ones are what a base class wants from its subclasses. The
-    description is that of the docstring's block `Args:`, in the declaring class or else in the next that has one.
+    the next class in its method resolution order that has a constructor, and so on; in the end those of its `inner`
+    head, if it has one. A default in a subclass wins. The first parameter is the `HeadContext`; positional-only ones
+    are what a base class wants from its subclasses. The description is that of the docstring's block `Args:`, in the
+    declaring class or else in the next that has one.
 
     >>> head_options("huber")["delta"].default
     1.0
     """
     options: dict[str, Option] = {}
-    for base in head_class(method).__mro__:
+    for base in _declaring(head_class(method)):
         if "__init__" not in vars(base):
             continue
         _, _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
@@ -405,6 +408,15 @@ def head_options(method: str) -> dict[str, Option]:
         if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
             break
     return options
+
+
+def _declaring(head: type[Head]) -> Iterator[type]:
+    """The classes that may declare options of a head, in the order in which they are asked."""
+    for base in head.__mro__:
+        if base is Head and head.inner is not None:
+            yield from _declaring(head.inner)
+            return
+        yield base
 
 
 def _described_arguments(base: type) -> dict[str, str]:

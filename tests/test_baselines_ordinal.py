@@ -11,6 +11,7 @@ import torch
 from baselines import HEADS
 from baselines.thresholds import corn_loss, rank_probabilities, threshold_loss
 from ordinalclip import Ranks
+from ordinalclip.backbones import load_backbone
 from ordinalclip.heads import HeadContext, Targets, build_head, decode, head_class
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines_open.json").read_text())
@@ -28,7 +29,10 @@ LAYERS = (6, 4, 6)  # widths, for heads on the features of layers
 def head_of(method, ranks=RANKS, label_mean=2.5, label_std=1.5, **options):
     torch.manual_seed(0)
     dims = LAYERS if head_class(method).layerwise else ()
-    context = HeadContext(ranks, 6, label_mean=label_mean, label_std=label_std, layer_dims=dims)
+    text = load_backbone("tiny").text if head_class(method).rebuilt else None
+    context = HeadContext(
+        ranks, 6, text, shared_space=False, label_mean=label_mean, label_std=label_std, layer_dims=dims
+    )
     return build_head(method, context, options).double()
 
 
@@ -174,6 +178,8 @@ def test_gradient_is_right(method):
 def test_scale_of_the_weights_and_order_of_the_batch_do_not_matter(method):
     if method == "atrip":
         pytest.skip("its random triples are places in the batch: see test_baselines_metric.py")
+    if method == "numclip":
+        pytest.skip("its coded loss over the batch depends on how many copies there are: see test_numclip.py")
     head, (features, targets) = head_of(method).eval(), batch(shape=shape_of(method))
     weights = torch.linspace(0.5, 2, 9).double()
     plain = loss_of(head, features, targets._replace(weights=weights)).item()
@@ -207,7 +213,7 @@ def test_one_label_and_equal_pictures_are_finite(method, size):
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(features.grad).all()
-    assert all(torch.isfinite(p.grad).all() for p in head.parameters())  # DDP needs one for each
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.requires_grad)  # DDP needs one for each
 
 
 @pytest.mark.parametrize("method", LEARNING)
@@ -219,7 +225,8 @@ def test_half_precision_features_are_scored_in_float32(method):
         outputs = head(features.bfloat16())
     assert {output.dtype for output in outputs.values()} == {torch.float32}
     exact = head(features.bfloat16().float())
-    assert all(torch.equal(outputs[name], exact[name]) for name in exact)
+    if not head.rebuilt:  # text towers compute as autocast says
+        assert all(torch.equal(outputs[name], exact[name]) for name in exact)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_methods_say_what_they_are():
     assert {method for method in METHODS if not head_class(method).learns} == {
         *("constant", "large", "zero_shot", "prototypes")
     }
-    assert {method for method in METHODS if head_class(method).rebuilt} == {"ordinalclip", "coop"}
+    assert {method for method in METHODS if head_class(method).rebuilt} == {"ordinalclip", "coop", "numclip"}
     for method in ("ordinalclip", "coop", "zero_shot"):
         model = OrdinalModel.build("tiny", RANKS, method)
         names = {name.partition(".")[0] for name in model.head.state_dict()}

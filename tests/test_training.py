@@ -270,7 +270,7 @@ def test_constant_is_the_best_constant(quick):
 
 GENTLE = ("train.lr_encoder=2e-4", "train.lr_head=1e-2")  # for heads that start far from the encoder's features
 LEARNING = {  # where a learning rate of 1e-3 for all does worse: the settings of configs/compare/gauges.yaml
-    **dict.fromkeys(("cnn", "cross_entropy", "loss", "sord", "ordreg", "coral", "corn"), GENTLE),
+    **dict.fromkeys(("cnn", "cross_entropy", "loss", "sord", "ordreg", "coral", "corn", "numclip"), GENTLE),
     **dict.fromkeys(
         ("rm_loss", "rank_n_contrast", "contrastive", "triplet", "n_pair", "cosface", "arcface", "l2_softmax"), GENTLE
     ),
@@ -306,7 +306,8 @@ def test_learns(quick, method, l1_figures):
     """16 shots of each of 21 values of a kind the tiny CLIP has never seen take every method with its read-out to at
     most 1.5 times the error of the L1 head, which is far below the constant predictor's 25."""
     assert l1_figures["mae"] < 6
-    head = {"ordinalclip": (*PROMPTS, "head.interpolation=piecewise"), "coop": PROMPTS[:1]}.get(method, ())
+    known = {"ordinalclip": (*PROMPTS, "head.interpolation=piecewise"), "coop": PROMPTS[:1], "numclip": PROMPTS[:1]}
+    head = known.get(method, ())
     folder = train(quick(f"method={method}", *SHOTS, *LEARNING.get(method, ()), *head), quiet=True)
     figures = json.loads((folder / "metrics.json").read_text())["test"]
     assert figures["mae"] < FACTORS.get(method, 1.5) * l1_figures["mae"]
