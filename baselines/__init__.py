@@ -28,4 +28,6 @@ HEADS = {
     "cosface": "baselines.class_metric:CosFace",
     "arcface": "baselines.class_metric:ArcFace",
     "l2_softmax": "baselines.class_metric:L2Softmax",
+    "conord": "baselines.conord:ConOrd",
+    "cloc": "baselines.cloc:CLOC",
 }
