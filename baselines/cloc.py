@@ -42,8 +42,7 @@ def cloc_loss(features: Tensor, ranks: Tensor, gaps: Tensor, weights: Tensor | N
     0.1
     """
     features = normalize(at_least_float32(features), dim=-1)
-    if weights is None:
-        weights = torch.ones_like(features[:, 0])
+    weights = torch.ones_like(features[:, 0]) if weights is None else weights.to(features)
     cosine = features @ features.t()
     places = pad(gaps.to(features).cumsum(0), (1, 0))[ranks]
     reach = cosine + (places[:, None] - places).abs()

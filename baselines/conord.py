@@ -27,9 +27,10 @@ def conord_loss(
 
         -log( sum_{j != i} e^s_ij / (w_ij + 1e-7)  /  sum_{j != i} w_ij e^s_ij ).
 
-    Equal labels weigh 1e7, so that the loss may be negative. Where a batch holds no equal labels, another unit of the
-    labels adds a constant; where it does, the unit says how much more than others they weigh: labels are to be in a
-    unit in which neighbouring ranks are about 1 apart.
+    Equal labels attract 1e7 times as much as labels 1 apart, so that a sample that has its equal in the batch is drawn
+    to that alone, and the loss may be negative. Another unit of the labels adds a constant and leaves the gradient
+    nearly as it is, unless different labels come so near each other that 1e-7 counts: the loss wants a unit in which
+    neighbouring ranks are about 1 apart.
 
     Args:
         features: (B, D), of any length: they are normalised here.
@@ -48,9 +49,8 @@ def conord_loss(
     """
     features = normalize(at_least_float32(features), dim=-1)
     similarity = without_diagonal(pairwise_distances(features)) / -temperature
-    if weights is None:
-        weights = torch.ones_like(features[:, 0])
-    similarity = similarity + without_diagonal(weights.to(similarity).log().expand(len(features), -1))
+    weights = torch.ones_like(features[:, 0]) if weights is None else weights.to(features)
+    similarity = similarity + without_diagonal(weights.log().expand(len(features), -1))
     apart = without_diagonal((values[:, None] - values).abs()).to(similarity) ** power
     attraction = torch.logsumexp(similarity - (apart + STABILITY).log(), dim=1)
     ordered = (apart > 0).any(dim=1, keepdim=True)  # else the sum is over nothing, its log and gradient no numbers
@@ -65,7 +65,7 @@ class ConOrd(EmbeddingHead):
     The embedding has length 1, and so have the reference points, one learnable for every rank. The centre term is the
     mean distance of a sample to the point whose rank value is nearest to its label; between two, both count. Labels are
     taken in gaps between ranks (the mean gap, where ranks are not evenly spaced): the authors' are integer ranks, and
-    the loss depends on the unit. A batch whose labels are all equal leaves the centre term alone.
+    the guard of 1e-7 is in that unit. A batch whose labels are all equal leaves the centre term alone.
 
     Not as in the authors' code: k is chosen on the validation part, not on the test part, and the reference points
     learn at the rate of the head, not at ten times that of the encoder (`train.lr_head`).

@@ -15,6 +15,7 @@ from ordinalclip.losses import absolute_error, at_least_float32
 
 Readout = Literal["neighbors", "nearest", "l1"]
 NUM_NEAREST = 10  # neighbours that are asked without a validation part to choose their number
+TIE = 1e-3  # of the gap between ranks: means that are so near to a boundary are on it, but for rounding
 
 
 class EmbeddingHead(Head):
@@ -117,7 +118,10 @@ class EmbeddingHead(Head):
         prediction = super().predict_value(standardised)
         if self.readout != "nearest":
             return prediction
-        return Prediction(self.ranks.tensor(standardised.device)[prediction.rank], prediction.rank)
+        values = self.ranks.tensor(standardised.device)
+        tie = TIE * values.diff().amin()  # as in Ranks.nearest a value in the middle goes down, one on an edge up
+        rank = self.ranks.nearest(prediction.value + (-tie if self.ranks.edges is None else tie))
+        return Prediction(values[rank], rank)
 
 
 def embedding_layers(input_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:
