@@ -28,8 +28,8 @@ class EmbeddingHead(Head):
         neighbors: mean label of the training embeddings near the query (`RadiusNeighbors`). `fit` takes the bank
             and searches its radius on the validation part. Labels are kept standardised, so that half precision
             does not round them. Before the first `fit` the bank is one point with the mean label.
-        nearest: the rank value nearest to the mean label of the k nearest training embeddings (`NearestNeighbors`). `fit`
-            chooses k by the MAE of such answers on the validation part; without one it is 10. Otherwise as above.
+        nearest: the rank value nearest to the mean label of the k nearest training embeddings (`NearestNeighbors`).
+            `fit` chooses k by the MAE of such answers on the validation part; without one it is 10. Otherwise as above.
         l1: a linear layer that learns the absolute error of standardised labels beside the embedding, on embeddings
             without gradient: what it learns never shapes the space.
 

@@ -124,7 +124,9 @@ def test_another_unit_of_the_labels_adds_a_constant(labels):
     features = on_circle(0, 20, 35, 90, 100).requires_grad_()
     losses = [conord_loss(features, unit * torch.tensor(labels).double(), temperature=0.5) for unit in (1, 12, 1e-4)]
     plain, months, ages = (torch.autograd.grad(loss, features, retain_graph=True)[0] for loss in losses)
-    assert (losses[1] - losses[0]).item() == pytest.approx((4 if len(set(labels)) == 5 else 16 / 5) * math.log(12), abs=1e-5)
+    assert (losses[1] - losses[0]).item() == pytest.approx(
+        (4 if len(set(labels)) == 5 else 16 / 5) * math.log(12), abs=1e-5
+    )
     assert torch.allclose(plain, months, atol=1e-5)
     assert not torch.allclose(plain, ages, atol=1e-1)
 
@@ -175,8 +177,10 @@ def test_answers_are_ranks_and_the_validation_part_chooses_the_neighbours():
     counts = []
     for labels in (rank, rank[torch.randperm(120, generator=generator)]):
         head, targets = head_of().float(), Targets(RANKS.tensor()[labels], labels)
-        parts = [({"embedding": embedding[rows]}, Targets(*(each[rows] for each in targets[:2]))) for rows in
-                 (slice(0, 80), slice(80, 120))]
+        parts = [
+            ({"embedding": embedding[rows]}, Targets(*(each[rows] for each in targets[:2])))
+            for rows in (slice(0, 80), slice(80, 120))
+        ]
         head.fit(*parts)
         counts.append(int(head.neighbors.count))
         answer = head.predict(parts[1][0])
