@@ -29,4 +29,6 @@ HEADS = {
     "arcface": "baselines.class_metric:ArcFace",
     "l2_softmax": "baselines.class_metric:L2Softmax",
     "numclip": "baselines.numclip:NumCLIP",
+    "conord": "baselines.conord:ConOrd",
+    "cloc": "baselines.cloc:CLOC",
 }

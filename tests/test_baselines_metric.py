@@ -348,14 +348,15 @@ def part(size, seed):
 
 
 @pytest.mark.parametrize("method", METRIC)
-@pytest.mark.parametrize("readout", ["neighbors", "l1"])
-def test_every_space_is_read_out_both_ways(method, readout):
+@pytest.mark.parametrize("readout", ["neighbors", "nearest", "l1"])
+def test_every_space_is_read_out_in_every_way(method, readout):
     torch.manual_seed(0)
     head = build_head(method, HeadContext(RANKS, 4, label_mean=50, label_std=34), {"readout": readout})
     features, targets = part(40, 0)
-    assert head.needs_fit == (readout == "neighbors")
-    if readout == "neighbors":
-        assert head.predict(head(features)).value.tolist() == pytest.approx([50] * 40)  # before fit: the mean
+    assert head.needs_fit == (readout != "l1")
+    if head.needs_fit:
+        mean = 50 if readout == "neighbors" else 40  # the rank below it
+        assert head.predict(head(features)).value.tolist() == pytest.approx([mean] * 40)  # before fit
         train, (queries, truth) = (head(features), targets), part(12, 1)
         head.fit(train, (head(queries), truth))
         assert (head.predict(head(queries)).value - truth.values).abs().mean() < 8  # ranks are 20 apart

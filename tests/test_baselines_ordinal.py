@@ -191,7 +191,9 @@ def test_scale_of_the_weights_and_order_of_the_batch_do_not_matter(method):
         assert loss_of(head, features[order], shuffled).item() == pytest.approx(plain)
 
 
-@pytest.mark.parametrize("method", ["l1", "mse", "huber", "plc", "src", "plc_src", "rm_loss", "atrip", "large_tuned"])
+@pytest.mark.parametrize(
+    "method", ["l1", "mse", "huber", "plc", "src", "plc_src", "rm_loss", "atrip", "large_tuned", "conord"]
+)
 def test_the_unit_of_the_labels_does_not_matter(method):
     """Years or months: losses are those of standardised labels, answers those of the unit."""
     years, months = head_of(method), head_of(method, Ranks(tuple(12 * v for v in RANKS.values)), 12 * 2.5, 12 * 1.5)
@@ -237,7 +239,7 @@ def test_half_precision_features_are_scored_in_float32(method):
         ("dldl_v2", {"std": 0}, r"head\.std: .*greater than 0"),
         ("rm_loss", {"sigma": 0}, r"head\.sigma: .*greater than 0, got 0"),
         ("rm_loss", {"momentum": 1}, r"head\.momentum: .*less than 1, got 1"),
-        ("rm_loss", {"readout": "nn"}, r"head\.readout: .*'neighbors' or 'l1', got 'nn'"),
+        ("rm_loss", {"readout": "nn"}, r"head\.readout: .*'neighbors', 'nearest' or 'l1', got 'nn'"),
         ("atrip", {"triples_per_sample": 0}, r"head\.triples_per_sample: .*greater than or equal to 1"),
         ("rank_n_contrast", {"temperature": 0}, r"head\.temperature: .*greater than 0"),
         ("plc_src", {"gap": 0}, r"head\.gap: .*greater than 0, got 0"),

@@ -114,7 +114,7 @@ def test_options_are_collected_along_the_base_classes():
     [
         (["method=atrip", "head.raduis=0.2"], r"head\.raduis is not a key; nearest: head\.radius"),
         (["method=atrip", "head.radius=far"], r"head\.radius: .*number.*'far'"),
-        (["method=cosface", "head.readout=nn"], r"head\.readout: .*'neighbors' or 'l1'"),
+        (["method=cosface", "head.readout=nn"], r"head\.readout: .*'neighbors', 'nearest' or 'l1'"),
         (["method=coop", "head.num_base_ranks=3"], r"head\.num_base_ranks is not a key; nearest: head\.num_context"),
         (["method=coop", "head.alignment=both"], r"head\.alignment: .*'official' or 'paper'"),
         (["method=plc_src", "head.outliers=many"], r"head\.outliers: .*number.*'many'"),

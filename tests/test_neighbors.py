@@ -1,4 +1,4 @@
-"""The neighbour read-out against published figures, a plain loop, and itself after saving."""
+"""The neighbour read-outs against published figures, plain loops, and themselves after saving."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baselines import neighbors
-from baselines.neighbors import RadiusNeighbors
+from baselines.neighbors import NearestNeighbors, RadiusNeighbors
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines_open.json").read_text())["nn"]
 
@@ -177,6 +177,85 @@ def test_the_bank_is_a_copy_and_may_be_replaced():
     model.fit(features[:4], labels[:4])
     assert model.features.shape == (4, 6)
     assert model.predict(features[:0]).shape == (0,)
+
+
+def loop_nearest(features, labels, queries, count):
+    """The definition, one query at a time, in float64: of equally far ones the first."""
+    features, labels, queries = (np.asarray(given, dtype=np.float64) for given in (features, labels, queries))
+    squared = [((features - query) ** 2).sum(axis=1) for query in queries]
+    return np.array([labels[np.argsort(each, kind="stable")[:count]].mean() for each in squared])
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 25, 60, 200])
+@pytest.mark.parametrize("offset, scale", [(0, 1), (1000, 1), (-5, 1e-3)])
+def test_nearest_against_a_loop(small_blocks, count, offset, scale):
+    """More than a block of the bank, more than all of it; features far from the origin."""
+    features, labels = rows(60, offset=offset, scale=scale)
+    queries = np.concatenate([rows(20, seed=1, offset=offset, scale=scale)[0], features[:3]])
+    answers = NearestNeighbors(count).fit(features, labels).predict(queries)
+    assert answers.numpy() == pytest.approx(loop_nearest(features, labels, queries, count), rel=1e-12)
+
+
+def test_nearest_clusters_far_from_the_middle(small_blocks):
+    """Norms of 1e5 and distances of 1e-3, which the products alone cannot order."""
+    features, labels = rows(60, scale=1e-3)
+    features[::2] += 1e5
+    features[1::2] -= 1e5
+    for count in (1, 4, 31):
+        answers = NearestNeighbors(count).fit(features, labels).predict(features + 1e-4)
+        assert answers.numpy() == pytest.approx(loop_nearest(features, labels, features + 1e-4, count), rel=1e-12)
+
+
+@pytest.mark.parametrize("block", [3, 11, 8192])
+def test_of_equally_far_the_first_count(monkeypatch, block):
+    """On a grid, every point twice: ties at the last place within a block and across blocks."""
+    monkeypatch.setattr(neighbors, "BANK_BLOCK", block)
+    grid = np.stack(np.meshgrid(np.arange(6.0), np.arange(6.0)), axis=-1).reshape(-1, 2) + 1000
+    features = np.concatenate([grid, grid[::-1]])
+    labels = np.random.default_rng(5).uniform(0, 100, 72)
+    queries = np.concatenate([grid, grid + np.array([0.5, 0.0])])
+    for count in (1, 3, 6, 40):
+        answers = NearestNeighbors(count).fit(features, labels).predict(queries)
+        assert answers.numpy() == pytest.approx(loop_nearest(features, labels, queries, count), rel=1e-12)
+    same = NearestNeighbors(3).fit(np.ones((72, 2)), labels).predict(np.ones((1, 2)))
+    assert same.item() == pytest.approx(labels[:3].mean())
+
+
+@pytest.mark.parametrize(
+    ("bank", "seed", "expected"), [(1, 0, [1, 1]), (5, 4, [2, 4]), (40, 0, [2, 8]), (90, 0, [4, 6])]
+)
+def test_the_number_of_nearest_is_that_of_the_least_validation_error(bank, seed, expected):
+    """Of answers as they are given: rounded means may want more neighbours. The bank may hold fewer than are tried."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 5, bank).astype(float)
+    features = rng.normal(size=(bank, 2)) + labels[:, None]
+    queries, truth = features[:30] + 0.3, labels[:30]
+    counts = [count for count in range(2, 59, 2) if count <= bank] or [1]
+    for answered, best in zip((lambda means: means, torch.round), expected, strict=True):
+        means = [torch.tensor(loop_nearest(features, labels, queries, count)) for count in counts]
+        errors = [np.abs(answered(each).numpy() - truth).mean() for each in means]
+        assert counts[int(np.argmin(np.round(errors, 9)))] == best
+        assert NearestNeighbors().fit(features, labels, (queries, truth), answered).count == best
+
+
+def test_a_saved_number_of_nearest_is_restored():
+    features, labels = rows(20)
+    fitted = NearestNeighbors(3).fit(torch.tensor(features).float(), torch.tensor(labels).float())
+    restored = NearestNeighbors()
+    restored.load_state_dict(fitted.state_dict(), strict=True)
+    assert set(fitted.state_dict()) == {"features", "labels", "count"}
+    assert torch.equal(restored.predict(features), fitted.predict(features))
+    assert restored.half().count == 3  # a cast leaves it an integer
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_bad_number_of_nearest(count):
+    with pytest.raises(ValueError, match=f"integer of at least 1, got {count}"):
+        NearestNeighbors(count)
+    with pytest.raises(ValueError, match=r"NearestNeighbors\(count\) or fit\(..., validation=\)"):
+        NearestNeighbors().fit([[0.0]], [0.0])
+    with pytest.raises(RuntimeError, match=r"NearestNeighbors.predict needs a bank.*call fit first"):
+        NearestNeighbors(2).predict([[0.0]])
 
 
 @pytest.mark.parametrize("radius", [0, -0.1, float("nan"), float("inf")])
