@@ -28,4 +28,6 @@ HEADS = {
     "cosface": "baselines.class_metric:CosFace",
     "arcface": "baselines.class_metric:ArcFace",
     "l2_softmax": "baselines.class_metric:L2Softmax",
+    "l2rclip": "baselines.l2rclip:L2RCLIP",
+    "ranking_adapter": "baselines.ranking_adapter:RankingAdapter",
 }

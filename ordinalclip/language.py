@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width
 from ordinalclip.losses import Alignment, alignment_loss, at_least_float32
 from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
-from ordinalclip.text import TextTower
+from ordinalclip.text import Prompts, TextTower
 
 PLACE = re.compile(r"\{(name|unit)\}")
 ROUNDING = 1e-5  # of unit vectors in float32
@@ -58,10 +58,15 @@ class SimilarityHead(Head):
         """The projected features, of length 1."""
         return normalize(at_least_float32(self.projection(features)), dim=-1)
 
-    def forward(self, features: Tensor) -> Outputs:
+    def compared(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D) features -> images (B, E) and prototypes (R, E), all of length 1."""
         prototypes, image = self.rank_prototypes(), self.space(features)
         with torch.autocast(features.device.type, enabled=False):
-            rank = normalize(at_least_float32(prototypes), dim=-1)
+            return image, normalize(at_least_float32(prototypes), dim=-1)
+
+    def forward(self, features: Tensor) -> Outputs:
+        image, rank = self.compared(features)
+        with torch.autocast(features.device.type, enabled=False):
             return {"logits": self.logit_scale.exp() * image @ rank.t()}
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
@@ -194,8 +199,12 @@ class PromptHead(SimilarityHead):
             init_from_names=init_from_names,
         )
 
+    def prompts(self) -> Prompts:
+        """The prompts of all ranks, as they go through the text tower."""
+        return self.learner()
+
     def rank_prototypes(self) -> Tensor:
-        prototypes = self.text(self.learner())
+        prototypes = self.text(self.prompts())
         if not self.centred:
             return prototypes
         prototypes = normalize(at_least_float32(prototypes), dim=-1)
