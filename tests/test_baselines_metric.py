@@ -12,15 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from baselines import HEADS
 from baselines.adaptive_triplet import adaptive_triplet_loss, draw_triples
+from baselines.embedding import EmbeddingHead
 from baselines.rank_n_contrast import rank_n_contrast_loss
 from baselines.rm_loss import RMLoss
 from ordinalclip import OrdinalModel, Ranks
-from ordinalclip.heads import HeadContext, Targets, build_head
+from ordinalclip.heads import HeadContext, Targets, build_head, head_class
 from ordinalclip.training import train
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines_open.json").read_text())
 RANKS = Ranks.linear(0, 100, 6)
-METRIC = [method for method in HEADS if method in list(HEADS)[list(HEADS).index("rm_loss") :]]
+METRIC = [method for method in HEADS if issubclass(head_class(method), EmbeddingHead)]
 
 
 def batch(size=9, dimensions=3, seed=0):
