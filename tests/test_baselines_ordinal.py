@@ -188,7 +188,9 @@ def test_scale_of_the_weights_and_order_of_the_batch_do_not_matter(method):
         assert loss_of(head, features[order], shuffled).item() == pytest.approx(plain)
 
 
-@pytest.mark.parametrize("method", ["l1", "mse", "huber", "plc", "src", "plc_src", "rm_loss", "atrip", "large_tuned", "ranking_adapter"])
+@pytest.mark.parametrize(
+    "method", ["l1", "mse", "huber", "plc", "src", "plc_src", "rm_loss", "atrip", "large_tuned", "ranking_adapter"]
+)
 def test_the_unit_of_the_labels_does_not_matter(method):
     """Years or months: losses are those of standardised labels, answers those of the unit."""
     years, months = head_of(method), head_of(method, Ranks(tuple(12 * v for v in RANKS.values)), 12 * 2.5, 12 * 1.5)
