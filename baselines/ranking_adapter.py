@@ -131,7 +131,7 @@ class RankingAdapter(Head):
     def __init__(
         self,
         context: HeadContext,
-        width: Width = 256,
+        width: Width = 128,
         num_text_tokens: Count = 32,
         num_queries: Count = 16,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1,

@@ -23,6 +23,7 @@ SAMPLE_WISE = {  # a sample of weight 2 is that sample twice
     "plc": {"outliers": 0.0},  # which samples are outliers does not depend on weights
 }
 LEARNING = sorted(method for method in HEADS if head_class(method).learns)
+SMALL = {"ranking_adapter": {"width": 16}}  # what would take long
 LAYERS = (6, 4, 6)  # widths, for heads on the features of layers
 SHAPES = {"pooled": (6,), "layers": (len(LAYERS), 6), "tokens": (4, 6)}  # of what heads read
 
@@ -32,7 +33,7 @@ def head_of(method, ranks=RANKS, label_mean=2.5, label_std=1.5, **options):
     dims = LAYERS if head_class(method).reads == "layers" else ()
     text = load_backbone("tiny").text if "text" in head_class(method).rebuilt else None
     context = HeadContext(ranks, 6, text, 0.0, False, label_mean, label_std, layer_dims=dims)
-    return build_head(method, context, options).double()
+    return build_head(method, context, {**SMALL.get(method, {}), **options}).double()
 
 
 def shape_of(method):
