@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from baselines.attention import Attention
 from baselines.linear import FullPrecisionLinear, FullPrecisionNorm
 from baselines.pairs import mean_of, without_diagonal
 from ordinalclip.heads import Factor, HeadContext, Outputs, Targets
-from ordinalclip.language import PromptHead
+from ordinalclip.language import PromptHead, PrototypeHead, SimilarityHead
 from ordinalclip.losses import Alignment, at_least_float32, weighted_mean
 from ordinalclip.text import Prompts
 
@@ -145,18 +145,8 @@ class RankAttention(nn.Module):
         return (1 - blend) * at_least_float32(ranks) + blend * mixed
 
 
-class L2RCLIP(PromptHead):
-    """Rank prompts that attend to each other, and losses that put images near their prompt and far from distant ones.
-
-    Paper: Wang et al., "Learning-to-Rank Meets Language: Boosting Language-Driven Ordering Alignment for Ordinal
-    Classification", NeurIPS 2023, arXiv:2306.13856.
-
-    A reconstruction: the authors published their losses, and neither model nor training. Their losses are here as they
-    have them, `ordinal_entropy` and `ordinal_entropy_stage1` on vectors of length 1, cross-entropy with weight 1, and
-    the asymmetric contrastive loss as the term `alignment`, which in the form of the paper differs from it by a
-    constant. The attention between prompts is another reader's guess. Theirs is trained in two stages, prompts first
-    and the image encoder after; here everything learns at once, as in their variant of one stage, whose image encoder
-    has 0.005 of the learning rate (train.lr_encoder).
+class OrderedHead(SimilarityHead):
+    """L2RCLIP's losses on images and prototypes of length 1.
 
     Args:
         ordinal_weight: factor of `ordinal_entropy`.
@@ -168,29 +158,26 @@ class L2RCLIP(PromptHead):
     def __init__(
         self,
         context: HeadContext,
+        *given: Any,
         ordinal_weight: Factor = 1.0,
         stage1_weight: Factor = 0.0,
-        init_from_names: bool = True,
         alignment: Alignment = "paper",
         alignment_weight: Factor = 1.0,
         **shared: Any,
     ):
         shared |= {"alignment": alignment, "alignment_weight": alignment_weight}
-        super().__init__(context, None, "linear", init_from_names=init_from_names, **shared)
+        super().__init__(context, *given, **shared)
         self.ordinal_weight, self.stage1_weight = ordinal_weight, stage1_weight
-        self.attention = RankAttention(self.text.width)
-
-    def prompts(self) -> Prompts:
-        return self.learner(self.attention(self.learner.ranks_embedded(), self.learner.in_use))
-
-    def prompt_parameters(self) -> list[nn.Parameter]:
-        return [*super().prompt_parameters(), *self.attention.parameters()]
 
     def forward(self, features: Tensor) -> Outputs:
         image, rank = self.compared(features)
         with torch.autocast(features.device.type, enabled=False):
             logits = self.logit_scale.exp() * image @ rank.t()
             return {"logits": logits, "distances": feature_distances(image, rank)}
+
+    def loss_options(self) -> dict[str, Any]:
+        weights = {"ordinal_weight": self.ordinal_weight, "stage1_weight": self.stage1_weight}
+        return {**super().loss_options(), **weights}
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         terms = super().loss(outputs, targets)
@@ -204,3 +191,34 @@ class L2RCLIP(PromptHead):
             terms["stage1"] = ordinal_entropy_stage1(distances, between, ranks, values, weights)
             terms["loss"] = terms["loss"] + self.stage1_weight * terms["stage1"]
         return terms
+
+
+class OrderedPrototypes(OrderedHead, PrototypeHead):
+    """What of L2RCLIP is deployed: a prototype per rank, and its losses."""
+
+
+class L2RCLIP(OrderedHead, PromptHead):
+    """Rank prompts that attend to each other, and losses that put images near their prompt and far from distant ones.
+
+    Paper: Wang et al., "Learning-to-Rank Meets Language: Boosting Language-Driven Ordering Alignment for Ordinal
+    Classification", NeurIPS 2023, arXiv:2306.13856.
+
+    A reconstruction: the authors published their losses, and neither model nor training. Their losses are here as they
+    have them, `ordinal_entropy` and `ordinal_entropy_stage1` on vectors of length 1, cross-entropy with weight 1, and
+    the asymmetric contrastive loss as the term `alignment`, which in the form of the paper differs from it by what has
+    no gradient. The attention between prompts is another reader's guess. Theirs is trained in two stages, prompts first
+    and the image encoder after; here everything learns at once, as in their variant of one stage, whose image encoder
+    has 0.005 of the learning rate (train.lr_encoder).
+    """
+
+    deployed: ClassVar[str] = "baselines.l2rclip:OrderedPrototypes"
+
+    def __init__(self, context: HeadContext, init_from_names: bool = True, **shared: Any):
+        super().__init__(context, None, "linear", init_from_names=init_from_names, **shared)
+        self.attention = RankAttention(self.text.width)
+
+    def prompts(self) -> Prompts:
+        return self.learner(self.attention(self.learner.ranks_embedded(), self.learner.in_use))
+
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        return [*super().prompt_parameters(), *self.attention.parameters()]

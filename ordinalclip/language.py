@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width
+from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width, build_head
 from ordinalclip.losses import Alignment, alignment_loss, at_least_float32
 from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
 from ordinalclip.text import Prompts, TextTower
@@ -68,6 +68,10 @@ class SimilarityHead(Head):
         image, rank = self.compared(features)
         with torch.autocast(features.device.type, enabled=False):
             return {"logits": self.logit_scale.exp() * image @ rank.t()}
+
+    def loss_options(self) -> dict[str, Any]:
+        """The options of the loss, which a deployed head has, too."""
+        return {"alignment": self.alignment, "alignment_weight": self.alignment_weight}
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         return alignment_loss(outputs["logits"], targets.ranks, targets.weights, self.alignment, self.alignment_weight)
@@ -160,6 +164,7 @@ class PromptHead(SimilarityHead):
     """
 
     rebuilt = ("text",)
+    deployed: ClassVar[str] = "prototypes"  # method of a `PrototypeHead` with the same loss
 
     def __init__(
         self,
@@ -215,19 +220,15 @@ class PromptHead(SimilarityHead):
         return [*self.learner.parameters(), self.logit_scale]
 
     def deploy(self) -> tuple[str, dict[str, Any], Head]:
-        options: dict[str, Any] = {
-            "output_dim": self.output_dim,
-            "alignment": self.alignment,
-            "alignment_weight": self.alignment_weight,
-        }
+        options = {"output_dim": self.output_dim, **self.loss_options()}
         input_dim = self.projection.in_features if isinstance(self.projection, nn.Linear) else self.text.output_dim
         context = HeadContext(self.ranks, input_dim, decoding=self.decoding)
-        head = PrototypeHead(context, **options).to(self.logit_scale)
+        head = cast(PrototypeHead, build_head(self.deployed, context, options)).to(self.logit_scale)
         with torch.no_grad():
             head.prototypes.copy_(normalize(self.rank_prototypes(), dim=-1))
             head.logit_scale.copy_(self.logit_scale)
         head.projection.load_state_dict(self.projection.state_dict())
-        return "prototypes", options, head
+        return self.deployed, options, head
 
 
 class OrdinalCLIP(PromptHead):

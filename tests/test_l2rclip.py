@@ -232,3 +232,4 @@ def test_attention_between_ranks_is_served_within_the_prototypes():
     assert not any("attention" in name for name, _ in deployed.head.named_parameters())
     assert torch.allclose(deployed.head.rank_prototypes(), blended, atol=1e-6)
     assert not torch.allclose(plain, blended, atol=1e-3)
+    assert deployed.config.head["ordinal_weight"] == 1  # whose loss is the same
