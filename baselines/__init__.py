@@ -31,4 +31,6 @@ HEADS = {
     "numclip": "baselines.numclip:NumCLIP",
     "conord": "baselines.conord:ConOrd",
     "cloc": "baselines.cloc:CLOC",
+    "l2rclip": "baselines.l2rclip:L2RCLIP",
+    "ranking_adapter": "baselines.ranking_adapter:RankingAdapter",
 }

@@ -126,7 +126,7 @@ class TextAnchors(SimilarityHead):
         self.correction.copy_(strength * odds)
 
     def deploy(self) -> tuple[str, dict[str, Any], Head]:
-        return as_prototypes(self, self.sharpness, self.correction)
+        return as_prototypes(self, sharpness=self.sharpness, correction=self.correction)
 
 
 def _controls(prototypes: Tensor, control: Control) -> Tensor:

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from pydantic import Field, create_model
@@ -26,6 +26,7 @@ from ordinalclip.text import TextTower
 from ordinalclip.written import values
 
 Outputs = dict[str, Tensor]
+Reads = Literal["pooled", "layers", "tokens"]
 
 # Ranges of options, as annotations of constructors: see `head_section`.
 Positive = Annotated[float, Field(gt=0, le=1e6)]
@@ -142,16 +143,17 @@ class Head(nn.Module):
         learns: whether anything of the method is trained; a comparison asks no settings to try of one that does not.
         rebuilt: submodules that come back from the backbone's own weights, so that no checkpoint holds them.
         views: how many augmented views of every picture are in a training batch, as rows of their own.
-        layerwise: whether features are those of every layer of the image encoder, (B, L, D), instead of its own pooled
-            ones, (B, D): see `ordinalclip.backbones.layers.LayerFeatures`. What is deployed takes the same.
         inner: class of a head inside this one that takes the options this one leaves, see `head_options`.
+        reads: what of the image encoder the features are: its own `pooled` ones, (B, D); those of all its `layers`,
+            (B, L, D), see `ordinalclip.backbones.layers.LayerFeatures`; or the `tokens` of its last layer, (B, N, D),
+            see `TokenFeatures` there. What is deployed takes the same.
     """
 
     learns: ClassVar[bool] = True
     rebuilt: ClassVar[tuple[str, ...]] = ()
     views = 1
-    layerwise: ClassVar[bool] = False
     inner: ClassVar[type[Head] | None] = None
+    reads: ClassVar[Reads] = "pooled"
 
     def __init__(self, context: HeadContext):
         super().__init__()
@@ -160,12 +162,12 @@ class Head(nn.Module):
         self.label_mean, self.label_std = context.label_mean, context.label_std  # numbers: no cast rounds them
 
     def forward(self, features: Tensor) -> Outputs:
-        """(B, D) features, or (B, L, D) if `layerwise` -> named tensors whose first dimension is B."""
+        """(B, D) features, or (B, L, D) or (B, N, D) as `reads` says -> named tensors whose first dimension is B."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
     def space(self, features: Tensor) -> Tensor:
         """Features -> (B, E), the space that answers are read from, for D5 and residual variance.
-        Default: the features, those of all layers side by side."""
+        Default: the features, those of all layers or tokens side by side."""
         return features.flatten(1)
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width
+from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width, build_head
 from ordinalclip.losses import Alignment, alignment_loss, at_least_float32, ranked_probability_score
 from ordinalclip.prompts import Interpolation, PromptLearner, RankPosition
-from ordinalclip.text import TextTower
+from ordinalclip.text import Prompts, TextTower
 
 PLACE = re.compile(r"\{(name|unit)\}")
 ROUNDING = 1e-5  # of unit vectors in float32
@@ -61,11 +61,25 @@ class SimilarityHead(Head):
         """The projected features, of length 1."""
         return normalize(at_least_float32(self.projection(features)), dim=-1)
 
-    def forward(self, features: Tensor) -> Outputs:
+    def compared(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D) features -> images (B, E) and prototypes (R, E), all of length 1."""
         prototypes, image = self.rank_prototypes(), self.space(features)
         with torch.autocast(features.device.type, enabled=False):
-            rank = normalize(at_least_float32(prototypes), dim=-1)
+            return image, normalize(at_least_float32(prototypes), dim=-1)
+
+    def forward(self, features: Tensor) -> Outputs:
+        image, rank = self.compared(features)
+        with torch.autocast(features.device.type, enabled=False):
             return {"logits": self.logit_scale.exp() * image @ rank.t()}
+
+    def loss_options(self) -> dict[str, Any]:
+        """The options of the loss, which a deployed head has, too."""
+        options = {
+            "alignment": self.alignment,
+            "alignment_weight": self.alignment_weight,
+            "rps_weight": self.rps_weight,
+        }
+        return {name: value for name, value in options.items() if name != "rps_weight" or value}
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         logits, ranks, weights = outputs["logits"], targets.ranks, targets.weights
@@ -161,6 +175,7 @@ class PromptHead(SimilarityHead):
     """
 
     rebuilt = ("text",)
+    deployed: ClassVar[str] = "prototypes"  # method of a `PrototypeHead` with the same loss
 
     def __init__(
         self,
@@ -200,15 +215,19 @@ class PromptHead(SimilarityHead):
             init_from_names=init_from_names,
         )
 
+    def prompts(self) -> Prompts:
+        """The prompts of all ranks, as they go through the text tower."""
+        return self.learner()
+
     def rank_prototypes(self) -> Tensor:
-        prototypes = self.text(self.learner())
+        prototypes = self.text(self.prompts())
         return centre(prototypes) if self.centred else prototypes
 
     def prompt_parameters(self) -> list[nn.Parameter]:
         return [*self.learner.parameters(), self.logit_scale]
 
     def deploy(self) -> tuple[str, dict[str, Any], Head]:
-        return as_prototypes(self)
+        return as_prototypes(self, self.deployed)
 
 
 class OrdinalCLIP(PromptHead):
@@ -243,33 +262,29 @@ class CoOp(PromptHead):
 
 
 def as_prototypes(
-    head: SimilarityHead, sharpness: Tensor | None = None, correction: Tensor | None = None
+    head: SimilarityHead, method: str = "prototypes", sharpness: Tensor | None = None, correction: Tensor | None = None
 ) -> tuple[str, dict[str, Any], Head]:
     """What `Head.deploy` gives of a head with prototypes.
 
     Args:
+        method: of the deployed head, a `PrototypeHead`.
         sharpness: (), factor of the logits; None: 1.
         correction: (R,), added to the logits after it; None: 0.
     """
     prototypes = head.rank_prototypes()
-    options: dict[str, Any] = {
-        "output_dim": head.output_dim,
-        "alignment": head.alignment,
-        "alignment_weight": head.alignment_weight,
-        "rps_weight": head.rps_weight,
-    }
+    options = {"output_dim": head.output_dim, **head.loss_options()}
     if correction is not None:
         options["corrected"] = True
     input_dim = head.projection.in_features if isinstance(head.projection, nn.Linear) else prototypes.shape[1]
-    deployed = PrototypeHead(HeadContext(head.ranks, input_dim, decoding=head.decoding), **options)
-    deployed = deployed.to(head.logit_scale)
+    context = HeadContext(head.ranks, input_dim, decoding=head.decoding)
+    deployed = cast(PrototypeHead, build_head(method, context, options)).to(head.logit_scale)
     with torch.no_grad():
         deployed.prototypes.copy_(normalize(prototypes, dim=-1))
         deployed.logit_scale.copy_(head.logit_scale if sharpness is None else head.logit_scale + sharpness.log())
         if correction is not None:
             deployed.correction.copy_(correction)
     deployed.projection.load_state_dict(head.projection.state_dict())
-    return "prototypes", options, deployed
+    return method, options, deployed
 
 
 def centre(prototypes: Tensor) -> Tensor:

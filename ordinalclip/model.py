@@ -27,13 +27,14 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ordinalclip.backbones import Backbone, load_backbone
-from ordinalclip.backbones.layers import LayerFeatures
+from ordinalclip.backbones.layers import LayerFeatures, TokenFeatures
 from ordinalclip.files import read_json_object
 from ordinalclip.heads import (
     Decoding,
     Head,
     HeadContext,
     Prediction,
+    Reads,
     Targets,
     available_heads,
     build_head,
@@ -59,6 +60,7 @@ from ordinalclip.weights import (
 )
 
 Form = Literal["deployed", "trainable"]
+Reader = LayerFeatures | TokenFeatures
 
 
 @strict
@@ -75,7 +77,8 @@ class OrdinalConfig(PreTrainedConfig):
         input_dim: width of the image features; shared_space: whether they live in the text tower's space.
         logit_scale, label_mean, label_std, decoding: see `HeadContext`.
         dropout, mirror: see `Encoder`.
-        layer_dims: widths of the layers for heads on layer-wise features, else None.
+        layer_dims: widths of the layers for heads that read layers, else None.
+        num_tokens: number of the tokens for heads that read tokens, else None.
     """
 
     model_type = "ordinalclip"
@@ -98,6 +101,7 @@ class OrdinalConfig(PreTrainedConfig):
     dropout: float = 0.0
     mirror: list | None = None
     layer_dims: list | None = None
+    num_tokens: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         foreign = sorted(key for key in kwargs if key not in KNOWN_KEYS and not key.startswith("_"))
@@ -268,7 +272,7 @@ class OrdinalModel(PreTrainedModel):
                 f"model.text {text!r} has no text tower; use tiny, minilm, or an open_clip or hf spec with one"
             )
         tower = other or (image if image.text else None)
-        layers = _layers(image, head_class(method))
+        reader = _reader(image, head_class(method))
         config = OrdinalConfig(
             backbone=backbone,
             backbone_architecture=image.architecture,
@@ -279,7 +283,6 @@ class OrdinalModel(PreTrainedModel):
             head_class=foreign_class(method),
             ranks=ranks.to_dict(),
             pixels=asdict(image.pixels),
-            input_dim=max(layers.dims) if layers else image.output_dim,
             shared_space=other is None and image.text is not None,
             logit_scale=(tower or image).logit_scale,
             label_mean=label_mean,
@@ -287,11 +290,11 @@ class OrdinalModel(PreTrainedModel):
             decoding=decoding,
             dropout=dropout,
             mirror=list(mirror),
-            layer_dims=list(layers.dims) if layers else None,
+            **_shape(image, reader),
         )
         tokenizer = tower.text.tokenizer if tower and tower.text else None
-        head_module = _head(config, tower, image.generator if layers else None)
-        return cls(config, Encoder(image.encoder, dropout, mirror, layers), head_module, tokenizer)
+        head_module = _head(config, tower, image.generator if config.layer_dims else None)
+        return cls(config, Encoder(image.encoder, dropout, mirror, reader), head_module, tokenizer)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> OrdinalOutput:
         """Predict.
@@ -328,8 +331,10 @@ class OrdinalModel(PreTrainedModel):
         if (deployed := head.deploy()) is not None:
             config.method, config.head, head = deployed
             config.head_class = foreign_class(config.method)
-            if head.layerwise != self.head.layerwise:
-                raise TypeError(f"{type(self.head).__name__}.deploy: {config.method} takes other features: layerwise")
+            if head.reads != self.head.reads:
+                raise TypeError(
+                    f"{type(self.head).__name__}.deploy: {config.method} takes other features: {head.reads}"
+                )
         return OrdinalModel(config, self.encoder, head).eval()
 
     @property
@@ -486,15 +491,18 @@ def _check_ranks(file: Path, config: OrdinalConfig, tensors: dict[str, Any]) -> 
 
 
 class Encoder(nn.Module):
-    """An image tower with optional dropout on its features: (B, 3, H, W) -> (B, D), or (B, L, D) of all layers.
+    """An image tower with optional dropout on its features: (B, 3, H, W) -> (B, D), or (B, N, D) of layers or tokens.
 
     Args:
-        layers: what reads the layers of the tower, for layer-wise features.
         mirror: "horizontal", "vertical" or both: in evaluation, features are averaged over the picture and its mirrors.
+        reader: what reads the layers or tokens of the tower; None: its own features are wanted.
 
     Attributes:
         frozen_statistics: BatchNorm layers keep their running statistics in training too, so that a sample's
             features do not depend on the rest of its batch. Their affine part still learns.
+
+    Raises:
+        ValueError: an unknown mirror, or any for tokens, which lie elsewhere in a mirrored picture.
     """
 
     def __init__(
@@ -502,13 +510,15 @@ class Encoder(nn.Module):
         tower: nn.Module,
         dropout: float = 0.0,
         mirror: Sequence[str] = (),
-        layers: LayerFeatures | None = None,
+        reader: Reader | None = None,
     ):
         super().__init__()
+        if mirror and isinstance(reader, TokenFeatures):
+            raise ValueError("model.mirror: this method reads tokens, which lie elsewhere in a mirrored picture")
         # Convolutions are faster so (benchmarks/train_loop.py); here, so that what is loaded has it like what learns.
         self.tower = tower.to(memory_format=torch.channels_last)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.layers = layers
+        self.reader = reader
         self.frozen_statistics = True
         self.mirrors: list[tuple[int, ...]] = [()]  # axes to flip, the picture itself first
         for way in mirror:
@@ -532,12 +542,22 @@ class Encoder(nn.Module):
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """The features of the pictures as they are: without dropout, without their mirrors."""
-        return self.tower(pixel_values) if self.layers is None else self.layers(self.tower, pixel_values)
+        return self.tower(pixel_values) if self.reader is None else self.reader(self.tower, pixel_values)
 
 
-def _layers(image: Backbone, head: type[Head]) -> LayerFeatures | None:
-    """What reads the layers of an image encoder, if the head wants layer-wise features."""
-    return LayerFeatures(image.encoder, image.pooling, image.pixels.size) if head.layerwise else None
+def _reader(image: Backbone, head: type[Head]) -> Reader | None:
+    """What reads the layers or tokens of an image encoder, if the head wants them."""
+    readers: dict[Reads, type[Reader]] = {"layers": LayerFeatures, "tokens": TokenFeatures}
+    return readers[head.reads](image.encoder, image.pooling, image.pixels.size) if head.reads in readers else None
+
+
+def _shape(image: Backbone, reader: Reader | None) -> dict[str, Any]:
+    """What a configuration says of the features."""
+    if isinstance(reader, LayerFeatures):
+        return {"input_dim": max(reader.dims), "layer_dims": list(reader.dims), "num_tokens": None}
+    if isinstance(reader, TokenFeatures):
+        return {"input_dim": reader.dim, "layer_dims": None, "num_tokens": reader.num_tokens}
+    return {"input_dim": image.output_dim, "layer_dims": None, "num_tokens": None}
 
 
 def _rebuild(config: OrdinalConfig, tokenizer: Path | None = None) -> tuple[Encoder, Head, Any]:
@@ -552,17 +572,14 @@ def _rebuild(config: OrdinalConfig, tokenizer: Path | None = None) -> tuple[Enco
     if config.text and not own:
         tower = load_backbone(config.text, False, config.text_architecture, tokenizer=tokenizer)
     text = tower.text if tower else None
-    layers = _layers(image, head_class(_method(config)))
-    expected = {
-        "input_dim": max(layers.dims) if layers else image.output_dim,
-        "layer_dims": list(layers.dims) if layers else None,
-        "pixels.size": image.pixels.size,
-    }
-    given = {"input_dim": config.input_dim, "layer_dims": config.layer_dims, "pixels.size": config.pixel_spec.size}
+    reader = _reader(image, head_class(_method(config)))
+    expected = _shape(image, reader)
+    given = {name: getattr(config, name) for name in expected}
+    expected["pixels.size"], given["pixels.size"] = image.pixels.size, config.pixel_spec.size
     for name, value in expected.items():
         if given[name] != value:
             raise ValueError(f"{name} {given[name]} is not that of the backbone and the method, {value}")
-    encoder = Encoder(image.encoder, config.dropout, config.mirror or (), layers)
+    encoder = Encoder(image.encoder, config.dropout, config.mirror or (), reader)
     return encoder, _head(config, tower), text.tokenizer if text else None
 
 

@@ -175,9 +175,22 @@ class PromptLearner(nn.Module):
             return self.rank_embeddings
         return torch.einsum("rk,ktw->rtw", self.weights.to(self.rank_embeddings.dtype), self.rank_embeddings)
 
-    def forward(self) -> Prompts:
-        """`Prompts` for a `TextTower`: prefix (P, W), suffix (R, S, W), lengths (R,)."""
-        pool = torch.cat([self.special, self.context.flatten(0, -2), self.ranks_embedded().flatten(0, 1)])
+    @property
+    def in_use(self) -> Tensor:
+        """(R, T), which tokens of the rank embeddings stand in the prompts."""
+        count, length = len(self.index), self.rank_embeddings.shape[1]
+        first = SPECIAL_TOKENS + self.context.flatten(0, -2).shape[0]
+        tokens = torch.arange(first, first + count * length, device=self.index.device)
+        return torch.isin(tokens, self.index).view(count, length)
+
+    def forward(self, ranks_embedded: Tensor | None = None) -> Prompts:
+        """`Prompts` for a `TextTower`: prefix (P, W), suffix (R, S, W), lengths (R,).
+
+        Args:
+            ranks_embedded: (R, T, W) in place of `ranks_embedded()`.
+        """
+        ranks = self.ranks_embedded() if ranks_embedded is None else ranks_embedded
+        pool = torch.cat([self.special, self.context.flatten(0, -2), ranks.flatten(0, 1)])
         prefix, suffix = self.index[0, : self.num_shared], self.index[:, self.num_shared :]
         return Prompts(pool[prefix], pool[suffix], self.lengths)
 

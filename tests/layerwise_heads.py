@@ -6,7 +6,7 @@ from baselines.regression import L1
 class MeanOfLayers(L1):
     """L1 regression on the mean of all layers' features."""
 
-    layerwise = True
+    reads = "layers"
 
     def __init__(self, context):
         super().__init__(context)

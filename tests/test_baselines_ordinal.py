@@ -19,26 +19,26 @@ RANKS = Ranks((0.0, 1.0, 3.0, 4.0, 6.0))
 SAMPLE_WISE = {  # a sample of weight 2 is that sample twice
     **{method: {} for method in ("l1", "mse", "huber", "cross_entropy", "cnn", "sord", "dldl_v2", "mean_variance")},
     **{method: {} for method in ("ordreg", "coral", "corn", "l2_softmax", "cosface", "arcface", "rm_loss", "loss")},
-    "large_tuned": {},
+    **{method: {} for method in ("large_tuned", "l2rclip", "ranking_adapter")},
     "plc": {"outliers": 0.0},  # which samples are outliers does not depend on weights
 }
 LEARNING = sorted(method for method in HEADS if head_class(method).learns)
+SMALL = {"ranking_adapter": {"width": 16}}  # what would take long
 LAYERS = (6, 4, 6)  # widths, for heads on the features of layers
+SHAPES = {"pooled": (6,), "layers": (len(LAYERS), 6), "tokens": (4, 6)}  # of what heads read
 
 
 def head_of(method, ranks=RANKS, label_mean=2.5, label_std=1.5, **options):
     torch.manual_seed(0)
-    dims = LAYERS if head_class(method).layerwise else ()
+    dims = LAYERS if head_class(method).reads == "layers" else ()
     text = load_backbone("tiny").text if head_class(method).rebuilt else None
-    context = HeadContext(
-        ranks, 6, text, shared_space=False, label_mean=label_mean, label_std=label_std, layer_dims=dims
-    )
-    return build_head(method, context, options).double()
+    context = HeadContext(ranks, 6, text, 0.0, False, label_mean, label_std, layer_dims=dims)
+    return build_head(method, context, {**SMALL.get(method, {}), **options}).double()
 
 
 def shape_of(method):
     """Of what an encoder gives the method for a picture."""
-    return (len(LAYERS), 6) if head_class(method).layerwise else (6,)
+    return SHAPES[head_class(method).reads]
 
 
 def batch(size=9, seed=0, ranks=RANKS, shape=(6,)):
@@ -192,11 +192,13 @@ def test_scale_of_the_weights_and_order_of_the_batch_do_not_matter(method):
 
 
 @pytest.mark.parametrize(
-    "method", ["l1", "mse", "huber", "plc", "src", "plc_src", "rm_loss", "atrip", "large_tuned", "conord"]
+    "method",
+    ["l1", "mse", "huber", "plc", "src", "plc_src", "rm_loss", "atrip", "large_tuned", "conord", "ranking_adapter"],
 )
 def test_the_unit_of_the_labels_does_not_matter(method):
     """Years or months: losses are those of standardised labels, answers those of the unit."""
     years, months = head_of(method), head_of(method, Ranks(tuple(12 * v for v in RANKS.values)), 12 * 2.5, 12 * 1.5)
+    years, months = years.eval(), months.eval()
     features, targets = batch(shape=shape_of(method))
     assert loss_of(months, features, targets._replace(values=12 * targets.values)).item() == pytest.approx(
         loss_of(years, features, targets).item()
@@ -221,7 +223,7 @@ def test_one_label_and_equal_pictures_are_finite(method, size):
 @pytest.mark.parametrize("method", LEARNING)
 def test_half_precision_features_are_scored_in_float32(method):
     features, targets = batch(shape=shape_of(method))
-    head = head_of(method).float()
+    head = head_of(method).float().eval()
     targets = targets._replace(values=targets.values.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = head(features.bfloat16())
@@ -245,6 +247,8 @@ def test_half_precision_features_are_scored_in_float32(method):
         ("plc_src", {"gap": 0}, r"head\.gap: .*greater than 0, got 0"),
         ("large", {"share": 0}, r"head\.share: .*greater than 0, got 0"),
         ("large", {"budget": 1}, r"head\.budget: .*greater than or equal to 2, got 1"),
+        ("ranking_adapter", {"dropout": 1}, r"head\.dropout: .*less than 1, got 1"),
+        ("l2rclip", {"ordinal_weight": -1}, r"head\.ordinal_weight: .*greater than or equal to 0"),
         ("large_tuned", {"budget": 5}, r"head\.budget: training reads all labels; draw fewer .* data\.shots"),
         ("coral", {"margin": 1}, "options of method 'coral': head.margin is not a key; there are none"),
     ],

@@ -78,6 +78,7 @@ def pictures_in(cache):
         ["method=rm_loss", "data.views=2", "data.augment.rotate=20", "train.micro_batch_size=3"],
         ["method=large", "data.views=1"],
         ["method=layerwise_heads:MeanOfLayers", "data.views=2", "model.dropout=0.2"],
+        ["method=ranking_adapter", "data.views=2", "head.width=16"],
     ],
     ids=lambda options: options[0].removeprefix("method="),
 )
@@ -151,6 +152,7 @@ def test_another_split_of_the_same_files_computes_nothing(image_folder, no_encod
         ("train.precision=float64", False),
         ("train.mixed_precision=bf16", False),
         ("method=layerwise_heads:MeanOfLayers", False),
+        ("method=ranking_adapter", False),
         ("data.views=2", False),
         ("model.mirror=[vertical]", False),
     ],

@@ -20,6 +20,7 @@ from ordinalclip.heads import (
     import_object,
     names_from_a_file,
 )
+from ordinalclip.language import PromptHead
 from ordinalclip.sections import describe
 
 RANKS = Ranks.linear(0, 4, 5)
@@ -143,8 +144,10 @@ def test_methods_say_what_they_are():
     assert {method for method in METHODS if not head_class(method).learns} == {
         *("constant", "large", "zero_shot", "prototypes")
     }
-    assert {method for method in METHODS if head_class(method).rebuilt} == {"ordinalclip", "coop", "numclip"}
-    for method in ("ordinalclip", "coop", "zero_shot"):
+    prompted = {method for method in METHODS if issubclass(head_class(method), PromptHead)}
+    assert {method for method in METHODS if head_class(method).rebuilt} == prompted | {"numclip"}
+    assert prompted > {"ordinalclip", "coop"}
+    for method in (*prompted, "zero_shot", "text_anchors"):
         model = OrdinalModel.build("tiny", RANKS, method)
         names = {name.partition(".")[0] for name in model.head.state_dict()}
         assert set(model.head.rebuilt) <= names

@@ -306,8 +306,8 @@ def test_learns(quick, method, l1_figures):
     """16 shots of each of 21 values of a kind the tiny CLIP has never seen take every method with its read-out to at
     most 1.5 times the error of the L1 head, which is far below the constant predictor's 25."""
     assert l1_figures["mae"] < 6
-    known = {"ordinalclip": (*PROMPTS, "head.interpolation=piecewise"), "coop": PROMPTS[:1], "numclip": PROMPTS[:1]}
-    head = known.get(method, ())
+    prompted = dict.fromkeys(("coop", "numclip", "l2rclip"), PROMPTS[:1])
+    head = {**prompted, "ordinalclip": (*PROMPTS, "head.interpolation=piecewise")}.get(method, ())
     folder = train(quick(f"method={method}", *SHOTS, *LEARNING.get(method, ()), *head), quiet=True)
     figures = json.loads((folder / "metrics.json").read_text())["test"]
     assert figures["mae"] < FACTORS.get(method, 1.5) * l1_figures["mae"]

@@ -14,7 +14,7 @@ from baselines.large.calibration import Penalty, calibrate, calibrate_layers, sp
 from baselines.large.directions import direction_from_extremes, strongest_channels, text_direction, text_gradient
 from baselines.large.distances import signed_distances, weighted_distance
 from baselines.large.importance import edit_pairs, layer_importance, path_gradients
-from ordinalclip.heads import Head, HeadContext, Outputs, Positive, Prediction, Targets
+from ordinalclip.heads import Head, HeadContext, Outputs, Positive, Prediction, Reads, Targets
 from ordinalclip.losses import absolute_error, at_least_float32
 
 Share = Annotated[float, Field(gt=0, le=0.5)]
@@ -58,7 +58,7 @@ class LatentRegressor(Head):
     """
 
     learns: ClassVar[bool] = False
-    layerwise: ClassVar[bool] = True
+    reads: ClassVar[Reads] = "layers"
     normals: Tensor
     slopes: Tensor
     offset: Tensor

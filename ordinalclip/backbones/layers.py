@@ -1,16 +1,19 @@
-"""The layers of an image tower, and the features of each of them beside the pooled ones of the whole tower."""
+"""What is read of an image tower beside its pooled features: those of each layer, and the tokens of the last one."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool1d
 
 from ordinalclip.backbones.base import Pooling, check_map
 
+SIDE = 7  # of the grid of tokens at most: what a convolutional tower ends with
 _one_at_a_time = threading.RLock()  # hooks see whoever calls the tower, threads of a server that share it too
 
 
@@ -62,11 +65,7 @@ class LayerFeatures:
     def __init__(self, tower: nn.Module, pooling: Pooling, size: int):
         self.pooling = pooling
         self.dims: tuple[int, ...] = ()
-        like, training = next(tower.parameters()), [module for module in tower.modules() if module.training]
-        with torch.no_grad():
-            found = self._encode(tower.eval(), torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))
-        for module in training:
-            module.training = True
+        found = _of_an_empty_image(self._encode, tower, size)
         self.dims = tuple(features.shape[1] for features in found)
         if len(self.dims) == 1:
             raise ValueError(f"layer-wise features: the layers of {type(tower).__name__} are not known")
@@ -83,35 +82,109 @@ class LayerFeatures:
         """(B, D_l) for each layer, (B, D) of the whole last."""
         if (own := getattr(tower, "layer_features", None)) is not None:
             return list(own(pixel_values).unbind(dim=1))
-        found: dict[nn.Module, Tensor] = {}
-        counts: set[int] = set()
+        layers, features = _outputs(tower, pixel_values, self.pooling, self.pooling)
+        return [*layers, features]
 
-        def keep(layer: nn.Module, _inputs: Any, output: Any) -> None:
-            where = f"layer-wise features: a {type(layer).__name__} of {type(tower).__name__}"
-            if layer in found:
-                raise ValueError(f"{where} is called more than once for a picture")
-            output, *others = output if isinstance(output, tuple) else (output,)  # hidden states come first
-            in_pieces = any(isinstance(other, Tensor) and other.ndim == 4 == output.ndim for other in others)
-            whole = isinstance(output, Tensor) and len(output) == len(pixel_values) and not in_pieces
-            if not whole or output.ndim not in (2, 3, 4):
-                raise ValueError(f"{where} gives neither tokens (B, N, D) nor a map of 4 axes")
-            if output.ndim == 3 and self.pooling.num_prefix_tokens:
-                counts.add(output.shape[1])
-                if len(counts) > 1:
-                    raise ValueError(f"{where} has another number of tokens than those before: which is whose?")
-            if output.ndim == 4:
-                check_map(output, where, self.pooling.channels_last)
-            if output.ndim > 2:  # else it comes after pooling
-                found[layer] = self.pooling(output)
 
-        with _one_at_a_time:
-            hooks = [layer.register_forward_hook(keep) for layer in _called(encoder_layers(tower))]
-            try:
-                features = tower(pixel_values)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        return [*found.values(), features]
+class TokenFeatures:
+    """The tokens of a tower's last layer: (B, 3, H, W) -> (B, N, D).
+
+    The last layer is the last of those that `LayerFeatures` reads, as it is called: its tokens, or the places of its
+    map, row by row, as they leave the layer, without the tower's last norm, convolution or projection. A grid of more
+    than 7 x 7 is averaged to that, so that tokens can be kept for all pictures of a data set; tokens that stand before
+    those of the patches are kept as they are, since a tower that is read at its class token has trained no other.
+
+    Of an encoder to a generator's latent space the tokens are the rows of its codes.
+
+    Args:
+        tower, pooling, size: see `LayerFeatures`.
+
+    Attributes:
+        num_tokens, dim: N and D.
+
+    Raises:
+        ValueError: see `LayerFeatures`, and a number of patches that is no square.
+    """
+
+    def __init__(self, tower: nn.Module, pooling: Pooling, size: int):
+        self.pooling = pooling
+        self.num_tokens, self.dim = _of_an_empty_image(self, tower, size).shape[1:]
+
+    def __call__(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels -> (B, N, D) tokens of `tower`, which is that of the constructor or became of it."""
+        if (own := getattr(tower, "layer_features", None)) is not None:
+            return own(pixel_values)
+        layers, _ = _outputs(tower, pixel_values, self.pooling, self._tokens)
+        if not layers:
+            raise ValueError(f"tokens: the layers of {type(tower).__name__} are not known")
+        return layers[-1]
+
+    def _tokens(self, output: Tensor) -> Tensor:
+        """(B, N, D) tokens or a map of 4 axes -> (B, N', D), N' at most 49 beside those before the patches."""
+        if output.ndim == 4:
+            return _grid(output if self.pooling.channels_last else output.movedim(1, -1)).flatten(1, 2)
+        first, patches = output.tensor_split([self.pooling.num_prefix_tokens], dim=1)
+        if (side := math.isqrt(patches.shape[1])) ** 2 != patches.shape[1]:
+            raise ValueError(f"tokens: {patches.shape[1]} patches, which is no square")
+        return torch.cat([first, _grid(patches.unflatten(1, (side, side))).flatten(1, 2)], dim=1)
+
+
+def _grid(places: Tensor) -> Tensor:
+    """(B, S, S, D) -> the means over at most 7 x 7 fields of it. Products: pooling has no exact gradient on a GPU."""
+    if (side := places.shape[1]) <= SIDE:
+        return places
+    share = adaptive_avg_pool1d(torch.eye(side, dtype=places.dtype, device=places.device), SIDE)  # of place in field
+    return torch.einsum("hi,wj,bhwd->bijd", share, share, places)
+
+
+def _of_an_empty_image(read: Callable[[nn.Module, Tensor], Any], tower: nn.Module, size: int) -> Any:
+    """What is read of one empty image; the tower stays in the mode it is in."""
+    like, training = next(tower.parameters()), [module for module in tower.modules() if module.training]
+    with torch.no_grad():
+        found = read(tower.eval(), torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device))
+    for module in training:
+        module.training = True
+    return found
+
+
+def _outputs(
+    tower: nn.Module, pixel_values: Tensor, pooling: Pooling, read: Callable[[Tensor], Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """What `read` makes of the tokens or the map of each layer, in the order of their calls, and the tower's own
+    features.
+
+    Raises:
+        ValueError: see `LayerFeatures`.
+    """
+    found: dict[nn.Module, Tensor] = {}
+    counts: set[int] = set()
+
+    def keep(layer: nn.Module, _inputs: Any, output: Any) -> None:
+        where = f"features of layers: a {type(layer).__name__} of {type(tower).__name__}"
+        if layer in found:
+            raise ValueError(f"{where} is called more than once for a picture")
+        output, *others = output if isinstance(output, tuple) else (output,)  # hidden states come first
+        in_pieces = any(isinstance(other, Tensor) and other.ndim == 4 == output.ndim for other in others)
+        whole = isinstance(output, Tensor) and len(output) == len(pixel_values) and not in_pieces
+        if not whole or output.ndim not in (2, 3, 4):
+            raise ValueError(f"{where} gives neither tokens (B, N, D) nor a map of 4 axes")
+        if output.ndim == 3 and pooling.num_prefix_tokens:
+            counts.add(output.shape[1])
+            if len(counts) > 1:
+                raise ValueError(f"{where} has another number of tokens than those before: which is whose?")
+        if output.ndim == 4:
+            check_map(output, where, pooling.channels_last)
+        if output.ndim > 2:  # else it comes after pooling
+            found[layer] = read(output)
+
+    with _one_at_a_time:
+        hooks = [layer.register_forward_hook(keep) for layer in _called(encoder_layers(tower))]
+        try:
+            features = tower(pixel_values)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return list(found.values()), features
 
 
 def _called(layers: list[nn.Module]) -> Iterator[nn.Module]:

@@ -70,7 +70,8 @@ def _said(each: Kept) -> str:
     if each.fault:
         return f"{_megabytes(each.size):>8} MB, {used}: {each.fault}"
     content, view = each.content, each.content["view"]
-    what = f"{content['encoder']} at {content['pixels']['size']} px" + (", all layers" if content["layers"] else "")
+    read = ", all layers" if content["layers"] else ", tokens" if "tokens" in content else ""
+    what = f"{content['encoder']} at {content['pixels']['size']} px{read}"
     seen = "as evaluated" if view is None else f"augmented view {view['number'] + 1}"
     mirrored = ", with mirrors" if content["mirror"] else ""
     return f"{_megabytes(each.size):>8} MB, {each.pictures:,} pictures, used {used}: {what}, {seen}{mirrored}"

@@ -1,7 +1,7 @@
 """Features of a frozen encoder, computed once for a picture and a view, and kept in files.
 
     CACHE/features/KEY/key.json          what they depend on beside the picture: weights, pixels, view, versions
-    CACHE/features/KEY/*.safetensors     "pictures" (n, 32) digests, and "features" (n, D) or (n, L, D) of them
+    CACHE/features/KEY/*.safetensors     "pictures" (n, 32) digests, and "features" (n, D) or (n, N, D) of them
 
 KEY is a hash of key.json. A picture is known by its bytes, so that other splits, draws, seeds, settings, methods and
 tables find its features again. CACHE is `$ORDINALCLIP_CACHE`, or the user's folder for caches.
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
     """The features of a part's pictures, where they lie on the disk.
 
     Attributes:
-        files: memory-mapped features, each (n, D) or (n, L, D).
+        files: memory-mapped features, each (n, D), or (n, N, D) of layers or tokens.
         file, place: (N, m) which of them, and which of its rows, holds view m of picture N.
     """
 
@@ -68,7 +68,7 @@ class Rows(NamedTuple):
     place: np.ndarray
 
     def take(self, rows: Sequence[int], views: Sequence[int] | int = 0) -> Tensor:
-        """(B, D) or (B, L, D) features of pictures, each in the given view."""
+        """(B, ...) features of pictures, each in the given view."""
         file, place = self.file[rows, views], self.place[rows, views]
         found = np.empty((len(rows), *self.files[0].shape[1:]), self.files[0].dtype)
         for number in np.unique(file):
@@ -149,6 +149,7 @@ class FeatureCache:
             "encoder": config.backbone,
             "weights": self.weights,
             "layers": config.layer_dims,
+            **({} if config.num_tokens is None else {"tokens": config.num_tokens}),
             "pixels": json.loads(json.dumps(asdict(config.pixel_spec))),
             "view": None if view is None else {"number": view, **json.loads(json.dumps(asdict(self.augmentation)))},
             "mirror": list(config.mirror or []) if mirrored else [],
