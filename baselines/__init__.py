@@ -28,4 +28,6 @@ HEADS = {
     "cosface": "baselines.class_metric:CosFace",
     "arcface": "baselines.class_metric:ArcFace",
     "l2_softmax": "baselines.class_metric:L2Softmax",
+    "ridge": "baselines.frozen:Ridge",
+    "svr": "baselines.frozen:SVR",
 }
