@@ -169,7 +169,7 @@ class SVR(FrozenRegressor):
         self,
         context: HeadContext,
         costs: Grid = (0.3, 1.0, 3.0, 10.0),
-        gammas: Grid = (0.03, 0.1, 0.3, 1.0),
+        gammas: Grid = (0.03, 0.1, 0.3, 1.0, 3.0),
         epsilons: Grid = (0.03, 0.1, 0.3),
     ):
         super().__init__(context)

@@ -3,8 +3,8 @@
     python benchmarks/plain_l1.py --config faces --root FOLDER --out plain_l1.csv
 
 EfficientNet-Lite0 from its ImageNet weights with a linear layer, absolute error of standardised labels, AdamW at two
-rates that fall along a cosine, mirrored pictures, BatchNorm in evaluation mode, and the weights of the last step. Nothing
-of the package trains, decodes, predicts or scores here: it gives the weights, and says which picture is in which part.
+rates that fall along a cosine, mirrored pictures, BatchNorm in evaluation mode, the last weights. Nothing of the
+package trains, decodes, predicts or scores here: it gives the encoder's weights, and says which picture is in which part.
 """
 
 from __future__ import annotations
