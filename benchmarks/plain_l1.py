@@ -4,7 +4,7 @@
 
 EfficientNet-Lite0 from its ImageNet weights with a linear layer, absolute error of standardised labels, AdamW at two
 rates that fall along a cosine, mirrored pictures, BatchNorm in evaluation mode, the last weights. Nothing of the
-package trains, decodes, predicts or scores here: it gives the encoder's weights, and says which picture is in which part.
+package trains, decodes, predicts or scores here: it gives the encoder's weights, and knows which part a picture is in.
 """
 
 from __future__ import annotations
