@@ -33,4 +33,6 @@ HEADS = {
     "cloc": "baselines.cloc:CLOC",
     "l2rclip": "baselines.l2rclip:L2RCLIP",
     "ranking_adapter": "baselines.ranking_adapter:RankingAdapter",
+    "ridge": "baselines.frozen:Ridge",
+    "svr": "baselines.frozen:SVR",
 }

@@ -12,6 +12,7 @@ the splits of configs/compare/elpv_long.yaml. 143 s on a CPU core (scikit-learn 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import platform
 import time
@@ -96,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder with labels.csv and images/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the split; the first one chooses")
+    parser.add_argument("--out", help="CSV file with a row for every method and seed")
     arguments = parser.parse_args()
 
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()},")
@@ -119,6 +121,12 @@ def main() -> None:
         for name, probabilities in answers.items():
             scores[name].append(score(probabilities, parts.test, parts.ranks))
         print(f"seed {seed}: " + ", ".join(f"{key} {value:.3f}" for key, value in scores["HOG + SVM"][-1].items()))
+    if arguments.out:
+        with open(arguments.out, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["method", "seed", *scores["constant"][0]])
+            for name, found in scores.items():
+                writer.writerows([name, seed, *row.values()] for seed, row in zip(arguments.seeds, found, strict=True))
     print(f"chosen: C {chosen[0]:g}, gamma {chosen[1]:g} / D; {time.perf_counter() - start:.0f} s\n")
     print("| method | " + " | ".join(scores["constant"][0]) + " |\n|---|---|---|---|")
     for name, rows in scores.items():

@@ -178,7 +178,8 @@ class Head(nn.Module):
         """Before the first step of a training, with the outputs and targets of the training part. Default: nothing."""
 
     def fit(self, train: tuple[Outputs, Targets], validation: tuple[Outputs, Targets] | None) -> None:
-        """Before every evaluation, with the outputs and targets of both parts. Default: nothing."""
+        """Before every evaluation, with the outputs and targets of both parts; those of the training part have the
+        weights of training. Default: nothing."""
 
     @property
     def needs_start(self) -> bool:

@@ -23,6 +23,7 @@ from ordinalclip.predictions import DECODINGS, Predictions
 from ordinalclip.progress import Progress
 from ordinalclip.training.distributed import gather_outputs
 from ordinalclip.training.features import FeatureCache
+from ordinalclip.training.imbalance import Weighting, sample_weights
 from ordinalclip.training.sampling import ViewDataset, decoded, shares
 
 
@@ -36,6 +37,7 @@ class Evaluator:
         workers: processes that decode images.
         quiet: show no progress.
         features: of the model's encoder, which are read; None: pictures are encoded.
+        weighting, lds_sigma: of the training samples, for heads that are fitted: see `sample_weights`.
     """
 
     accelerator: Accelerator
@@ -43,13 +45,16 @@ class Evaluator:
     workers: int = 0
     quiet: bool = False
     features: FeatureCache | None = None
+    weighting: Weighting = "none"
+    lds_sigma: float | None = None
 
     @classmethod
     def of(cls, config: RunConfig, model: OrdinalModel, accelerator: Accelerator, quiet: bool) -> Evaluator:
         """As a run's configuration says, of a model that is not prepared yet."""
         cached = config.model.features == "cached"
         features = FeatureCache(model, config, accelerator, quiet) if cached else None
-        return cls(accelerator, config.evaluation.batch_size, config.data.workers, quiet, features)
+        options = config.evaluation.batch_size, config.data.workers, quiet, features
+        return cls(accelerator, *options, config.train.weighting, config.train.lds_sigma)
 
     @torch.no_grad()
     def outputs(self, model: OrdinalModel, part: Part, title: str = "", space: bool = False) -> Outputs:
@@ -95,16 +100,22 @@ class Evaluator:
     def start(self, model: OrdinalModel, parts: Parts) -> None:
         """What the head takes from the training part before the first step, if anything."""
         if model.head.needs_start:
-            model.head.start((self.outputs(model, parts.train), targets_of(parts.train)))
+            model.head.start(self._training(model, parts))
 
     def deployed(self, model: OrdinalModel, parts: Parts) -> OrdinalModel:
         """The model as it is served, its head first fitted on training and validation outputs if it wants that."""
         model.eval()
         if model.head.needs_fit:
-            train = self.outputs(model, parts.train), targets_of(parts.train)
-            part = parts.validation
+            train, part = self._training(model, parts), parts.validation
             model.head.fit(train, None if part is None else (self.outputs(model, part), targets_of(part)))
         return model.deploy()
+
+    def _training(self, model: OrdinalModel, parts: Parts) -> tuple[Outputs, Targets]:
+        """Outputs and targets of the training part, with the weights that its samples have in training."""
+        train = parts.train
+        weights = sample_weights(train.ranks, len(parts.ranks), self.weighting, self.lds_sigma)
+        targets = targets_of(train)._replace(weights=None if weights is None else torch.from_numpy(weights))
+        return self.outputs(model, train), targets
 
     def evaluate(
         self,
