@@ -17,6 +17,7 @@ from ordinalclip.backbones import load_backbone
 from ordinalclip.backbones.base import Pooling
 from ordinalclip.backbones.layers import TokenFeatures
 from ordinalclip.heads import HeadContext, Targets, build_head
+from ordinalclip.training.preparation import freeze_unread
 
 RANKS = Ranks.linear(0, 100, 21)
 
@@ -274,6 +275,17 @@ def test_models_of_before_there_were_tokens_load(tmp_path):
     assert content.pop("num_tokens") is None
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert OrdinalModel.from_pretrained(tmp_path).config.layer_dims == model.config.layer_dims
+
+
+def test_what_tokens_do_not_depend_on_does_not_learn():
+    """All else gets a gradient: several processes would wait for what is lacking."""
+    model = OrdinalModel.build("timm:test_vit", RANKS, "ranking_adapter", {"width": 16})
+    freeze_unread(model.encoder, model.config.pixel_spec.size)
+    frozen = [name for name, parameter in model.encoder.tower.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["norm.weight", "norm.bias"]
+    size, labels = model.config.pixel_spec.size, torch.tensor([10.0, 90])
+    model(torch.randn(2, 3, size, size), labels).loss.backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
 
 
 def test_mirrored_pictures_have_their_tokens_elsewhere():

@@ -12,7 +12,7 @@ from torch import nn
 
 from ordinalclip.config import ModelConfig, RunConfig, TrainConfig
 from ordinalclip.data import Part
-from ordinalclip.model import OrdinalModel
+from ordinalclip.model import Encoder, OrdinalModel
 from ordinalclip.ranks import Ranks
 from ordinalclip.training.distributed import check_batch_norm
 from ordinalclip.training.layers import add_drop_path, checkpoint_activations, freeze_layers
@@ -69,6 +69,8 @@ def prepare_model(
         freeze_layers(encoder.tower, options.freeze_layers)
     cached = config.model.features == "cached"
     freeze(model, [*options.freeze, *(["encoder.*"] if cached else [])])
+    if model.head.reads == "tokens":
+        freeze_unread(encoder, model.config.pixel_spec.size)
 
     mode = "frozen" if cached else config.model.batch_norm
     check_batch_norm(encoder, mode, num_processes, micro_batched, options.activation_checkpointing, options.exact)
@@ -110,6 +112,18 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
+
+
+def freeze_unread(encoder: Encoder, image_size: int) -> None:
+    """Take the gradient from what a tower's tokens do not depend on: its last norm, projection, or attention layer.
+
+    Processes would wait for their gradients, and decay would shrink them.
+    """
+    if trained := [parameter for parameter in encoder.parameters() if parameter.requires_grad]:
+        tokens = encoder.eval().encode(trained[0].new_zeros(1, 3, image_size, image_size))
+        gradients = torch.autograd.grad(tokens.sum(), trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
 
 def add_adapters(tower: nn.Module, options: ModelConfig, image_size: int) -> None:
