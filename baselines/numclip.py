@@ -20,7 +20,7 @@ from ordinalclip.ranks import Ranks
 
 Coarse = Annotated[Sequence[tuple[str, float]], Field(min_length=2)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Anchors = Literal["start", "centre"]
+BinValues = Literal["start", "centre"]
 Negatives = Literal["ranks", "batch"]
 Norm = Literal["sum", "mean"]
 
@@ -163,14 +163,14 @@ class Adapter(nn.Module):
 class FineRegressor(nn.Module):
     """Logits of K classes (B, K) -> values (B,): sum over k of p_k b_k / (1 + delta_k), in the style of SSR-Net.
 
-    p is the softmax of the logits, b the anchors, delta = tanh(W2 relu(W1 logits)), near 0 at the start. 1 + delta,
+    p is the softmax of the logits, b the bin values, delta = tanh(W2 relu(W1 logits)), near 0 at the start. 1 + delta,
     which can come near 0 as published, is held above 0.1.
     """
 
-    def __init__(self, anchors: Sequence[float]):
+    def __init__(self, bin_values: Sequence[float]):
         super().__init__()
-        self.anchors = tuple(anchors)  # numbers: no cast rounds them
-        num = len(self.anchors)
+        self.bin_values = tuple(bin_values)  # numbers: no cast rounds them
+        num = len(self.bin_values)
         first, last = FullPrecisionLinear(num, 2 * num), FullPrecisionLinear(2 * num, num)
         for layer in (first, last):
             nn.init.normal_(layer.weight, std=CORRECTION_STD)
@@ -179,7 +179,7 @@ class FineRegressor(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         divisors = (1 + torch.tanh(self.layers(logits))).clamp(min=SMALLEST_DIVISOR)
-        return (torch.softmax(logits, dim=1) * logits.new_tensor(self.anchors) / divisors).sum(dim=1)
+        return (torch.softmax(logits, dim=1) * logits.new_tensor(self.bin_values) / divisors).sum(dim=1)
 
 
 def coarse_ranks(ranks: Ranks, coarse: Coarse | None) -> Ranks:
@@ -225,7 +225,7 @@ class CoarseToFine(Head):
         coarse: names and starts of the classes in ascending order, in the labels' unit, e.g. [[child, 0], [teenager,
             13], [young adult, 19]]; a rank belongs to the last class that starts at or below it. Default: the ranks
             where there are at most 10, else five groups of as many ranks, named by their numbers.
-        anchors: what a class stands for in the answer: its start, as in the authors' code, or the centre (mean) of its
+        bin_values: what a class stands for in the answer: its start, as in the authors' code, or the centre (mean) of its
             ranks. With starts, a class that starts at 0 contributes nothing, and above the last start only learned
             corrections reach.
         adapter_share: of the adapted features, the rest being the features as they are; 0: no adaptation.
@@ -249,7 +249,7 @@ class CoarseToFine(Head):
         self,
         context: HeadContext,
         coarse: Coarse | None = None,
-        anchors: Anchors = "start",
+        bin_values: BinValues = "start",
         adapter_share: Share = 0.8,
         fcrc: Literal["code", "paper"] = "code",
         negatives: Negatives = "ranks",
@@ -259,7 +259,7 @@ class CoarseToFine(Head):
     ):
         super().__init__(context)
         assert self.inner is not None
-        self.coarse, self.anchors = coarse, anchors
+        self.coarse, self.bin_values = coarse, bin_values
         self.fcrc, self.negatives, self.norm = fcrc, negatives, norm
         self.regression_weight = regression_weight
         classes = coarse_ranks(context.ranks, coarse)
@@ -272,7 +272,7 @@ class CoarseToFine(Head):
         self.fine: FineRegressor | None = None
         if members != list(range(len(classes))):
             values = list(classes.values)
-            for k in set(members) if anchors == "centre" else ():
+            for k in set(members) if bin_values == "centre" else ():
                 own = [value for value, member in zip(context.ranks.values, members, strict=True) if member == k]
                 values[k] = sum(own) / len(own)
             self.fine = FineRegressor(values)
@@ -352,7 +352,7 @@ class NumCLIP(CoarseToFine):
         assert isinstance(similarity, PrototypeHead)
         options = {
             "coarse": None if self.coarse is None else [list(each) for each in self.coarse],
-            "anchors": self.anchors,
+            "bin_values": self.bin_values,
             "adapter_share": self.adapter.share,
             "fcrc": self.fcrc,
             "negatives": self.negatives,

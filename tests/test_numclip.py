@@ -240,7 +240,7 @@ def test_classes_that_are_refused(coarse, message):
         (["head.coarse=[[child, none], [old, 3]]"], r"head\.coarse\.0\.1: .*number.*'none'"),
         (["head.coarse=[[child, 0], [old]]"], r"head\.coarse\.1\.1: Field required"),
         (["head.adapter_share=1.5"], r"head\.adapter_share: .*less than or equal to 1, got 1\.5"),
-        (["head.anchors=middle"], r"head\.anchors: .*'start' or 'centre'"),
+        (["head.bin_values=middle"], r"head\.bin_values: .*'start' or 'centre'"),
         (["head.num_base_ranks=3"], r"head\.num_base_ranks is not a key"),
     ],
 )
@@ -252,7 +252,7 @@ def test_bad_options(overrides, message):
 def test_options_of_the_prompts_are_its_own():
     options = head_options("numclip")
     assert set(options) - set(head_options("coop")) == {
-        *("coarse", "anchors", "adapter_share", "fcrc", "negatives", "norm", "regression_weight")
+        *("coarse", "bin_values", "adapter_share", "fcrc", "negatives", "norm", "regression_weight")
     }
     assert set(head_options("coop")) <= set(options)
     config = load_config(None, ["method=numclip", "head.coarse=[[young adult, 19], [old, 35.5]]"])
@@ -279,7 +279,7 @@ def people(count=64, seed=0):
 
 
 def test_what_the_loss_is_made_of():
-    head, (features, targets) = head_of(anchors="centre", alignment_weight=0.5, regression_weight=0.25), people(8)
+    head, (features, targets) = head_of(bin_values="centre", alignment_weight=0.5, regression_weight=0.25), people(8)
     weights = torch.linspace(0.5, 2, 8)
     outputs = head(features)
     terms = head.loss(outputs, targets._replace(weights=weights))
@@ -298,11 +298,11 @@ def test_what_the_loss_is_made_of():
             assert found == pytest.approx(fcrc_paper(logits, classes, 1.0, None, negatives, norm).item())
 
 
-def test_adapter_and_anchors():
+def test_adapter_and_bin_values():
     """Of a picture by hand: the adapter, the cosines, the corrections, held above a tenth."""
-    for anchors, values in (("start", [0, 13, 19, 35, 65]), ("centre", [0, 17, 26.5, 49.5, 71])):  # none is a child
-        head = head_of(anchors=anchors).double()
-        assert list(head.fine.anchors) == values
+    for bin_values, values in (("start", [0, 13, 19, 35, 65]), ("centre", [0, 17, 26.5, 49.5, 71])):  # none is a child
+        head = head_of(bin_values=bin_values).double()
+        assert list(head.fine.bin_values) == values
         for layer in (head.fine.layers[0], head.fine.layers[2]):
             assert layer.weight.std() < 0.002
             assert (layer.bias == 0).all()
@@ -389,7 +389,7 @@ def test_what_is_deployed_answers_as_what_was_trained(coarse, tmp_path):
     """Words come back from config.json; no text tower, no prompts; nothing else is imported for it."""
     ranks = AGES if coarse else LEVELS
     torch.manual_seed(0)
-    options = {"coarse": coarse, "adapter_share": 0.5, "anchors": "centre", "prompt": "the person is a"}
+    options = {"coarse": coarse, "adapter_share": 0.5, "bin_values": "centre", "prompt": "the person is a"}
     model = OrdinalModel.build("timm:test_resnet", ranks, "numclip", options, text="tiny", decoding="expectation")
     for parameter in model.head.adapter.parameters():
         torch.nn.init.normal_(parameter)
