@@ -225,8 +225,8 @@ class CoarseToFine(Head):
         coarse: names and starts of the classes in ascending order, in the labels' unit, e.g. [[child, 0], [teenager,
             13], [young adult, 19]]; a rank belongs to the last class that starts at or below it. Default: the ranks
             where there are at most 10, else five groups of as many ranks, named by their numbers.
-        bin_values: what a class stands for in the answer: its start, as in the authors' code, or the centre (mean) of its
-            ranks. With starts, a class that starts at 0 contributes nothing, and above the last start only learned
+        bin_values: what a class stands for in the answer: its start, as in the authors' code, or the centre (mean) of
+            its ranks. With starts, a class that starts at 0 contributes nothing, and above the last start only learned
             corrections reach.
         adapter_share: of the adapted features, the rest being the features as they are; 0: no adaptation.
         fcrc: form of the loss over classes: that of the authors' code, which weighs logits, or of the paper, which
