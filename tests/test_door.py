@@ -193,7 +193,7 @@ def test_methods_lists_every_method_with_its_options(capsys):
     for method in available_heads():
         assert all(f"{option}=" in said[method] for option in head_options(method)), method
     assert "arXiv:2206.02338" in said["ordinalclip"]
-    ours = {"prototypes", "constant", "l1", "mse", "cross_entropy", "loss"}  # or everybody's
+    ours = {"text_anchors", "prototypes", "constant", "l1", "mse", "cross_entropy", "loss"}  # or everybody's
     assert {method for method in available_heads() if "\n  paper: " not in said[method]} == ours
 
 
