@@ -168,7 +168,7 @@ class SVR(FrozenRegressor):
     def __init__(
         self,
         context: HeadContext,
-        costs: Grid = (0.3, 1.0, 3.0, 10.0),
+        costs: Grid = (0.3, 1.0, 3.0, 10.0, 30.0),
         gammas: Grid = (0.03, 0.1, 0.3, 1.0, 3.0),
         epsilons: Grid = (0.03, 0.1, 0.3),
     ):
