@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from baselines.linear import FullPrecisionLinear
 
@@ -23,7 +25,7 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
 class Attention(nn.Module):
     """Scaled dot-product attention of queries (B, N, W) over keys and values from `others` (B, M, W).
 
-    Written out, since the gradients of fused kernels are not the same twice on a GPU.
+    By PyTorch's plain kernel: the gradients of fused ones are not the same twice on a GPU.
 
     Args:
         width: W.
@@ -40,10 +42,8 @@ class Attention(nn.Module):
         Args:
             visible: (M,), which of the others are seen; default: all.
         """
-        with torch.autocast(queries.device.type, enabled=False):
+        with torch.autocast(queries.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
             parts = (self.query(queries), self.key(others), self.value(others))
             query, key, value = (split_heads(part, self.heads) for part in parts)
-            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-            if visible is not None:
-                scores = scores.masked_fill(~visible, -torch.inf)
-            return self.out((scores.softmax(dim=-1) @ value).transpose(-2, -3).flatten(-2))
+            mask = None if visible is None else visible[None]
+            return self.out(scaled_dot_product_attention(query, key, value, mask).transpose(-2, -3).flatten(-2))

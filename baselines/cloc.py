@@ -7,9 +7,9 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, normalize, pad, softplus
+from torch.nn.functional import normalize, pad, softplus
 
-from baselines.embedding import embedding_layers
+from baselines.embedding import embedded, embedding_layers
 from baselines.linear import FullPrecisionLinear
 from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Targets, Width
 from ordinalclip.losses import at_least_float32, cross_entropy, weighted_mean
@@ -102,8 +102,7 @@ class CLOC(Head):
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, D) features -> (B, E) embedding, float32 at least."""
-        features = at_least_float32(features)
-        return self.layers(layer_norm(features, features.shape[-1:]))
+        return embedded(self.layers, features)
 
     def space(self, features: Tensor) -> Tensor:
         """The embedding at length 1, in which `cloc_loss` compares."""

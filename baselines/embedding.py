@@ -63,8 +63,7 @@ class EmbeddingHead(Head):
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, D) features -> (B, E) embedding, float32 at least."""
-        features = at_least_float32(features)
-        embedding = self.layers(layer_norm(features, features.shape[-1:]))
+        embedding = embedded(self.layers, features)
         return normalize(embedding, dim=-1) if self.normalised else embedding
 
     def space(self, features: Tensor) -> Tensor:
@@ -122,6 +121,12 @@ class EmbeddingHead(Head):
         tie = TIE * values.diff().amin()  # as in Ranks.nearest a value in the middle goes down, one on an edge up
         rank = self.ranks.nearest(prediction.value + (-tie if self.ranks.edges is None else tie))
         return Prediction(values[rank], rank)
+
+
+def embedded(layers: nn.Module, features: Tensor) -> Tensor:
+    """(B, D) features, each standardised, through the layers: (B, E), float32 at least."""
+    features = at_least_float32(features)
+    return layers(layer_norm(features, features.shape[-1:]))
 
 
 def embedding_layers(input_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:

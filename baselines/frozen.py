@@ -185,6 +185,7 @@ class SVR(FrozenRegressor):
         return kernel @ self.coefficients.to(features) + self.offset.to(features)
 
     def solve(self, train: Samples, validation: Samples | None) -> None:
+        from sklearn.metrics.pairwise import euclidean_distances
         from sklearn.svm import SVR as Solver
 
         count, width = train.features.shape
@@ -199,8 +200,8 @@ class SVR(FrozenRegressor):
             return machine.fit(kernel, train.labels[rows], train.weights[rows])
 
         asked = train if validation is None else validation
-        pairs = _squared_distances(train.features, train.features)
-        to = pairs if validation is None else _squared_distances(validation.features, train.features)
+        pairs = euclidean_distances(train.features, squared=True)
+        to = pairs if validation is None else euclidean_distances(asked.features, train.features, squared=True)
         answers = {each: np.empty(len(asked.labels)) for each in product(self.gammas, self.costs, self.epsilons)}
         for gamma in self.gammas:
             kernel = _gaussian(pairs, gamma / width)
@@ -213,9 +214,9 @@ class SVR(FrozenRegressor):
         _tell_of_ends(train, {"costs": (cost, self.costs), "gammas": (gamma, self.gammas)})
 
         solution = solved(_gaussian(pairs, gamma / width), cost, epsilon)
-        rows, coefficients = solution.support_, solution.dual_coef_[0] if len(solution.support_) else np.empty(0)
-        if len(rows) == 0:  # no error is beyond epsilon; a buffer without elements would not be saved
-            rows, coefficients = np.zeros(1, np.int64), np.zeros(1)
+        rows, coefficients = np.zeros(1, np.int64), np.zeros(1)  # a buffer without elements would not be saved
+        if len(solution.support_):  # else no error is beyond epsilon
+            rows, coefficients = solution.support_, solution.dual_coef_[0]
         self.gamma.fill_(gamma)
         self.support = torch.from_numpy(train.features[rows]).to(self.support)
         self.coefficients = torch.from_numpy(coefficients).to(self.coefficients)
@@ -242,15 +243,6 @@ def _folds(count: int) -> list[tuple[Rows, Rows]]:
     if count == 1:
         return [(EVERY, EVERY)]
     return list(KFold(min(FOLDS, count), shuffle=True, random_state=0).split(np.empty((count, 0))))
-
-
-def _squared_distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(N, D), (M, D) -> (N, M), with no second table beside it."""
-    products = one @ other.T
-    products *= -2
-    products += np.square(one).sum(axis=1)[:, None]
-    products += np.square(other).sum(axis=1)
-    return np.maximum(products, 0, out=products)
 
 
 def _gaussian(squared: np.ndarray, gamma: float) -> np.ndarray:

@@ -80,15 +80,15 @@ class Neighbors(nn.Module):
     @property
     def known(self) -> bool:
         """Whether it is known how far neighbours are asked."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no known")
 
     def _search(self, features: Tensor, labels: Tensor, answered: Callable[[Tensor], Tensor]) -> None:
         """Find how far neighbours are asked on a validation part."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no _search")
 
     def _answer(self, queries: Tensor) -> Tensor:
         """(Q,) labels in float64."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no _answer")
 
     def _blocks(self, queries: Tensor) -> Iterator[_Block]:
         """All pairs of (Q, D) float64 queries and the bank, block by block, the bank in order for every query.

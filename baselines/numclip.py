@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from baselines.linear import FullPrecisionLinear
 from ordinalclip.heads import Factor, Head, HeadContext, Outputs, Prediction, Targets, check_numbers, decode
-from ordinalclip.language import CoOp, PrototypeHead, SimilarityHead
+from ordinalclip.language import CoOp, PrototypeHead, SimilarityHead, text_tower
 from ordinalclip.losses import Alignment, absolute_error, alignment_loss, at_least_float32, cross_entropy
 from ordinalclip.ranks import Ranks
 
@@ -338,8 +338,7 @@ class NumCLIP(CoarseToFine):
     rebuilt: ClassVar[tuple[str, ...]] = ("similarity.text",)
 
     def __init__(self, context: HeadContext, **shared: Any):
-        if context.text is None:
-            raise ValueError("NumCLIP needs a text tower: set model.text, e.g. to open_clip:ViT-B-16/openai")
+        text_tower(context, self)  # or the head inside would be the one that needs it
         super().__init__(context, **shared)
 
     def prompt_parameters(self) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from ordinalclip.language import (
 )
 from ordinalclip.losses import ranked_probability_score
 
+logger = logging.getLogger(__name__)
 Prior = Literal["validation", "training"]
 Control = Literal["shuffled", "path", "random"]
 SHARPNESS = tuple(2.0 ** (step / 4) for step in range(-20, 9))  # 1/32 to 4
@@ -28,19 +30,22 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 KERNEL = 0.05  # standard deviation of the smoothing of frequencies, as a share of the ranks
 PATH = 0.15  # length over which a random path forgets its direction, as a share of the ranks
 ENOUGH = 10_000  # validation pictures that the correction is searched on
+NOTABLE = 0.1  # share of pictures by which two frequencies of ranks differ when it is spoken of
+MOST_SEEN = 2.0**23  # samples of a rank that are counted: float32 holds twice as many to the last one
 
 
 class TextAnchors(SimilarityHead):
     """Fixed text features of the ranks' names, matched by images with an ordinal loss and the right prior.
 
-    Prototypes are the text features of sentences with the ranks' names, computed once; nothing of them learns, so a
-    step costs what a linear classifier costs, whatever the text tower. The loss is OrdinalCLIP's, cross-entropy
-    and alignment, and the ranked probability score, which knows how far off an answer is.
+    Prototypes are the text features of sentences with the ranks' names, computed once; nothing of them learns, and no
+    step passes through the text tower. The loss is OrdinalCLIP's, cross-entropy and alignment, and the ranked
+    probability score, which knows how far off an answer is.
 
     What learns from as many pictures of every rank takes all ranks for equally common, and a model that has seen few
     pictures is surer than it should be. So before every evaluation two numbers are chosen by the ranked probability
     score of the validation part: how sharp the distribution is (a temperature), and with what power the ranks'
-    frequencies in the validation part, over those that the loss has seen, are put back.
+    frequencies in the validation part, over those that the loss has seen, are put back. So the validation part has to
+    be drawn like the pictures that will be asked about; where it differs from the training, a warning says so.
 
     Where image and text share no space the start is that of OrdinalCLIP here: a linear projection, prototypes less
     their mean, the first temperature of CLIP.
@@ -86,6 +91,7 @@ class TextAnchors(SimilarityHead):
         self.register_buffer("prototypes", normalize(prototypes, dim=-1))
         self.logit_scale: nn.Parameter = nn.Parameter(torch.tensor(float(scale)), requires_grad=False)
         self.prior: Prior = prior
+        self.told = False  # of ranks that are as common in the training as elsewhere
         ranks = len(context.ranks)
         self.register_buffer("seen", torch.zeros(ranks))
         self.register_buffer("sharpness", torch.ones(()))
@@ -103,6 +109,7 @@ class TextAnchors(SimilarityHead):
             return super().loss(outputs, targets)
         copies = torch.ones_like(targets.values) if targets.weights is None else targets.weights
         self.seen.index_add_(0, targets.ranks, copies.to(self.seen))
+        self.seen.mul_(torch.where(self.seen.amax() > MOST_SEEN, 0.5, 1.0))  # or one more would change nothing
         return super().loss({"logits": outputs["learnt"]}, targets)
 
     def fit(self, train: tuple[Outputs, Targets], validation: tuple[Outputs, Targets] | None) -> None:
@@ -111,10 +118,8 @@ class TextAnchors(SimilarityHead):
         if validation is None:
             return
         outputs, targets = validation
-        odds = torch.zeros(len(self.ranks), dtype=torch.float64)
-        if self.prior == "validation":
-            counts = torch.bincount(targets.ranks, minlength=len(self.ranks))
-            odds = _smoothed(counts).log() - _smoothed(self.seen).log()
+        asked, learned = _smoothed(torch.bincount(targets.ranks, minlength=len(self.ranks))), _smoothed(self.seen)
+        odds = (asked / learned).log() if self.prior == "validation" else torch.zeros_like(asked)
         step = -(-len(targets.ranks) // ENOUGH)
         learnt, ranks = outputs["learnt"][::step].cpu().double(), targets.ranks[::step].cpu()
         _, sharpness, strength = min(
@@ -124,6 +129,13 @@ class TextAnchors(SimilarityHead):
         )
         self.sharpness.fill_(sharpness)
         self.correction.copy_(strength * odds)
+        if strength and not self.told and (apart := (asked - learned).abs().sum().item() / 2) > NOTABLE:
+            self.told = True
+            logger.warning(
+                "text_anchors: ranks are not as common in the validation part as in training (%.0f %% of the pictures "
+                "differ); answers assume that they are as common as in the validation part, see head.prior",
+                100 * apart,
+            )
 
     def deploy(self) -> tuple[str, dict[str, Any], Head]:
         return as_prototypes(self, sharpness=self.sharpness, correction=self.correction)

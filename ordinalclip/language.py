@@ -74,12 +74,8 @@ class SimilarityHead(Head):
 
     def loss_options(self) -> dict[str, Any]:
         """The options of the loss, which a deployed head has, too."""
-        options = {
-            "alignment": self.alignment,
-            "alignment_weight": self.alignment_weight,
-            "rps_weight": self.rps_weight,
-        }
-        return {name: value for name, value in options.items() if name != "rps_weight" or value}
+        weights = {"alignment_weight": self.alignment_weight, "rps_weight": self.rps_weight}
+        return {"alignment": self.alignment, **weights}
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         logits, ranks, weights = outputs["logits"], targets.ranks, targets.weights
@@ -314,6 +310,11 @@ def sentence_prototypes(text: TextTower, names: Sequence[str], templates: Sequen
 
 
 def text_tower(context: HeadContext, head: Head) -> TextTower:
+    """The text tower that a head is built with.
+
+    Raises:
+        ValueError: there is none.
+    """
     if context.text is None:
         name = type(head).__name__
         raise ValueError(f"{name} needs a text tower: set model.text, e.g. to open_clip:RN50/openai")

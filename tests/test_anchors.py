@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK
+from PIL import Image
 from torch.nn.functional import normalize
 
 from ordinalclip import OrdinalModel, Ranks
@@ -174,6 +175,32 @@ def test_a_rank_that_was_never_seen_gets_no_infinite_odds():
     assert head.correction.isfinite().all()
 
 
+def test_what_the_answers_assume_is_said_once(caplog):
+    head = fitted(world(PRIOR, 500, 0))
+    assert "answers assume that they are as common as in the validation part" in caplog.text
+    caplog.clear()
+    logits, ranks = world(PRIOR, 500, 0)
+    head.fit(None, ({"logits": logits, "learnt": logits}, of(ranks)))
+    fitted(world(np.full(21, 1 / 21), 3000, 0))
+    fitted(world(PRIOR, 500, 0), prior="training")
+    assert not caplog.text
+
+
+def test_counts_go_on_where_float32_ends():
+    """After 2^24 pictures of a rank adding 1 would change nothing, and other ranks would catch up."""
+    head = head_of().train()
+    head.seen[3] = 2.0**24
+    outputs = head(torch.randn(2, 6))
+    before = head.seen[3].item()
+    for _ in range(3):
+        head.loss(outputs, of([3, 3]))
+    assert head.seen[3] < before
+    assert head.seen[3] > 2.0**22
+    counted = head.seen[3].item()
+    head.loss(outputs, of([3, 3]))
+    assert head.seen[3].item() == counted + 2
+
+
 def test_ranks_are_counted_as_the_loss_sees_them():
     head = head_of()
     outputs = head(torch.randn(3, 6))
@@ -212,8 +239,6 @@ def test_what_is_deployed_answers_the_same():
 def test_few_shots_do_not_make_rare_readings_common(tmp_path):
     """Trained on as many pictures of every reading, it answers a validation part of low readings with low ones."""
     lines = ["image,label"]
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     for number in range(120):
         label = int(rng.choice(5, p=[0.6, 0.2, 0.1, 0.05, 0.05])) if number >= 30 else number % 5

@@ -373,8 +373,17 @@ def test_every_space_is_read_out_in_every_way(method, readout):
         assert terms["loss"].item() == pytest.approx((terms["embedding_loss"] + terms["readout_loss"]).item())
 
 
-@pytest.mark.parametrize("method", ["rm_loss", "atrip"])
-def test_resuming_brings_threshold_bank_and_triples_back(quick, method):
+@pytest.mark.parametrize("method", [*METRIC, "cloc"])
+def test_an_embedding_starts_alike_whatever_the_scale_of_the_features(method):
+    torch.manual_seed(0)
+    head, features = build_head(method, HeadContext(RANKS, 6), {}), torch.randn(5, 6)
+    embedding = head(features)["embedding"]
+    assert torch.allclose(head(30 * features + 7)["embedding"], embedding, atol=1e-4)
+    assert embedding.std() > 0.01
+
+
+@pytest.mark.parametrize("method", ["rm_loss", "atrip", "conord", "cloc", "text_anchors"])
+def test_resuming_brings_what_a_head_keeps_back(quick, method):
     """Steps 3 and 4 from the checkpoint of step 2 are those of the run that was not stopped."""
     config = quick(f"method={method}", "train.eval_every=2")
     folder = train(config, quiet=True)

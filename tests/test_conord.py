@@ -1,17 +1,13 @@
 """ConOrd: reference values, plain loops, degenerate batches, what the unit of the labels does, and its read-out."""
 
-import json
 import math
-import shutil
 
 import pytest
 import torch
-from conftest import losses_of
 
 from baselines.conord import conord_loss
 from ordinalclip import Ranks
 from ordinalclip.heads import HeadContext, Targets, build_head
-from ordinalclip.training import train
 
 RANKS = Ranks.linear(0, 100, 6)
 
@@ -227,14 +223,3 @@ def test_it_learns_what_hides_in_noise():
         optimizer.step()
     with torch.no_grad():
         assert error() < 0.6 * before
-
-
-@pytest.mark.slow
-def test_resuming_brings_bank_and_count_back(quick):
-    config = quick("method=conord", "train.eval_every=2")
-    folder = train(config, quiet=True)
-    losses, metrics = losses_of(folder), json.loads((folder / "metrics.json").read_text())
-    shutil.rmtree(folder / "checkpoints" / "step-00000004")
-    train(config.model_copy(update={"train": config.train.model_copy(update={"resume": "auto"})}), quiet=True)
-    assert losses_of(folder).tolist() == losses.tolist()
-    assert json.loads((folder / "metrics.json").read_text())["test"] == metrics["test"]
