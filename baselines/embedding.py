@@ -49,7 +49,7 @@ class EmbeddingHead(Head):
         super().__init__(context)
         self.readout = readout
         self.embedding_dim = embedding_dim
-        self.layers = _layers(context.input_dim, hidden_dim, embedding_dim)
+        self.layers = embedding_layers(context.input_dim, hidden_dim, embedding_dim)
         if readout == "l1":
             self.probe = FullPrecisionLinear(self.embedding_dim, 1)
         else:
@@ -102,7 +102,7 @@ class EmbeddingHead(Head):
         return self.predict_value(self.neighbors.predict(outputs["embedding"]))
 
 
-def _layers(input_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:
+def embedding_layers(input_dim: int, hidden_dim: int | None, embedding_dim: int) -> nn.Module:
     if hidden_dim is None:
         return FullPrecisionLinear(input_dim, embedding_dim)
     hidden, last = FullPrecisionLinear(input_dim, hidden_dim), FullPrecisionLinear(hidden_dim, embedding_dim)
