@@ -28,7 +28,12 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # where a field takes them, as sigma of RM-Loss does: null is something else
+        validate_default=True,
+        protected_namespaces=(),
     )
 
     @field_validator("*", mode="before")

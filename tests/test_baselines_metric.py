@@ -387,7 +387,7 @@ def test_resuming_brings_threshold_bank_and_triples_back(quick, method):
 def test_a_fitted_bank_is_saved_and_served(tmp_path, form):
     """Its size is known after the fit only; loading is strict all the same, into a head that was fitted or not."""
     torch.manual_seed(0)
-    model = OrdinalModel.build("tiny", RANKS, "rm_loss", label_mean=50, label_std=34).eval()
+    model = OrdinalModel.build("tiny", RANKS, "rm_loss", {"sigma": float("inf")}, label_mean=50, label_std=34).eval()
     pixels, targets = torch.randn(7, 3, 64, 64), part(7, 0)[1]
     with torch.no_grad():
         outputs = model.head(model.encoder(pixels))
@@ -395,6 +395,7 @@ def test_a_fitted_bank_is_saved_and_served(tmp_path, form):
     model.save_pretrained(tmp_path, form=form)
     loaded = OrdinalModel.from_pretrained(tmp_path)
     assert loaded.head.neighbors.features.shape == (7, 64)
+    assert loaded.head.criterion.sigma == float("inf")
     assert torch.allclose(loaded.predict(pixels).value, model.predict(pixels).value)
     assert len(loaded.predict(pixels).value.unique()) > 1
 

@@ -12,7 +12,7 @@ from ordinalclip.written import dump, values
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
-BASES = ["methods/base.yaml", "compare/rivals.yaml"]  # extended by others, not run
+BASES = ["methods/base.yaml", "compare/rivals.yaml", "compare/frozen.yaml"]  # extended by others, not run
 
 
 def test_overrides_and_round_trip(tmp_path):
@@ -207,7 +207,15 @@ def test_options_of_a_loss_are_values(tmp_path):
         None, ["method=loss", "head.options={alpha: 1.0, sum: yes, base_loss: a:B, none: null, l: [2]}"]
     )
     assert config.head["options"] == {"alpha": 1.0, "sum": True, "base_loss": "a:B", "none": None, "l": [2]}
-    assert load_config(None, ["method=rm_loss", "head.sigma=inf"]).head == {"sigma": float("inf")}
+
+
+def test_infinity_stays_infinity(tmp_path):
+    """In the folder of a run, where null would be no width: the run could not be read, resumed or scored again."""
+    config = load_config(None, ["method=rm_loss", "head.sigma=inf"])
+    assert config.head == {"sigma": float("inf")}
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.model_dump(mode="json")["head"] == {"sigma": float("inf")}  # what a checkpoint holds
 
 
 def test_a_method_leaves_options_of_another_behind_in_files_alone(tmp_path, caplog):
