@@ -27,9 +27,7 @@ class Embedded(Head):
         hidden_dim: width of a hidden layer before the embedding; null: a linear layer.
     """
 
-    def __init__(
-        self, context: HeadContext, embedding_dim: Width = 64, hidden_dim: Width | None = 256, **shared: Any
-    ):
+    def __init__(self, context: HeadContext, embedding_dim: Width = 64, hidden_dim: Width | None = 256, **shared: Any):
         super().__init__(replace(context, input_dim=embedding_dim), **shared)
         self.layers = embedding_layers(context.input_dim, hidden_dim, embedding_dim)
 
