@@ -144,6 +144,22 @@ def test_scale_of_rm_loss_learns():
     assert torch.allclose(head(features)["embedding"], 2 * before)
 
 
+def test_many_ties_shrink_a_noisy_space():
+    """What the docstring says of few levels: the labels beside some noise, times c. Without mining one point is the
+    best space; all pairs alike, or alpha=1, and the labels' own scale is better than a third of it."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([-0.8, 0.0, 0.8, 1.6]).repeat_interleave(torch.tensor([57, 11, 4, 27]))
+    space = torch.cat([labels[:, None], 0.25 * torch.randn(len(labels), 4, generator=generator)], dim=1)
+
+    def best(**options):
+        return min((0.0, 0.33, 1.0), key=lambda c: RMLoss(**options)(c * space, labels).item())
+
+    assert best(mining=False) == 0.0
+    assert best() == 0.33
+    assert best(alpha=1.0) == 1.0
+    assert best(sigma=math.inf) == 1.0
+
+
 # Adaptive triplets
 
 
