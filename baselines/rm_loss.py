@@ -83,6 +83,11 @@ class RMLoss(nn.Module):
 class RMLossHead(EmbeddingHead):
     """RM-Loss on s * MLP(features), with one learnable scale s; read out by neighbours.
 
+    NOTE: differences enter as they are, not squared, so what a space whose distances are noisy shrinks to is a
+    weighted median of the label distances. Pairs of equal labels weigh (1 + alpha) / alpha times what far ones do, 11
+    times by default: where labels are few levels with many ties, the loss without mining is smallest for one single
+    point, and with mining the space stays well below the scale of the labels. alpha=1 or sigma=inf keeps it there.
+
     Paper: Chao et al., "Regression Metric Loss: Learning a Semantic Representation Space for Medical Images", MICCAI
     2022, arXiv:2207.05231.
 

@@ -402,7 +402,7 @@ class OrdinalModel(PreTrainedModel):
             raise TypeError(f"OrdinalModel.from_pretrained takes no option {', '.join(kwargs) or args}")
         name = str(pretrained_model_name_or_path)
         said = find_file(name, "config.json", hub)
-        content = read_json_object(said)
+        content = _infinities(read_json_object(said))
         try:
             config = config or OrdinalConfig.from_dict(content)
         except ValueError as error:
@@ -437,6 +437,18 @@ TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS = "model.safetensors"
 SIGNATURE = "ordinalclip"  # key of the metadata that the configuration is noted under
 MEMORY_FACTOR = 8  # of the weights' size: a text tower comes with an image tower that is not kept
+
+
+def _infinities(content: Any) -> Any:
+    """JSON data with numbers in place of {"__float__": "Infinity"}, as which transformers writes what JSON lacks: an
+    option may be infinite, such as sigma of RM-Loss."""
+    if isinstance(content, list):
+        return [_infinities(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    if content in ({"__float__": "Infinity"}, {"__float__": "-Infinity"}):
+        return float(content["__float__"])
+    return {key: _infinities(value) for key, value in content.items()}
 
 
 def _signature(config: OrdinalConfig) -> dict[str, Any]:

@@ -200,3 +200,18 @@ def test_both_losses_are_added():
             "src": terms["src"]["src"],
         }
     )
+
+
+@pytest.mark.parametrize("labels", ["drawn", "all but one equal"])
+@pytest.mark.parametrize("outliers", [0.0, 0.1, 0.5])
+def test_slopes_are_those_of_differences(labels, outliers):
+    """Of PLC and its terms by themselves, and of SRC; away from the samples between which outliers are chosen."""
+    features, predictions, drawn, weights = batch(16)
+    given = drawn if labels == "drawn" else torch.zeros_like(drawn).index_fill_(0, torch.tensor([5]), 1.0)
+    for term in ("loss", "pearson", "mean", "deviation", "outliers"):
+        torch.autograd.gradcheck(
+            lambda p, term=term: plc_loss(p, given, weights, outliers)[term], predictions.clone().requires_grad_()
+        )
+    torch.autograd.gradcheck(
+        lambda f: src_loss(f, given, 0.5, 0.3, 0.2, weights)["loss"], features.clone().requires_grad_()
+    )

@@ -145,6 +145,22 @@ def test_scale_of_rm_loss_learns():
     assert torch.allclose(head(features)["embedding"], 2 * before)
 
 
+def test_many_ties_shrink_a_noisy_space():
+    """What the docstring says of few levels: the labels beside some noise, times c. Without mining one point is the
+    best space; all pairs alike, or alpha=1, and the labels' own scale is better than a third of it."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([-0.8, 0.0, 0.8, 1.6]).repeat_interleave(torch.tensor([57, 11, 4, 27]))
+    space = torch.cat([labels[:, None], 0.25 * torch.randn(len(labels), 4, generator=generator)], dim=1)
+
+    def best(**options):
+        return min((0.0, 0.33, 1.0), key=lambda c: RMLoss(**options)(c * space, labels).item())
+
+    assert best(mining=False) == 0.0
+    assert best() == 0.33
+    assert best(alpha=1.0) == 1.0
+    assert best(sigma=math.inf) == 1.0
+
+
 # Adaptive triplets
 
 
@@ -398,7 +414,7 @@ def test_resuming_brings_what_a_head_keeps_back(quick, method):
 def test_a_fitted_bank_is_saved_and_served(tmp_path, form):
     """Its size is known after the fit only; loading is strict all the same, into a head that was fitted or not."""
     torch.manual_seed(0)
-    model = OrdinalModel.build("tiny", RANKS, "rm_loss", label_mean=50, label_std=34).eval()
+    model = OrdinalModel.build("tiny", RANKS, "rm_loss", {"sigma": float("inf")}, label_mean=50, label_std=34).eval()
     pixels, targets = torch.randn(7, 3, 64, 64), part(7, 0)[1]
     with torch.no_grad():
         outputs = model.head(model.encoder(pixels))
@@ -406,6 +422,7 @@ def test_a_fitted_bank_is_saved_and_served(tmp_path, form):
     model.save_pretrained(tmp_path, form=form)
     loaded = OrdinalModel.from_pretrained(tmp_path)
     assert loaded.head.neighbors.features.shape == (7, 64)
+    assert loaded.head.criterion.sigma == float("inf")
     assert torch.allclose(loaded.predict(pixels).value, model.predict(pixels).value)
     assert len(loaded.predict(pixels).value.unique()) > 1
 

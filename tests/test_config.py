@@ -12,7 +12,7 @@ from ordinalclip.written import dump, values
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
-BASES = ["methods/base.yaml", "compare/rivals.yaml"]  # extended by others, not run
+BASES = ["methods/base.yaml", "compare/rivals.yaml", "compare/frozen.yaml"]  # extended by others, not run
 
 
 def test_overrides_and_round_trip(tmp_path):
