@@ -31,8 +31,8 @@ from torch.nn.functional import normalize
 from ordinalclip import metrics
 from ordinalclip.backbones import Backbone, load_backbone
 from ordinalclip.data import load_parts
-from ordinalclip.heads import Decoding, HeadContext, decode
-from ordinalclip.images import find_images, load_image, prepare
+from ordinalclip.heads import Decoding, Head, HeadContext, decode
+from ordinalclip.images import PixelSpec, find_images, load_image, prepare
 from ordinalclip.language import OrdinalCLIP, PromptHead, PrototypeHead, centre, sentence_prototypes
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress
@@ -277,26 +277,42 @@ def zero_shot(
         a row for each picture, values in the label's unit.
 
     Raises:
-        ValueError: a backbone without a text tower of its own space; a template without {name}.
+        ValueError: a text encoder without an image encoder; a template without {name}.
         BrokenImageError: a picture that cannot be read.
     """
-    backbone, templates, ranks = _backbone(clip), _listed(templates), _ranks(ranks)
-    text = _tower(clip)
-    if not backbone.output_dim:
-        raise ValueError(f"{clip} is a text encoder; zero-shot answers need a CLIP, whose image and text share a space")
-    names, pictures = _pictures(images)
-    features = _encode(backbone.encoder, [prepare(picture, backbone.pixels) for picture in pictures])
-    each = {template: sentence_prototypes(text, ranks.names or (), [template], ranks.unit) for template in templates}
+    templates, ranks = _listed(templates), _ranks(ranks)
+    prompts = [written(template, ranks, clip) for template in templates]
     if len(templates) > 1:
-        each["all"] = sentence_prototypes(text, ranks.names or (), templates, ranks.unit)
-    scale = float(np.exp(backbone.logit_scale))
-    answers = {
-        title: decode((scale * normalize(features, dim=-1) @ prototypes.T).softmax(dim=1), ranks, decoding).value
-        for title, prototypes in each.items()
-    }
-    return pd.DataFrame(
-        {title: values.numpy() for title, values in answers.items()}, index=pd.Index(names, name="picture")
-    )
+        prompts.append(written(templates, ranks, clip, title="all"))
+    return read(images, *prompts, by=clip, decoding=decoding)
+
+
+def read(images: Any, *prompts: Given, by: str | Path = "tiny", decoding: Decoding = "median") -> pd.DataFrame:
+    """What pictures are read as when they are compared with prompts: a column for each of the prompts.
+
+    Args:
+        images: paths, a folder, PIL pictures or arrays; one or a list.
+        by: whose image encoder sees the pictures: spec of a CLIP, whose text encoder made the prompts; or the folder of
+            a run with rank prototypes, in whose place the prompts are put, with nothing trained again.
+        decoding: how a distribution over ranks becomes a value.
+
+    Returns:
+        a row for each picture, values in the label's unit.
+
+    Raises:
+        ValueError: a text encoder without an image encoder; prompts of another number of ranks than the run's, or of
+            another text encoder.
+        BrokenImageError: a picture that cannot be read.
+    """
+    names, pictures = _pictures(images)
+    opened = _opened(by) if RunFolder(by).is_finished else None
+    encoder, pixels, compare = _reader_of(opened) if opened else _clip_reader(str(by))
+    features = _encode(encoder, [prepare(picture, pixels) for picture in pictures])
+    answers = {}
+    for each in map(_prompts, prompts):
+        probabilities = compare(features, each).detach().softmax(dim=1)
+        answers[each.title] = decode(probabilities, each.ranks, decoding).value.numpy()
+    return pd.DataFrame(answers, index=pd.Index(names, name="picture"))
 
 
 def interpolate(run: str | Path, values: Sequence[float], quiet: bool = False) -> pd.DataFrame:
@@ -374,7 +390,7 @@ def what_if(
     table = ordinality(*variants.values())
     table.index = pd.Index(list(variants), name="prompts")
     for title, prompts in variants.items():
-        table.loc[title, "MAE"] = opened.error(prompts.prototypes, head.centred, quiet)
+        table.loc[title, "MAE"] = opened.error(prompts, quiet)
         table.loc[title, "cosine to learned"] = (prompts.prototypes * as_is.prototypes).sum(dim=1).mean().item()
     return table
 
@@ -400,7 +416,7 @@ class _Run:
     @property
     def head(self) -> PromptHead:
         """Its prompts, with the learned context and rank embeddings."""
-        own: Any = self.model.head
+        own = self.model.head
         strangers = isinstance(own, PrototypeHead) and own.output_dim is not None
         options = {name: value for name, value in self.config.head.items() if name in PROMPT_OPTIONS}
         if self.method == "coop":
@@ -441,11 +457,27 @@ class _Run:
         return normalize(prototypes.detach().float(), dim=-1)
 
     @torch.no_grad()
-    def error(self, texts: Tensor, centred: bool, quiet: bool) -> float:
-        """MAE with other text features (R, E) in the place of the learned ones."""
-        head: Any = deepcopy(self.model.head)
-        head.prototypes.copy_(normalize(centre(texts) if centred else texts, dim=-1))
-        features, labels = self.features(quiet)
+    def head_with(self, prompts: RankPrompts) -> Head:
+        """The model's head, other text features in the place of its own."""
+        head = deepcopy(self.model.head)
+        if not isinstance(head, PrototypeHead):
+            raise ValueError(
+                f"{self.folder.path}: {self.method} has no rank prototypes; a method with prompts is needed"
+            )
+        if prompts.prototypes.shape != head.prototypes.shape:
+            raise ValueError(
+                f"{prompts.title}: {len(prompts.ranks)} ranks, text features of width {prompts.prototypes.shape[1]}; "
+                f"{self.folder.path} has {len(self.ranks)} of width {head.prototypes.shape[1]}"
+            )
+        centred = self.config.head.get("centred")
+        centred = head.output_dim is not None if centred is None else centred
+        head.prototypes.copy_(normalize(centre(prompts.prototypes) if centred else prompts.prototypes, dim=-1))
+        return head
+
+    @torch.no_grad()
+    def error(self, prompts: RankPrompts, quiet: bool) -> float:
+        """MAE with other prompts in the place of the learned ones."""
+        head, (features, labels) = self.head_with(prompts), self.features(quiet)
         return float(np.abs(head.predict(head(features)).value.numpy() - labels).mean())
 
 
@@ -478,6 +510,31 @@ def _tower(clip: str) -> TextTower:
     tower = _backbone(clip).text
     assert tower is not None
     return tower
+
+
+Compare = Callable[[Tensor, RankPrompts], Tensor]  # features (N, D) and prompts -> logits (N, R)
+
+
+def _reader_of(opened: _Run) -> tuple[torch.nn.Module, PixelSpec, Compare]:
+    def compare(features: Tensor, prompts: RankPrompts) -> Tensor:
+        return opened.head_with(prompts)(features)["logits"]
+
+    return opened.model.encoder, opened.model.config.pixel_spec, compare
+
+
+def _clip_reader(clip: str) -> tuple[torch.nn.Module, PixelSpec, Compare]:
+    backbone = _backbone(clip)
+    if not backbone.output_dim:
+        raise ValueError(
+            f"{clip} is a text encoder; to read pictures it takes a CLIP, whose image and text share a space"
+        )
+
+    def compare(features: Tensor, prompts: RankPrompts) -> Tensor:
+        if prompts.prototypes.shape[1] != features.shape[1]:
+            raise ValueError(f"{prompts.title}: prompts of another text encoder than that of {clip}")
+        return float(np.exp(backbone.logit_scale)) * normalize(features, dim=-1) @ prompts.prototypes.T
+
+    return backbone.encoder, backbone.pixels, compare
 
 
 # ---- prompts, taken apart

@@ -200,6 +200,23 @@ def test_zero_shot_answers_are_those_of_the_method(tmp_path):
     assert list(explore.zero_shot([picture], READINGS, "{name}")) == ["{name}"]
 
 
+def test_a_run_reads_pictures_by_its_own_prompts_and_by_others(runs):
+    pictures = [draw("thermometer", value, np.random.default_rng(1)) for value in (5.0, 40.0, 95.0)]
+    for method in ("ordinalclip", "coop"):
+        frame = explore.read(pictures, runs[method], explore.written("{name}", READINGS), by=runs[method])
+        answers = [answer["value"] for answer in load_pipeline(str(runs[method] / "model"))(pictures)]
+        assert frame[method].tolist() == pytest.approx(answers)
+        assert list(frame) == [method, "{name}"]
+    by_hand = explore.written("{name}", READINGS)
+    for given, by, message in (
+        (explore.written("{name}", range(5)), runs["coop"], "5 ranks, text features of width"),
+        (by_hand, runs["l1"], "l1 has no rank prototypes"),
+        (by_hand, "minilm", "to read pictures it takes a CLIP"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explore.read(pictures, given, by=by)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
