@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from ordinalclip.quoting import printable
 
 NEEDS = ("results.run_report",)
+LETTER = 9.5  # inches of text on a page
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.results.run_report import run_figures
     from ordinalclip.run_folder import RunFolder
 
-    width = inches(arguments.width) if arguments.width else None
+    width = None if arguments.width is None else inches(arguments.width)
     source = RunFolder(arguments.folder)
     if is_comparison(source):
         figures = comparison_figures(read_comparison(source.path), width)
@@ -43,4 +46,6 @@ def run(arguments: argparse.Namespace) -> int:
     for path, figure in files.items():
         save_figure(figure, path)
         print(printable(path))
+        if (height := figure.get_figheight()) > LETTER:
+            logger.warning("%s is %.1f inches high, more than a page; --width page makes it lower", path.name, height)
     return 0

@@ -396,7 +396,9 @@ def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "", *, widt
         axes.errorbar(maes.mean(), place, xerr=spread, fmt="o", color=BLUE, markersize=4.5, capsize=2, linewidth=1.2)
         axes.scatter(maes, np.full(len(maes), place + 0.27), s=8, color=ORANGE, linewidths=0, zorder=3)
     axes.set_yticks(range(len(order)), _beside(order, width))
-    axes.set(xlabel=_label("test MAE", unit), xlim=_ends(axes.get_xlim(), limit), ylim=(-0.6, len(order) - 0.4))
+    axes.set(
+        xlabel=_label("test MAE", unit, 7 * width), xlim=_ends(axes.get_xlim(), limit), ylim=(-0.6, len(order) - 0.4)
+    )
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -429,7 +431,7 @@ def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "", *, width
         )
     axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yticks(range(len(order)), _beside(order, width))
-    axes.set(xlabel=_label("MAE above the best", unit), ylim=(-0.6, len(order) - 0.4))
+    axes.set(xlabel=_label("MAE above the best", unit, 7 * width), ylim=(-0.6, len(order) - 0.4))
     axes.set_xlim(right=min(limit, axes.get_xlim()[1]))
     axes.grid(axis="y", visible=False)
     return figure
@@ -452,7 +454,7 @@ def mae_by_variant(
     for number, name in enumerate(order):
         above = 3 - number / len(order)
         if np.nanmin(means[name]) > limit:
-            axes.plot([], [], " ", label=f"{_short(name, 20)}: {np.nanmean(means[name]):.3g}, off the scale")
+            axes.plot([], [], color="none", label=f"{_short(name, 20)}: {np.nanmean(means[name]):.3g}, off the scale")
             continue
         if number < len(PALETTE):
             spread = [np.std(maes, ddof=1) if len(maes) > 1 else 0 for maes in errors[name]]
@@ -494,7 +496,11 @@ def error_by_method(
             label = _beside_a_key(name, width) if np.nanmin(means) <= limit else f"{_short(name, 20)}, off the scale"
             axes.plot(bins.places, means, label=label, zorder=above, **bright)
         else:
-            others = (_beside_a_key(name, width) if len(answers) == coloured + 1 else "others") if number == coloured else None
+            others = (
+                (_beside_a_key(name, width) if len(answers) == coloured + 1 else "others")
+                if number == coloured
+                else None
+            )
             axes.plot(bins.places, means, label=others, zorder=above, color=MUTED, alpha=0.7, linewidth=0.8)
     axes.set(ylabel=_label("test MAE", ranks.unit), ylim=(0, min(limit, axes.get_ylim()[1])))
     bins.label(axes)
@@ -728,7 +734,7 @@ def _bare(axes: Axes) -> None:
 
 def _beside(names: Sequence[str], width: float) -> list[str]:
     """Names beside the axes of a figure so wide, which take half of it at most."""
-    return [_short(name, min(40, int(6.8 * width))) for name in names]
+    return [_short(name, min(40, int(8 * width))) for name in names]
 
 
 def _beside_a_key(name: str, width: float) -> str:
@@ -776,8 +782,12 @@ def _name_ticks(
         axes.set_yticks(ticks, shortened)
 
 
-def _label(what: str, unit: str) -> str:
-    return f"{what} ({_short(unit)})" if unit else what
+def _label(what: str, unit: str, room: float = math.inf) -> str:
+    """What an axis shows and its unit, in two lines where it has more characters than there is room for."""
+    if not unit:
+        return what
+    unit = f"({_short(unit)})"
+    return f"{what} {unit}" if len(what) + 1 + len(unit) <= room else f"{what}\n{unit}"
 
 
 def _short(name: str, longest: int = 16) -> str:
