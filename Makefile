@@ -5,6 +5,7 @@
 # make invariance   method x processes x micro-batch: the largest difference in losses and weights
 # make chaos   runs killed at random and resumed: kills, resumes, differences
 # make stops   Ctrl-C, SIGKILL and full disks at random moments of training and comparing, then on to the end
+# make notebooks   all notebooks from top to bottom, in place, with what they print and draw
 # make mutants  faults planted one at a time: which test notices each
 # make clean   remove environment, caches and demo runs
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE  # without bytecode the libraries take twice as long to import
 
-.PHONY: demo test slow-test lint bench invariance chaos stops mutants clean
+.PHONY: demo test slow-test lint bench invariance chaos stops notebooks mutants clean
 .DELETE_ON_ERROR:
 
 # One installation, repeated only when pyproject.toml changes; uv when it is there, pip when not.
@@ -51,6 +52,9 @@ chaos: $(VENV)/.installed
 
 stops: $(VENV)/.installed
 	$(BIN)/python benchmarks/stops.py
+
+notebooks: $(VENV)/.installed
+	$(BIN)/python notebooks/execute.py
 
 mutants: $(VENV)/.installed
 	$(BIN)/python benchmarks/mutants.py --jobs 2

@@ -59,7 +59,7 @@ from ordinalclip.data.loading import make_parts
 from ordinalclip.files import whole
 from ordinalclip.heads import HeadContext, Targets, build_head
 from ordinalclip.images import load_image, prepare
-from ordinalclip.results.figures import BLUE, MARKERS, MUTED, ORANGE, PALETTE, WIDE, save_figure, styled
+from ordinalclip.results.figures import BLUE, MARKERS, MUTED, ORANGE, PAGE, PALETTE, save_figure, styled
 from ordinalclip.runs import train_run
 
 TRAIN, BUDGETS = 1000, (2, 5, 10, 20, 100)  # the last budget is the whole training part
@@ -757,7 +757,7 @@ def _grid(panels: int, columns: int, height: float) -> tuple[Figure, list[Axes]]
     """A wide figure of so many panels, so many in a row."""
     columns = min(panels, columns)
     lines_of = -(-panels // columns)
-    figure = Figure(figsize=(WIDE, height * lines_of + 0.5))
+    figure = Figure(figsize=(PAGE, height * lines_of + 0.5))
     grid = np.atleast_1d(figure.subplots(lines_of, columns)).ravel()
     for axes in grid[panels:]:
         axes.set_visible(False)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from PIL import Image
 
 from ordinalclip.cli import main
@@ -260,6 +264,27 @@ def test_plot_writes_files(run, tmp_path, capsys, ending, start):
     ]
     assert all(file.read_bytes().startswith(start) for file in files)
     assert sorted(capsys.readouterr().out.splitlines()) == [str(file) for file in files]
+
+
+def test_plots_are_as_wide_as_was_asked_with_fonts_that_printers_take(run, compared, tmp_path, capsys):
+    for source, width, points in ((run, "page", 496.8), (compared, None, 237.6), (compared, "85mm", 85 / 25.4 * 72)):
+        out = tmp_path / f"{source.name}-{width}"
+        asked = ["--width", width] if width else []
+        assert main(["plot", str(source), *asked, "--out", str(out), "--quiet"]) == 0
+        for file in out.iterdir():
+            content = file.read_bytes()
+            (box,) = re.findall(rb"/MediaBox \[ 0 0 ([\d.]+) [\d.]+ \]", content)
+            panels = width is None and file.stem == "metrics_by_method"
+            assert float(box) == pytest.approx(496.8 if panels else points, abs=0.01), file
+            assert b"/FontFile2" in content, file  # TrueType, as it is
+            assert b"/Type3" not in content, file
+    capsys.readouterr()
+    for wrong in ("wide", "79mm", "301", "-85mm", "8.5cm", ""):
+        out = tmp_path / "refused"
+        assert main(["plot", str(run), f"--width={wrong}", "--out", str(out), "--quiet"]) == 2
+        allowed = "must be column (3.3 inches), page (6.9) or millimetres from 80 to 300, as in 85mm"
+        assert capsys.readouterr().err == f"ordinalclip: the width of figures {allowed}; got {wrong!r}\n"
+        assert not out.exists()
 
 
 def test_plot_replaces_its_own_files_and_no_others(run, tmp_path, capsys):
@@ -570,8 +595,9 @@ def test_methods_far_off_do_not_squeeze_the_others():
 LONG = "a method whose name is rather longer than anybody would like it to be"
 
 
-def every_figure():
-    """Each kind of figure of names, units and outliers that ask for room, by name."""
+def every_figure(width):
+    """Each kind of figure, so wide, of names, units and outliers that ask for room, by name."""
+    sized = {"width": width}
     rng = np.random.default_rng(0)
     names = ["whole", "hardly cracked", "cracked", "broken", "gone altogether, nobody knows where"]
     spaces = {
@@ -584,60 +610,139 @@ def every_figure():
     interval = {
         name: Verdict(v[0], (0, 9), v[0] - 1, (v[0] - 1.1, v[0] - 0.9), 0.01, 0.02) for name, v in errors.items()
     }
-    yield "mae_by_method", figures.mae_by_method(errors, "points of the association")
-    yield "difference_to_best", figures.difference_to_best(interval, "km")
-    yield "metrics_by_method", figures.metrics_by_method({n: (m, errors) for n, m in METRICS.items()}, [*errors], "km")
+    yield "mae_by_method", figures.mae_by_method(errors, "points of the association", **sized)
+    yield "difference_to_best", figures.difference_to_best(interval, "km", **sized)
+    yield (
+        "metrics_by_method",
+        figures.metrics_by_method({n: (m, errors) for n, m in METRICS.items()}, [*errors], "km", **sized),
+    )
     variants = ["all of the data", LONG, "a tenth"]
-    yield "mae_by_variant", figures.mae_by_variant({n: [v] * 3 for n, v in errors.items()}, variants, "km")
+    yield "mae_by_variant", figures.mae_by_variant({n: [v] * 3 for n, v in errors.items()}, variants, "km", **sized)
     log = [{"step": k, "loss": 1 / k, **({} if k % 9 else {"validation_mae": 9 / k})} for k in range(1, 100)]
-    yield "learning_curves", figures.learning_curves(log, 90, "points of the association")
+    yield "learning_curves", figures.learning_curves(log, 90, "points of the association", **sized)
     maes, ended = [9e5, *rng.uniform(1, 2, 29)], [False, True] * 15
-    yield "best_so_far", figures.best_so_far(range(30), maes, ended, "points of the association")
-    yield "importances", figures.importances({f"head.key_{k}_{LONG}": 0.1 * k for k in range(6)})
+    yield "best_so_far", figures.best_so_far(range(30), maes, ended, "points of the association", **sized)
+    yield "importances", figures.importances({f"head.key_{k}_{LONG}": 0.1 * k for k in range(6)}, **sized)
     for count in (2, 3, 12):
         choices = [f"a choice, number {k % count}" for k in range(30)]
-        yield f"mae_by_setting, {count}", figures.mae_by_setting(f"head.{LONG}", choices, maes, ended, "km")
+        yield f"mae_by_setting, {count}", figures.mae_by_setting(f"head.{LONG}", choices, maes, ended, "km", **sized)
     rates = np.geomspace(1e-6, 0.1, 30).tolist()
-    yield "mae_by_setting, rates", figures.mae_by_setting("train.lr", rates, maes, ended, log=True)
+    yield "mae_by_setting, rates", figures.mae_by_setting("train.lr", rates, maes, ended, log=True, **sized)
     curves = [[(k, mae + k) for k in range(1, 1000, 100)] for mae in maes]
-    yield "validations_by_trial", figures.validations_by_trial(curves, ended, 2, "points of the association")
+    yield "validations_by_trial", figures.validations_by_trial(curves, ended, 2, "points of the association", **sized)
     for kind, ranks in spaces.items():
         labels = rng.choice(ranks.values, 90)
         values = rng.choice(ranks.values, 90)
         pictures = [Image.new("RGB", (8, 8))] * 90
-        yield f"error_by_value, {kind}", figures.error_by_value(labels, values, ranks, [3000] * len(ranks))
-        yield f"feature_map, {kind}", figures.feature_map(rng.normal(size=(90, 4)), labels, pictures, ranks)
-        yield f"similarity, {kind}", figures.similarity(rng.normal(size=(len(ranks), 4)), ranks)
+        yield f"error_by_value, {kind}", figures.error_by_value(labels, values, ranks, [3000] * len(ranks), **sized)
+        yield f"feature_map, {kind}", figures.feature_map(rng.normal(size=(90, 4)), labels, pictures, ranks, **sized)
+        yield f"similarity, {kind}", figures.similarity(rng.normal(size=(len(ranks), 4)), ranks, **sized)
         answers = {**{f"{k} {LONG}": (labels, values) for k in range(8)}, "far": (labels, values + 1e7)}
-        yield f"error_by_method, {kind}", figures.error_by_method(answers, ranks)
+        yield f"error_by_method, {kind}", figures.error_by_method(answers, ranks, **sized)
         if len(ranks) <= figures.FEW_RANKS:
             pair = rng.integers(0, len(ranks), (2, 90_000))
-            yield f"confusion, {kind}", figures.confusion(*pair, ranks.names)
+            yield f"confusion, {kind}", figures.confusion(*pair, ranks.names, **sized)
         else:
-            yield f"agreement, {kind}", figures.agreement(labels, values, ranks)
+            yield f"agreement, {kind}", figures.agreement(labels, values, ranks, **sized)
 
 
-def test_nothing_in_a_figure_is_cut_off_or_touches():
-    """All that is drawn lies within the figure, texts within an axes within it; no two names below an axes touch."""
-    for name, figure in every_figure():
+OTHER_WIDTHS = [pytest.param(width, marks=pytest.mark.slow) for width in (figures.NARROWEST / 25.4, 5.5, figures.PAGE)]
+
+
+@pytest.mark.parametrize("width", [figures.COLUMN, *OTHER_WIDTHS])
+def test_nothing_in_a_figure_is_cut_off_or_touches(width):
+    """All that is drawn lies within the figure, texts within an axes within it; no two texts touch, and none is small;
+    legends hide nothing."""
+    for name, figure in every_figure(width):
         figure.canvas = FigureCanvasAgg(figure)
         figure.canvas.draw()
         drawn = figure.get_tightbbox()
-        width, height = figure.get_size_inches()
-        assert width in (figures.WIDTH, figures.WIDE), name
+        height = figure.get_figheight()
+        assert figure.get_figwidth() == width, name
         assert min(drawn.x0, drawn.y0, width - drawn.x1, height - drawn.y1) > 0, f"{name}: {drawn}"
         for axes in figure.axes:
-            inside = axes.get_window_extent().padded(1)
+            inside = axes.get_window_extent()
             for text in axes.texts:
                 box = text.get_window_extent()
-                assert inside.x0 <= box.x0 <= box.x1 <= inside.x1, f"{name}: {text.get_text()}"
-                assert inside.y0 <= box.y0 <= box.y1 <= inside.y1, f"{name}: {text.get_text()}"
-            low, high = sorted(axes.get_xlim())
-            labels = [tick.label1 for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
-            level = [text for text in labels if text.get_visible() and text.get_text() and not text.get_rotation()]
-            boxes = [text.get_window_extent() for text in level]
-            for one, other in pairwise(boxes):
-                assert one.x1 < other.x0, f"{name}: {[text.get_text() for text in level]}"
+                assert inside.x0 - 1 <= box.x0 <= box.x1 <= inside.x1 + 1, f"{name}: {text.get_text()}"
+                assert inside.y0 - 1 <= box.y0 <= box.y1 <= inside.y1 + 1, f"{name}: {text.get_text()}"
+            for legend in [axes.get_legend()] if axes.get_legend() else []:
+                assert not any(legend.get_window_extent().overlaps(each.get_window_extent()) for each in figure.axes)
+        shown = texts_of(figure)
+        assert min(text.get_fontsize() for text in shown) >= 6, name
+        for one, other in combinations([text for text in shown if text.get_rotation() in (0, 90)], 2):
+            pair = f"{name}: {one.get_text()!r}, {other.get_text()!r}"
+            assert not one.get_window_extent().overlaps(other.get_window_extent()), pair
+
+
+DICHROMACIES = {  # Machado, Oliveira & Fernandes, IEEE TVCG 15(6), 2009, severity 1: linear RGB -> linear RGB
+    "none": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+
+
+def seen(colour, matrix):
+    """A colour of matplotlib as CIE L*a*b* (D65), after a dichromacy."""
+    rgb = np.asarray(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(np.asarray(matrix) @ linear, 0, 1)
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    xyz = to_xyz @ linear / (0.95047, 1, 1.08883)
+    x, y, z = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
+    return np.asarray([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_series_stay_apart_for_colour_blind_readers():
+    """Of every figure, as drawn: those of one axes differ by 12 and more (2 is just noticed), and colours that stand
+    for values grow lighter with them."""
+    pairs = set()
+    for _, figure in every_figure(figures.COLUMN):
+        for axes in figure.axes:
+            handles, _ = axes.get_legend_handles_labels()
+            pairs |= {*combinations(sorted({colour for handle in handles for colour in colours_of(handle)}), 2)}
+    assert len(pairs) == 21  # of all seven
+    for dichromacy, matrix in DICHROMACIES.items():
+        for one, other in pairs:
+            distance = np.linalg.norm(seen(one, matrix) - seen(other, matrix))
+            assert distance > 12, f"{dichromacy}: {one} and {other} are {distance:.1f} apart"
+        lightness = [seen(figures.VALUE_COLOURS(x), matrix)[0] for x in np.linspace(0, 1, 64)]
+        assert (np.diff(lightness) > 0).all(), dichromacy
+
+
+def colours_of(handle):
+    """Of the line, the dots or the bars that an entry of a legend stands for."""
+    if isinstance(handle, Line2D):
+        return {to_hex(handle.get_color())} - {"#000000"}  # that of nothing
+    if isinstance(handle, PathCollection):
+        return {to_hex(colour) for colour in handle.get_facecolor()}
+    return {to_hex(patch.get_facecolor()) for patch in handle.patches}
+
+
+def texts_of(figure):
+    """What is written in a drawn figure, without names of ticks beyond their axis."""
+    beyond = {
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        for label in (tick.label1, tick.label2)
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    }
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text() and text not in beyond]
 
 
 def test_axes_tick_at_the_ranks_by_their_names():

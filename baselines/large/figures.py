@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from baselines.large.inputs import numbers
-from ordinalclip.results.figures import WIDE, styled
+from ordinalclip.results.figures import PAGE, styled
 
 GAP = 0.06  # between pictures, as a share of their width
 LETTER = 0.08  # inches that a letter of a name takes, at most on average
@@ -43,7 +43,7 @@ def picture_grid(pictures: Tensor | Sequence[Tensor], rows: Sequence[str] = (), 
             raise ValueError(f"{kind} must be {count} names, one for each, or none; got {len(names)}")
     shape, (height, width) = grid.shape[:2], grid.shape[3:]
     room = 0.2 + LETTER * _longest(rows)  # inches, left of the pictures
-    side = min(max(0.7, LETTER * _longest(columns)), (WIDE - room) / shape[1])  # inches of a column
+    side = min(max(0.7, LETTER * _longest(columns)), (PAGE - room) / shape[1])  # inches of a column
     tall = height / width  # of a picture, in columns
     figure = Figure(figsize=(shape[1] * side + room, shape[0] * tall * side + 0.4))
     axes = figure.add_subplot()

@@ -45,18 +45,23 @@ def write_comparison_report(comparison: Comparison) -> Path:
     return path
 
 
-def comparison_figures(comparison: Comparison) -> Figures:
-    """Every figure of the report; where there are variants, with the name of theirs."""
-    drawn = _overview(comparison.boards)
+def comparison_figures(comparison: Comparison, width: float | None = None) -> Figures:
+    """Every figure of the report; where there are variants, with the name of theirs.
+
+    Args:
+        width: inches; None: a column of a paper, and a page where there is a panel for every metric.
+    """
+    drawn = _overview(comparison.boards, width)
     for board in comparison.boards:
         label = board.entries[0].folders[0].path.parent.name if board.variant else ""  # a name that files can have
-        drawn.update({f"{name}-{label}".rstrip("-"): figure for name, figure in board_figures(board).items()})
+        drawn.update({f"{name}-{label}".rstrip("-"): figure for name, figure in board_figures(board, width).items()})
     return drawn
 
 
-def board_figures(board: Leaderboard) -> Figures:
+def board_figures(board: Leaderboard, width: float | None = None) -> Figures:
     """mae_by_method, difference_to_best, error_by_method and metrics_by_method, each with the sentence below it."""
-    ranks = board.ranks
+    ranks, unit = board.ranks, board.ranks.unit
+    sized: Any = {"width": width} if width else {}
     maes = {entry.name: entry.maes for entry in board.entries}
     answers = {
         entry.name: (
@@ -68,13 +73,13 @@ def board_figures(board: Leaderboard) -> Figures:
     best, *others = board.entries
     drawn: Figures = {
         "mae_by_method": (
-            figures.mae_by_method(maes, ranks.unit),
+            figures.mae_by_method(maes, unit, **sized),
             "Test MAE: mean and standard deviation over the seeds (blue), each seed (orange); an arrow: farther off.",
         )
     }
     if others:
         drawn["difference_to_best"] = (
-            figures.difference_to_best({other.name: board.verdicts[other.name] for other in others}, ranks.unit),
+            figures.difference_to_best({other.name: board.verdicts[other.name] for other in others}, unit, **sized),
             f"How much larger the error is than that of {best.name}, on the same images, with 95 % interval "
             + (
                 "over seeds and images. Filled: the rows with a star."
@@ -83,25 +88,26 @@ def board_figures(board: Leaderboard) -> Figures:
             ),
         )
     drawn["error_by_method"] = (
-        figures.error_by_method(answers, ranks),
+        figures.error_by_method(answers, ranks, **sized),
         f"Where the errors are: test MAE by true {'rank' if ranks.worded else 'value'}, over all seeds.",
     )
     spread = {name: (board.metrics[name], board.values_of(name)) for name in board.metrics}
     drawn["metrics_by_method"] = (
-        figures.metrics_by_method(spread, [entry.name for entry in board.entries], ranks.unit),
+        figures.metrics_by_method(spread, [entry.name for entry in board.entries], unit, **sized),
         "Every metric on the test part: mean and standard deviation over the seeds; arrows point to the better side.",
     )
     return drawn
 
 
-def _overview(boards: Sequence[Leaderboard]) -> Figures:
+def _overview(boards: Sequence[Leaderboard], width: float | None = None) -> Figures:
     """The variants side by side, where there are several."""
     if len(boards) == 1:
         return {}
     names = dict.fromkeys(entry.name for board in boards for entry in board.entries)
     found = [{entry.name: entry.maes for entry in board.entries} for board in boards]
     maes = {name: [each.get(name, [math.nan]) for each in found] for name in names}
-    figure = figures.mae_by_variant(maes, [board.variant for board in boards], boards[0].ranks.unit)
+    sized: Any = {"width": width} if width else {}
+    figure = figures.mae_by_variant(maes, [board.variant for board in boards], boards[0].ranks.unit, **sized)
     return {"mae_by_variant": (figure, "Test MAE in every variant: mean and standard deviation over the seeds.")}
 
 

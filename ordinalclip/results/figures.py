@@ -1,8 +1,8 @@
 """Figures: pure functions from arrays to matplotlib figures in one style, for reports, PDF, SVG and PNG.
 
-They are as wide as a column of a paper, or as two, in 8 pt. Colours are safe for colour-blind readers (Okabe & Ito) and
-readable on white and on black. `inline_svg` turns a figure into SVG whose ink follows the page's light or dark theme
-through the CSS variables in `THEME`.
+They are as wide as a column of a paper unless told otherwise, in 8 pt, never under 6. Colours are safe for colour-blind
+readers (Okabe & Ito) and readable on white and on black. `inline_svg` turns a figure into SVG whose ink follows the
+page's light or dark theme through the CSS variables in `THEME`.
 """
 
 from __future__ import annotations
@@ -71,16 +71,18 @@ STYLE: Any = {
     "svg.hashsalt": "ordinalclip",
     "pdf.fonttype": 42,  # text that editors and search find
 }
-WIDTH, WIDE = 3.5, 7.16  # inches: one column of a paper and two; on a phone, and across a page
+COLUMN, PAGE = 3.3, 6.9  # inches: one column of a paper and two
+NARROWEST, WIDEST = 80, 300  # millimetres of any figure
+SMALLEST = 6  # pt, of any text
 FEW_RANKS = 12  # up to so many, each has a place of its own on an axis and in a confusion matrix
 TICKS = 6  # as many ranks are named on an axis of more
 styled = matplotlib.rc_context(STYLE)
 
 
 @styled
-def agreement(labels: np.ndarray, values: np.ndarray, ranks: Ranks) -> Figure:
+def agreement(labels: np.ndarray, values: np.ndarray, ranks: Ranks, *, width: float = COLUMN) -> Figure:
     """Predicted against true values, (N,) each, with the identity line; hexagons when there are many points."""
-    figure, axes = _square(3.1)
+    figure, axes = _square(width, 3.1)
     low, high = min(labels.min(), values.min()), max(labels.max(), values.max())
     margin = 0.04 * (high - low or 1)
     bounds = (low - margin, high + margin)
@@ -94,7 +96,9 @@ def agreement(labels: np.ndarray, values: np.ndarray, ranks: Ranks) -> Figure:
     axes.set(xlabel=_label("true value", ranks.unit), ylabel=_label("predicted value", ranks.unit))
     if ranks.worded:
         named = _some(ranks)
-        _name_ticks(axes, [ranks.values[rank] for rank in named], [ranks.name(rank) for rank in named], room=26)
+        _name_ticks(
+            axes, [ranks.values[rank] for rank in named], [ranks.name(rank) for rank in named], room=24 * _growth(width)
+        )
     else:
         axes.xaxis.set_major_locator(_even_ticks(_most(ranks)))
         axes.yaxis.set_major_locator(_even_ticks(_most(ranks)))
@@ -102,23 +106,25 @@ def agreement(labels: np.ndarray, values: np.ndarray, ranks: Ranks) -> Figure:
 
 
 @styled
-def confusion(label_ranks: np.ndarray, ranks: np.ndarray, names: Sequence[str]) -> Figure:
+def confusion(label_ranks: np.ndarray, ranks: np.ndarray, names: Sequence[str], *, width: float = COLUMN) -> Figure:
     """Confusion matrix of ranks, (N,) each: numbers of images, shaded by their share of the true rank."""
-    figure, axes = _square(3.1)
+    figure, axes = _square(width, 3.1)
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (label_ranks, ranks), 1)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    cell = 160 / len(names)  # points
-    size = min(8, cell / (0.4 + 0.6 * len(str(counts.max()))))  # of a digit, which is 0.6 as wide as high
+    cell = 52 * figure.get_figheight() / len(names)  # points
+    digits = len(str(counts.max()))
+    size = max(SMALLEST, min(8, cell / (0.4 + 0.6 * digits)))  # of a digit, which is 0.6 as wide as high
+    thousands = SMALLEST * 0.64 * digits > cell  # of wider numbers
     for (row, column), count in np.ndenumerate(counts):
         # A veil, not a colour of its own: ink is readable on it on light and on dark pages.
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=BLUE, alpha=0.55 * share[row, column], lw=0))
-        ink = INK if count else MUTED
-        axes.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=size)
+        ink, number = INK if count else MUTED, f"{count / 1000:.0f}k" if thousands and count > 999 else str(count)
+        axes.text(column, row, number, ha="center", va="center", color=ink, fontsize=size)
     lines = np.arange(len(names) + 1) - 0.5
     axes.hlines(lines, -0.5, len(names) - 0.5, color=GRID, linewidth=0.6)
     axes.vlines(lines, -0.5, len(names) - 0.5, color=GRID, linewidth=0.6)
-    _name_ticks(axes, range(len(names)), names, room=34)
+    _name_ticks(axes, range(len(names)), names, room=32 * _growth(width))
     axes.set(xlabel="predicted rank", ylabel="true rank", aspect="equal")
     axes.set(xlim=(-0.52, len(names) - 0.48), ylim=(len(names) - 0.48, -0.52))
     _bare(axes)
@@ -126,14 +132,16 @@ def confusion(label_ranks: np.ndarray, ranks: np.ndarray, names: Sequence[str]) 
 
 
 @styled
-def error_by_value(labels: np.ndarray, values: np.ndarray, ranks: Ranks, train_counts: Sequence[int]) -> Figure:
+def error_by_value(
+    labels: np.ndarray, values: np.ndarray, ranks: Ranks, train_counts: Sequence[int], *, width: float = COLUMN
+) -> Figure:
     """Mean absolute error and bias by true value, above the number of training labels.
 
     Args:
         labels, values: (N,) true and predicted values.
         train_counts: (R,) number of training labels of each rank.
     """
-    figure, (top, bottom) = _figure(3.1, panels=2, height_ratios=(3, 1), sharex=True)
+    figure, (top, bottom) = _figure(width, 3.1, panels=2, height_ratios=(3, 1), sharex=True)
     bins = Bins(ranks)
     errors, half, bias = (np.full(len(bins.places), np.nan) for _ in range(3))
     for k, chosen in enumerate(bins.members(labels)):
@@ -158,23 +166,31 @@ def error_by_value(labels: np.ndarray, values: np.ndarray, ranks: Ranks, train_c
 
 
 @styled
-def similarity(prototypes: np.ndarray, ranks: Ranks) -> Figure:
+def similarity(prototypes: np.ndarray, ranks: Ranks, *, width: float = COLUMN) -> Figure:
     """Cosine similarity of the rank prototypes, (R, D), as a matrix."""
-    figure, axes = _square(2.8)
+    figure, axes = _square(width, 3.1)
     unit = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)
     picture = axes.imshow(unit @ unit.T, cmap="viridis", interpolation="none")
     named = _some(ranks)
-    _name_ticks(axes, named, [ranks.name(rank) for rank in named], room=26)
+    _name_ticks(axes, named, [ranks.name(rank) for rank in named], room=24 * _growth(width))
     what = "rank" if ranks.worded else _label("rank", ranks.unit)
     axes.set(xlabel=what, ylabel=what)
     _bare(axes)
-    figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.8).outline.set_visible(False)
+    bar = figure.colorbar(picture, ax=axes, location="top", label="cosine similarity", aspect=30)
+    bar.outline.set_visible(False)
+    bar.ax.xaxis.set_major_locator(_even_ticks(4))
     return figure
 
 
 @styled
 def feature_map(
-    features: np.ndarray, values: np.ndarray, images: Sequence[Image.Image], ranks: Ranks, thumbnail: float = 0.065
+    features: np.ndarray,
+    values: np.ndarray,
+    images: Sequence[Image.Image],
+    ranks: Ranks,
+    thumbnail: float = 0.065,
+    *,
+    width: float = COLUMN,
 ) -> Figure:
     """Features in their two principal components, with thumbnails framed in the colour of their value.
 
@@ -184,7 +200,7 @@ def feature_map(
         images: N square thumbnails; as many are drawn as fit without overlap, dots for the rest.
         thumbnail: side of a thumbnail as a share of the height.
     """
-    figure, (axes, bar) = _figure(5.3, panels=2, height_ratios=(36, 1))
+    figure, (axes, bar) = _figure(width, 5.3, panels=2, height_ratios=(36, 1))
     points, explained = principal_components(features)
     first, second = explained
     axes.set(xlabel=f"first component, {first:.0%} of the variance", ylabel=f"second component, {second:.0%}")
@@ -218,10 +234,12 @@ def feature_map(
 
 
 @styled
-def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, unit: str = "") -> Figure:
+def learning_curves(
+    log: Sequence[Mapping[str, float]], best_step: int | None, unit: str = "", *, width: float = COLUMN
+) -> Figure:
     """Training loss and validation MAE of the entries of log.jsonl; the best step is marked."""
     validated = [entry for entry in log if "validation_mae" in entry]
-    figure, axes = _figure(3, panels=2 if validated else 1, sharex=True)
+    figure, axes = _figure(width, 3, panels=2 if validated else 1, sharex=True)
     top = axes[0] if validated else axes
     steps, loss = np.asarray([entry["step"] for entry in log]), np.asarray([entry["loss"] for entry in log])
     window = max(1, len(loss) // 40)
@@ -250,9 +268,11 @@ def learning_curves(log: Sequence[Mapping[str, float]], best_step: int | None, u
 
 
 @styled
-def best_so_far(numbers: Sequence[int], maes: Sequence[float], pruned: Sequence[bool], unit: str = "") -> Figure:
+def best_so_far(
+    numbers: Sequence[int], maes: Sequence[float], pruned: Sequence[bool], unit: str = "", *, width: float = COLUMN
+) -> Figure:
     """Validation MAE of the trials of a search, and the smallest so far of those that were not pruned."""
-    figure, axes = _figure(3.4)
+    figure, axes = _figure(width, 3.4)
     values = _trial_points(axes, np.asarray(numbers), np.asarray(maes), np.asarray(pruned, dtype=bool))
     known = np.minimum.accumulate(np.where(pruned, np.inf, values))
     axes.step(
@@ -265,12 +285,12 @@ def best_so_far(numbers: Sequence[int], maes: Sequence[float], pruned: Sequence[
 
 
 @styled
-def importances(shares: Mapping[str, float]) -> Figure:
+def importances(shares: Mapping[str, float], *, width: float = COLUMN) -> Figure:
     """How much of what separates good trials from bad ones is due to each key; largest on top."""
     order = sorted(shares, key=lambda key: shares[key])
-    figure, axes = _figure(_height_of(order))
+    figure, axes = _figure(width, _height_of(order))
     axes.barh(range(len(order)), [shares[key] for key in order], 0.6, color=BLUE, alpha=0.8)
-    axes.set_yticks(range(len(order)), [_short(key, 34) for key in order])
+    axes.set_yticks(range(len(order)), _beside(order, width))
     axes.set(xlabel="importance", xlim=(0, 1), ylim=(-0.6, len(order) - 0.4))
     axes.grid(axis="y", visible=False)
     return figure
@@ -284,13 +304,15 @@ def mae_by_setting(
     pruned: Sequence[bool],
     unit: str = "",
     log: bool = False,
+    *,
+    width: float = COLUMN,
 ) -> Figure:
     """Validation MAE of the trials of a search by what they set a key to, numbers or choices.
 
     Args:
         log: a logarithmic axis of numbers.
     """
-    figure, axes = _figure(3.0)
+    figure, axes = _figure(width, 3.0)
     names = [] if any(not isinstance(value, str) for value in values) else list(dict.fromkeys(sorted(map(str, values))))
     places = [names.index(str(value)) if names else float(value) for value in values]
     if names:
@@ -309,7 +331,12 @@ def mae_by_setting(
 
 @styled
 def validations_by_trial(
-    curves: Sequence[Sequence[tuple[int, float]]], pruned: Sequence[bool], best: int, unit: str = ""
+    curves: Sequence[Sequence[tuple[int, float]]],
+    pruned: Sequence[bool],
+    best: int,
+    unit: str = "",
+    *,
+    width: float = COLUMN,
 ) -> Figure:
     """Validation MAE on the way of every trial of a search.
 
@@ -318,7 +345,7 @@ def validations_by_trial(
         pruned: whether it was ended early, at its last point.
         best: place of the best one, -1 for none.
     """
-    figure, axes = _figure(3.4)
+    figure, axes = _figure(width, 3.4)
     limit = _limit([mae for curve in curves for _, mae in curve] or [0.0])
     for place, (curve, ended) in enumerate(zip(curves, pruned, strict=True)):
         shown = [(step, min(mae, limit)) for step, mae in curve]
@@ -355,10 +382,10 @@ def _trial_points(axes: Axes, places: np.ndarray, maes: np.ndarray, pruned: np.n
 
 
 @styled
-def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "") -> Figure:
+def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "", *, width: float = COLUMN) -> Figure:
     """MAE of every method: a dot per seed, their mean and standard deviation; best on top."""
     order = sorted(errors, key=lambda name: float(np.mean(errors[name])), reverse=True)
-    figure, axes = _figure(_height_of(order))
+    figure, axes = _figure(width, _height_of(order))
     limit = _limit([float(np.mean(errors[name])) for name in order])
     for place, name in enumerate(order):
         maes = np.asarray(errors[name])
@@ -368,18 +395,20 @@ def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "") -> Figu
         spread = maes.std(ddof=1) if len(maes) > 1 else 0
         axes.errorbar(maes.mean(), place, xerr=spread, fmt="o", color=BLUE, markersize=4.5, capsize=2, linewidth=1.2)
         axes.scatter(maes, np.full(len(maes), place + 0.27), s=8, color=ORANGE, linewidths=0, zorder=3)
-    axes.set_yticks(range(len(order)), [_short(name, 26) for name in order])
-    axes.set(xlabel=_label("test MAE", unit), xlim=(0, min(limit, axes.get_xlim()[1])), ylim=(-0.6, len(order) - 0.4))
+    axes.set_yticks(range(len(order)), _beside(order, width))
+    axes.set(
+        xlabel=_label("test MAE", unit, 7 * width), xlim=_ends(axes.get_xlim(), limit), ylim=(-0.6, len(order) - 0.4)
+    )
     axes.grid(axis="y", visible=False)
     return figure
 
 
 @styled
-def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "") -> Figure:
+def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "", *, width: float = COLUMN) -> Figure:
     """How much larger the mean error of every method is than that of the best, with interval; filled where it is
     larger beyond chance. Smallest difference on top."""
     order = sorted(verdicts, key=lambda name: verdicts[name].difference, reverse=True)
-    figure, axes = _figure(_height_of(order))
+    figure, axes = _figure(width, _height_of(order))
     limit = _limit([verdict.difference for verdict in verdicts.values()])
     for place, name in enumerate(order):
         verdict = verdicts[name]
@@ -401,21 +430,23 @@ def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "") -> Figur
             **face,
         )
     axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_yticks(range(len(order)), [_short(name, 26) for name in order])
-    axes.set(xlabel=_label("MAE above the best", unit), ylim=(-0.6, len(order) - 0.4))
+    axes.set_yticks(range(len(order)), _beside(order, width))
+    axes.set(xlabel=_label("MAE above the best", unit, 7 * width), ylim=(-0.6, len(order) - 0.4))
     axes.set_xlim(right=min(limit, axes.get_xlim()[1]))
     axes.grid(axis="y", visible=False)
     return figure
 
 
 @styled
-def mae_by_variant(errors: Mapping[str, Sequence[Sequence[float]]], variants: Sequence[str], unit: str = "") -> Figure:
+def mae_by_variant(
+    errors: Mapping[str, Sequence[Sequence[float]]], variants: Sequence[str], unit: str = "", *, width: float = COLUMN
+) -> Figure:
     """MAE in every variant, a line per method with its standard deviation over seeds; the best on average in colours.
 
     Args:
         errors: by method, for every variant the MAE of each seed.
     """
-    figure, axes = _figure(2.5)
+    figure, axes = _figure(width, 2.5)
     means = {name: np.asarray([np.mean(maes) for maes in each]) for name, each in errors.items()}
     order = sorted(errors, key=lambda name: float(np.nanmean(means[name])))
     places = np.arange(len(variants))
@@ -423,32 +454,37 @@ def mae_by_variant(errors: Mapping[str, Sequence[Sequence[float]]], variants: Se
     for number, name in enumerate(order):
         above = 3 - number / len(order)
         if np.nanmin(means[name]) > limit:
-            axes.plot([], [], " ", label=f"{_short(name, 20)}: {np.nanmean(means[name]):.3g}, off the scale")
+            axes.plot([], [], color="none", label=f"{_short(name, 20)}: {np.nanmean(means[name]):.3g}, off the scale")
             continue
         if number < len(PALETTE):
             spread = [np.std(maes, ddof=1) if len(maes) > 1 else 0 for maes in errors[name]]
             bright = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 3.5, "linewidth": 1.2}
-            shifted = places + 0.02 * (number - (min(len(order), len(PALETTE)) - 1) / 2)  # bars beside each other
-            axes.errorbar(shifted, means[name], spread, label=_short(name, 40), zorder=above, capsize=1.5, **bright)
+            shifted = places + 0.05 * (number - (min(len(order), len(PALETTE)) - 1) / 2)  # bars beside each other
+            axes.plot(shifted, means[name], label=_beside_a_key(name, width), zorder=above, **bright)
+            axes.errorbar(shifted, means[name], spread, fmt="none", ecolor=PALETTE[number], capsize=1.5, zorder=above)
         else:
             label = "others" if number == len(PALETTE) else None
             axes.plot(places, means[name], label=label, zorder=above, color=MUTED, alpha=0.7, linewidth=1)
-    _name_ticks(axes, places, variants, sides="x")
-    axes.set(ylabel=_label("test MAE", unit), ylim=(0, min(limit, axes.get_ylim()[1])))
+    _name_ticks(axes, places, variants, sides="x", room=10.5 * width)
+    axes.set(ylabel=_label("test MAE", unit), ylim=_ends(axes.get_ylim(), limit))
     _legend(axes)
     return figure
 
 
 @styled
 def error_by_method(
-    answers: Mapping[str, tuple[np.ndarray, np.ndarray]], ranks: Ranks, coloured: int = len(PALETTE)
+    answers: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    ranks: Ranks,
+    coloured: int = len(PALETTE),
+    *,
+    width: float = COLUMN,
 ) -> Figure:
     """MAE by true value, a line per method; the best `coloured` methods in colours, the others in grey.
 
     Args:
         answers: by method, best first: (N,) true and (N,) predicted values, those of all seeds one after the other.
     """
-    figure, axes = _figure(2.5)
+    figure, axes = _figure(width, 2.5)
     bins = Bins(ranks)
     limit = _limit([float(np.abs(values - labels).mean()) for labels, values in answers.values()])
     for number, (name, (labels, values)) in enumerate(answers.items()):
@@ -457,10 +493,14 @@ def error_by_method(
         above = 3 - number / len(answers)  # the better, the higher up
         if number < coloured:
             bright = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 3.5, "linewidth": 1.2}
-            label = _short(name, 40) if np.nanmin(means) <= limit else f"{_short(name, 20)}, off the scale"
+            label = _beside_a_key(name, width) if np.nanmin(means) <= limit else f"{_short(name, 20)}, off the scale"
             axes.plot(bins.places, means, label=label, zorder=above, **bright)
         else:
-            others = (_short(name, 40) if len(answers) == coloured + 1 else "others") if number == coloured else None
+            others = (
+                (_beside_a_key(name, width) if len(answers) == coloured + 1 else "others")
+                if number == coloured
+                else None
+            )
             axes.plot(bins.places, means, label=others, zorder=above, color=MUTED, alpha=0.7, linewidth=0.8)
     axes.set(ylabel=_label("test MAE", ranks.unit), ylim=(0, min(limit, axes.get_ylim()[1])))
     bins.label(axes)
@@ -470,7 +510,11 @@ def error_by_method(
 
 @styled
 def metrics_by_method(
-    values: Mapping[str, tuple[Metric, Mapping[str, Sequence[float]]]], methods: Sequence[str], unit: str = ""
+    values: Mapping[str, tuple[Metric, Mapping[str, Sequence[float]]]],
+    methods: Sequence[str],
+    unit: str = "",
+    *,
+    width: float = PAGE,
 ) -> Figure:
     """A panel per metric: mean and standard deviation of every method over its seeds, best MAE on top.
 
@@ -479,9 +523,12 @@ def metrics_by_method(
         methods: from top to bottom.
     """
     panels = [(metric, each) for metric, each in values.values() if each]
-    across = min(4, len(panels))
+    named = [_short(name, 26 if width > 2 * COLUMN else 18) for name in methods]
+    left = min(0.3 + 0.065 * max(map(len, named)), width / 2)  # inches of the names
+    across = min(max(1, int((width - left) / 0.85)), 4, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(WIDE, down * (0.6 + 0.16 * len(methods))), layout=ConstrainedLayoutEngine(h_pad=0.07))
+    height = down * (0.75 + 0.16 * len(methods))
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.07))
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     for place, axes in enumerate(grid.flat):
         if place >= len(panels):
@@ -496,8 +543,9 @@ def metrics_by_method(
                     known.mean(), line, xerr=spread, fmt="o", color=BLUE, markersize=3, capsize=1.5, linewidth=1
                 )
         arrow = "\u2190" if metric.falls else "\u2192"
-        axes.set_title(f"{_label(metric.title, unit if metric.in_unit else '')} {arrow}")
-        axes.set_yticks(range(len(methods)), [_short(name, 26) for name in methods])
+        title = f"{_label(metric.title, unit if metric.in_unit else '')}\u00a0{arrow}"
+        axes.set_title("\n".join(textwrap.wrap(title, int(13 * (width - left) / across))))
+        axes.set_yticks(range(len(methods)), named)
         axes.xaxis.set_major_locator(_even_ticks(3))
         axes.grid(axis="y", visible=False)
     grid.flat[0].set_ylim(len(methods) - 0.4, -0.6)
@@ -584,6 +632,27 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     return f'<svg role="img" aria-label="{html.escape(title, quote=True)}" {view.group()}>{rest}'
 
 
+def inches(width: str) -> float:
+    """`column`, `page` or millimetres -> the width of a figure.
+
+    >>> inches("column"), round(inches("84 mm"), 2)
+    (3.3, 3.31)
+
+    Raises:
+        ValueError: another word, or a width that figures are not drawn for.
+    """
+    named = {"column": COLUMN, "page": PAGE}
+    number = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:mm)?", width)
+    if width in named:
+        return named[width]
+    if number is None or not NARROWEST <= float(number[1]) <= WIDEST:
+        raise ValueError(
+            f"the width of figures must be column ({COLUMN} inches), page ({PAGE}) or millimetres from {NARROWEST} to "
+            f"{WIDEST}, as in 85mm; got {printable(width)!r}"
+        )
+    return float(number[1]) / 25.4
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure on white, as PDF, SVG or PNG by the ending of `path`.
 
@@ -605,22 +674,33 @@ def check_free(path: Path) -> None:
         raise FileExistsError(f"{path} is there and no figure of ours: it may be yours; choose another folder")
 
 
-def _figure(height: float, panels: int = 1, **options: Any) -> tuple[Figure, Any]:
+def _figure(width: float, height: float, panels: int = 1, **options: Any) -> tuple[Figure, Any]:
     ratios = options.pop("height_ratios", None)
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(width, height))
     return figure, figure.subplots(panels, 1, height_ratios=ratios, **options)
 
 
-def _square(height: float) -> tuple[Figure, Any]:
-    """A figure of one axes whose sides are to be equal."""
-    figure = Figure(figsize=(WIDTH, height), layout="compressed")
+def _square(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of one axes whose sides are to be equal, so high in a column."""
+    figure = Figure(figsize=(width, height * _growth(width)), layout="compressed")
     return figure, figure.subplots()
+
+
+def _growth(width: float) -> float:
+    """How much higher than in a column a square is: half as high again at most."""
+    return min(1.5, width / COLUMN)
 
 
 def _limit(errors: Sequence[float]) -> float:
     """Where an axis ends when some methods are so far off that the others could not be told apart."""
     far = 3 * float(np.median(errors))
     return far if len(errors) > 4 and max(errors) > far > 0 else np.inf
+
+
+def _ends(around: tuple[float, float], limit: float) -> tuple[float, float]:
+    """Of an axis of errors: from 0, unless all of them are far from it and would be one there."""
+    low, high = around[0], min(limit, around[1])
+    return (low if low > high / 2 else 0), high
 
 
 def _beyond(axes: Axes, place: int, value: float) -> None:
@@ -635,20 +715,31 @@ def _height_of(lines: Sequence[str]) -> float:
 
 
 def _legend(axes: Axes) -> None:
-    """A legend above the axes, where it hides nothing; in two columns where the texts are short enough."""
+    """A legend above the axes, where it hides nothing; in as many columns as the texts leave room for."""
     texts = axes.get_legend_handles_labels()[1]
-    columns = 2 if max(map(len, texts)) <= 20 else 1
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
-    figure.set_figheight(figure.get_figheight() + 0.14 * (-(-len(texts) // columns) - 1))  # not at the axes' expense
+    columns = int((figure.get_figwidth() - 0.5) / (0.4 + 0.055 * max(map(len, texts))))
+    lines = -(-len(texts) // max(1, columns))
+    figure.set_figheight(figure.get_figheight() + 0.14 * (lines - 1))  # not at the axes' expense
     above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
-    axes.legend(ncols=columns, columnspacing=1.2, labelspacing=0.3, **above)
+    axes.legend(ncols=-(-len(texts) // lines), columnspacing=1.2, labelspacing=0.3, **above)
 
 
 def _bare(axes: Axes) -> None:
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def _beside(names: Sequence[str], width: float) -> list[str]:
+    """Names beside the axes of a figure so wide, which take half of it at most."""
+    return [_short(name, min(40, int(8 * width))) for name in names]
+
+
+def _beside_a_key(name: str, width: float) -> str:
+    """A name in the legend of a figure so wide."""
+    return _short(name, min(40, int(9.5 * width)))
 
 
 def _some(ranks: Ranks) -> list[int]:
@@ -667,15 +758,18 @@ def _most(ranks: Ranks) -> int:
 
 
 def _name_ticks(
-    axes: Axes, ticks: Sequence[float] | np.ndarray, names: Sequence[str], sides: str = "xy", room: int = 32
+    axes: Axes, ticks: Sequence[float] | np.ndarray, names: Sequence[str], sides: str = "xy", room: float | None = None
 ) -> None:
     """Names along one side or both; below the axes in several lines, or slanted, when they would touch.
 
     Args:
-        room: characters that fit below the axes side by side.
+        room: characters that fit below the axes side by side; None: below axes as wide as the figure.
     """
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    room = room or 9.2 * figure.get_figwidth()
     shortened = [_short(name) for name in names]
-    lines = [textwrap.wrap(name, max(1, room // len(names)), break_long_words=False) for name in shortened]
+    lines = [textwrap.wrap(name, max(1, int(room / len(names))), break_long_words=False) for name in shortened]
     slanted = len(names) * max(len(line) for each in lines for line in each) > room
     below = shortened if slanted else ["\n".join(each) for each in lines]
     turned: Any = {
@@ -688,8 +782,12 @@ def _name_ticks(
         axes.set_yticks(ticks, shortened)
 
 
-def _label(what: str, unit: str) -> str:
-    return f"{what} ({_short(unit)})" if unit else what
+def _label(what: str, unit: str, room: float = math.inf) -> str:
+    """What an axis shows and its unit, in two lines where it has more characters than there is room for."""
+    if not unit:
+        return what
+    unit = f"({_short(unit)})"
+    return f"{what} {unit}" if len(what) + 1 + len(unit) <= room else f"{what}\n{unit}"
 
 
 def _short(name: str, longest: int = 16) -> str:

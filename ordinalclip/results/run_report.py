@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML file, with the figures of `figures` inlined.
 
 ordinalclip report runs/demo                            # again, for a finished run
-ordinalclip plot runs/demo --format pdf --out figures   # the same figures for a paper
+ordinalclip plot runs/demo --width page --out figures   # the same figures for a paper
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def write_report(record: RunRecord, remark: str = "") -> Path:
     return record.folder.report
 
 
-def run_figures(record: RunRecord) -> Figures:
-    """Every figure that a run has, with the sentence below it: agreement or confusion, error_by_value, feature_map,
-    similarity, learning_curves."""
+def run_figures(record: RunRecord, width: float = figures.COLUMN) -> Figures:
+    """Every figure that a run has, so many inches wide, with the sentence below it: agreement or confusion,
+    error_by_value, feature_map, similarity, learning_curves."""
     drawn: Figures = {}
     ranks, given = record.ranks, record.predictions
     if given is not None:
@@ -94,31 +94,31 @@ def run_figures(record: RunRecord) -> Figures:
         if len(ranks) <= figures.FEW_RANKS:
             answered = ranks.nearest(torch.from_numpy(record.answers)).numpy()
             drawn["confusion"] = (
-                figures.confusion(given.label_ranks, answered, ranks.names or ()),
+                figures.confusion(given.label_ranks, answered, ranks.names or (), width=width),
                 f"True ranks and those of the model's answers{how}: numbers of images, shaded by their share of the "
                 "true rank.",
             )
         else:
             drawn["agreement"] = (
-                figures.agreement(given.labels, record.answers, ranks),
+                figures.agreement(given.labels, record.answers, ranks, width=width),
                 f"The model's answers{how} against true values. On the dashed line both are equal.",
             )
         drawn["error_by_value"] = (
-            figures.error_by_value(given.labels, record.answers, ranks, record.metrics["train_counts"]),
+            figures.error_by_value(given.labels, record.answers, ranks, record.metrics["train_counts"], width=width),
             "Where the errors are: mean absolute error with its 95 % interval and bias (predicted minus true) by true "
             f"{'rank' if ranks.worded else 'value'}, above the number of training images.",
         )
         if record.images is not None and len(record.images) > 1:
-            drawn["feature_map"] = _feature_map(record)
+            drawn["feature_map"] = _feature_map(record, width)
     if record.prototypes is not None:
         drawn["similarity"] = (
-            figures.similarity(record.prototypes.double().cpu().numpy(), ranks),
+            figures.similarity(record.prototypes.double().cpu().numpy(), ranks, width=width),
             f"Similarity of the rank prototypes. Ordinality {record.metrics['ordinality']:.1%}: the share of "
             "similarities that fall with the distance in rank.",
         )
     if record.log:
         drawn["learning_curves"] = (
-            figures.learning_curves(record.log, record.metrics["best_step"], ranks.unit),
+            figures.learning_curves(record.log, record.metrics["best_step"], ranks.unit, width=width),
             f"Learning curves; {record.metrics['train_seconds']:.0f} s of training.",
         )
     return drawn
@@ -152,14 +152,14 @@ def _groups(record: RunRecord) -> list[dict[str, Any]]:
     return groups
 
 
-def _feature_map(record: RunRecord) -> tuple[Figure, str]:
+def _feature_map(record: RunRecord, width: float) -> tuple[Figure, str]:
     """At most `MAP_IMAGES` images of the part, drawn by the run's seed."""
     assert record.images is not None
     total = len(record.images)
     rows = np.random.default_rng(record.config.seed).permutation(total)[:MAP_IMAGES]
     points = points_of(record.model, record.images, rows)
     thumbnails = [_thumbnail(record.images.image(row), 60) for row in rows]
-    figure = figures.feature_map(points, record.images.values[rows], thumbnails, record.ranks)
+    figure = figures.feature_map(points, record.images.values[rows], thumbnails, record.ranks, width=width)
     some = f"{len(rows)} of {total} images" if total > len(rows) else f"{total} images"
     text = "The space that answers are read from, which D5 and the residual variance score: principal components"
     return figure, f"{text} of {some}, coloured by true value."
