@@ -354,9 +354,7 @@ def _choose_look(colour: str, rng: np.random.Generator) -> _Look:
     return _Look((face,) * 3, (ink,) * 3, _shade(COLOURS[colour], 0.85 if face == light else 1.1, rng))
 
 
-def _shade(
-    colour: tuple[int, int, int], strength: float, rng: np.random.Generator
-) -> tuple[int, int, int]:
+def _shade(colour: tuple[int, int, int], strength: float, rng: np.random.Generator) -> tuple[int, int, int]:
     red, green, blue = (int(c) for c in np.clip(strength * np.array(colour) + rng.integers(-15, 16, 3), 0, 255))
     return red, green, blue
 
