@@ -4,9 +4,10 @@
 
 Every method is trained as in its file in configs/methods, on each kind of gauge, with each seed, and explained on new
 pictures of a seed that nothing is trained on. Of every map: the share of its absolute values inside the part of the
-picture that moves with the reading (`gauges.moving_part`), and that part's share of the area. Then the same of the model
-with all its weights shuffled, and the rank correlation of the two maps, signed and absolute (Adebayo et al., "Sanity
-Checks for Saliency Maps", NeurIPS 2018): a map that does not change with the weights shows the picture, not the model.
+picture that moves with the reading (`gauges.moving_part`), and that part's share of the area. Then the same of the
+model with all its weights shuffled, and the rank correlation of the two maps, signed and absolute (Adebayo et al.,
+"Sanity Checks for Saliency Maps", NeurIPS 2018): a map that does not change with the weights shows the picture, not the
+model.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ deviation over seeds.
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A line of Markdown for every gauge, method and map."""
     lines = [
-        "| gauge | method | test MAE | map | area | share inside | times the area | shuffled | correlation | absolute |",
+        "| gauge | method | MAE | map | area | share inside | times the area | shuffled | correlation | absolute |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
 

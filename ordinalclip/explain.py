@@ -112,18 +112,21 @@ class Explanation:
 
     def figure(self) -> Figure:
         """All of it, as wide as a column of a paper."""
-        say, unit = self.ranks.say, self.ranks.unit or "value"
-        maps = {}
+        say, given, bases = self.ranks.say, self.distribution, self.base_ranks
+        maps, notes, places = {}, [], None
         for method, found in self.attributions.items():
             if method == GRADIENTS:  # a pixel's part says little, and depends on how many there are
-                maps[method] = found.map * (found.map.size / 100), f"{unit} in 1/100 of the area"
+                maps[method] = found.map * (found.map.size / 100), "per 1 % of area"
             else:
-                maps[method] = found.map, f"{unit} for a patch"
-        notes = [f"{method}: {found.note}." for method, found in self.attributions.items() if found.note]
-        notes += [f"No {part}: {why}." for part, why in self.missing.items() if part != "base_ranks"]
-        given, bases = self.distribution, self.base_ranks
+                maps[method] = found.map, "for a patch"
         if maps:
-            notes.insert(0, f"Colours: what pushes the value, {say(self.expected_value)}, up (+) or down (\u2212).")
+            notes.append(f"Colours: what pushes the value, {say(self.expected_value)}, up (+) or down (\u2212).")
+        if bases is not None:
+            places = bases["place"].to_numpy(), bases["share"].to_numpy(), bases["share_of_flat"].to_numpy()
+            notes.append("Base ranks: share of the distribution; lines: of a flat one.")
+        notes += [f"{method}: {found.note}." for method, found in self.attributions.items() if found.note]
+        notes += [f"No {part}: {why}." for part, why in self.missing.items() if part != "base_ranks"]
+        labels = [] if self.neighbors is None else self.neighbors["label"]
         return figures.explanation(
             title=f"{Path(self.name).name}: {say(self.value)}",
             picture=self.image,
@@ -132,10 +135,8 @@ class Explanation:
             answer=self.value,
             probabilities=None if given is None else given["probability"].to_numpy(),
             interval=self.interval,
-            neighbors=[]
-            if self.neighbors is None
-            else list(zip(self.thumbnails, map(say, self.neighbors["label"]), strict=True)),
-            bases=None if bases is None else (bases["place"].to_numpy(), bases["contribution"].to_numpy()),
+            neighbors=list(zip(self.thumbnails, map(say, labels), strict=True)),
+            bases=places,
             notes=notes,
         )
 

@@ -332,7 +332,7 @@ def _check_gauge(kind: str, value: float, size: int, colour: str | None, style: 
 def _staged(
     size: int, colour: str | None, style: str, rng: np.random.Generator
 ) -> tuple[Image.Image, Callable[[Image.Image], _Pen], _Look]:
-    """What is there before a gauge is drawn: the background, a pen in the gauge's pose for a canvas, and its colours."""
+    """What is there before a gauge is drawn: the background, a pen for a canvas in its pose, and its colours."""
     colour = str(rng.choice(list(COLOURS))) if colour is None else colour
     width = size * _SUPERSAMPLING
     if style == "calm":

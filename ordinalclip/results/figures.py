@@ -229,33 +229,33 @@ def explanation(
     probabilities: np.ndarray | None = None,
     interval: tuple[float, float, float] | None = None,
     neighbors: Sequence[tuple[Image.Image, str]] = (),
-    bases: tuple[np.ndarray, np.ndarray] | None = None,
+    bases: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     notes: Sequence[str] = (),
 ) -> Figure:
     """Why a model answers what it answers: maps over the picture, the distribution, training pictures, base ranks.
 
     Args:
-        maps: by name a signed map (S, S) over the picture, and the unit of its colours.
+        maps: by name a signed map (S, S) over the picture, and of what its colours are the label's unit.
         answer: in label units.
         probabilities: (R,).
         interval: low, high and level of the central interval.
         neighbors: pictures with what they are.
-        bases: places (K,) of the base ranks in label units, and what each contributes; shown below the distribution.
+        bases: of the base ranks, (K,) each: places in label units, shares of the distribution and of a flat one.
         notes: sentences below.
     """
     lines = [line for note in notes for line in textwrap.wrap(printable(note), 66)]
     rows = {"maps": 1.62}
     if probabilities is not None:
-        rows["distribution"] = 1.25 if bases is None else 2.0
+        rows["distribution"] = (1.25 if bases is None else 2.0) + 0.45 * ranks.worded  # for long names
     if neighbors:
         rows["neighbors"] = 0.92 if len(neighbors) > 3 else 1.35
     if lines:
         rows["notes"] = 0.08 + 0.125 * len(lines)
     figure = Figure(figsize=(WIDTH, 0.25 + sum(rows.values())))
-    figure.suptitle(_short(title, 56), x=0.02, ha="left", fontsize=9)
+    figure.suptitle(_short(title, 44), x=0.02, ha="left", fontsize=9)
     found = figure.subfigures(len(rows), 1, height_ratios=list(rows.values()), squeeze=False)[:, 0]
     panels = dict(zip(rows, found, strict=True))
-    _maps(panels["maps"], picture, maps)
+    _maps(panels["maps"], picture, maps, ranks.unit)
     if probabilities is not None:
         _distribution(panels["distribution"], ranks, answer, probabilities, interval, bases)
     if neighbors:
@@ -265,13 +265,13 @@ def explanation(
             axes.set_axis_off()
         for axes, (image, label) in zip(shown, neighbors, strict=False):
             axes.imshow(np.asarray(image), interpolation="none")
-            axes.set_title(_short(label, 11), fontsize=7, pad=2)
+            axes.set_title(_short(label, 9), fontsize=6.5, pad=2)
     if lines:
         panels["notes"].text(0.02, 1, "\n".join(lines), fontsize=6.5, color=MUTED, va="top", ha="left")
     return figure
 
 
-def _maps(panel: Any, picture: Image.Image, maps: Mapping[str, tuple[np.ndarray, str]]) -> None:
+def _maps(panel: Any, picture: Image.Image, maps: Mapping[str, tuple[np.ndarray, str]], unit: str) -> None:
     """The picture, and each map over it in grey: the stronger, the less of the picture is seen through it."""
     shown, bars = panel.subplots(2, 3, height_ratios=(18, 1))
     for axes in (*shown, *bars):
@@ -279,7 +279,7 @@ def _maps(panel: Any, picture: Image.Image, maps: Mapping[str, tuple[np.ndarray,
     shown[0].imshow(np.asarray(picture), interpolation="none")
     shown[0].set_title("what the model sees", fontsize=7.5, pad=3)
     grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None] / 255
-    for axes, bar, (name, (signed, unit)) in zip(shown[1:], bars[1:], maps.items(), strict=False):
+    for axes, bar, (name, (signed, of)) in zip(shown[1:], bars[1:], maps.items(), strict=False):
         most = float(np.abs(signed).max()) or 1.0
         strength = (np.abs(signed) / most)[..., None] ** 0.7
         colours = SIGNED_COLOURS(np.where(signed > 0, 1.0, 0.0))[..., :3]
@@ -293,7 +293,7 @@ def _maps(panel: Any, picture: Image.Image, maps: Mapping[str, tuple[np.ndarray,
         bar.tick_params(length=0, labelsize=7, pad=1)
         bar.get_xticklabels()[0].set_ha("left")
         bar.get_xticklabels()[2].set_ha("right")
-        bar.set_xlabel(unit, fontsize=6.5, labelpad=1)
+        bar.set_xlabel(f"{_short(unit, 7)} {of}".strip(), fontsize=6.5, labelpad=1)
 
 
 def _distribution(
@@ -302,7 +302,7 @@ def _distribution(
     answer: float,
     probabilities: np.ndarray,
     interval: tuple[float, float, float] | None,
-    bases: tuple[np.ndarray, np.ndarray] | None,
+    bases: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
 ) -> None:
     """The distribution, and below it on the same axis what the base ranks contribute, if there are any."""
     few = len(ranks) <= FEW_RANKS
@@ -325,11 +325,12 @@ def _distribution(
     top.legend(handles=handles, fontsize=7, **above)
     top.set_ylabel("probability")
     if bases is not None:
-        where, contributions = bases
+        where, shares, flat = bases
         apart = np.diff(place(where)).min() if len(where) > 1 else gap
-        below[0].bar(place(where), contributions, 0.6 * apart, color=MUTED, linewidth=0)
-        below[0].axhline(0, color=MUTED, linewidth=0.6)
-        below[0].set_ylabel(_label("from base\nranks", ranks.unit))
+        half = min(0.3 * apart, 0.03 * np.ptp(places))
+        below[0].bar(place(where), shares, 2 * half, color=MUTED, linewidth=0)
+        below[0].hlines(flat, place(where) - half, place(where) + half, color=INK, linewidth=0.8)
+        below[0].set(ylabel="base\nranks", ylim=(0, None))
         panel.align_ylabels()
     for axes in (top, *below):
         axes.yaxis.set_major_locator(_even_ticks(3))
