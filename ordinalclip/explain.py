@@ -230,7 +230,8 @@ class Explainer:
                 missing[method] = found
             else:
                 attributions[method] = found
-        neighbors, thumbnails = None, []
+        neighbors: pd.DataFrame | None = None
+        thumbnails: list[Image.Image] = []
         if isinstance(self.bank, str):
             missing["neighbors"] = self.bank
         else:
