@@ -34,6 +34,7 @@ from ordinalclip.results import figures
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.distributed import make_accelerator
 from ordinalclip.training.evaluation import Evaluator
+from ordinalclip.training.preparation import use_precision
 
 GRADIENTS, OCCLUSION = "integrated gradients", "occlusion"
 PATCH, STRIDE, BLUR, SMOOTHING = 8, 16, 16, 32  # the side of the input is so many times as long
@@ -267,6 +268,7 @@ class Explainer:
             if changed := self.run.data_difference(fingerprints(parts)):
                 return f"the data is not that of the run any more: {changed}"
             accelerator = make_accelerator(self.config.train.mixed_precision)
+            use_precision(self.config.train)  # of cached features, too
             self.model.to(accelerator.device)
             evaluator = Evaluator.of(self.config, self.model, accelerator, self.quiet)
             title = "reading the training part"
