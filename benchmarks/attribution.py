@@ -3,21 +3,24 @@
     python benchmarks/attribution.py --out benchmarks/results/attribution
 
 Every method is trained as in its file in configs/methods, on each kind of gauge, with each seed, and explained on new
-pictures of a seed that nothing is trained on. Of every map: the share of its absolute values inside the part of the
-picture that moves with the reading (`gauges.moving_part`), and that part's share of the area. Then the same of the
-model with all its weights shuffled, and the rank correlation of the two maps, signed and absolute (Adebayo et al.,
-"Sanity Checks for Saliency Maps", NeurIPS 2018): a map that does not change with the weights shows the picture, not the
-model.
+pictures of a seed that nothing is trained on. Of every map: the share of its absolute values inside a region, and the
+region's share of the area. The regions are the part of the picture that moves with the reading (`gauges.moving_part`),
+and of a thermometer also the end of its column: where a reading that is 5 higher differs from one that is 5 lower. Then
+the same of the model with all its weights shuffled, and the rank correlation of the two maps, signed and absolute
+(Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018): a map that does not change with the weights shows the
+picture, not the model.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -42,7 +45,7 @@ KINDS = ("dial", "thermometer")
 SEEDS = (1, 2, 3)
 PICTURES_SEED = 1000
 MAPS = {GRADIENTS: integrated_gradients, OCCLUSION: occlusion}
-COLUMNS = ("share", "area", "ratio", "shuffled_ratio", "correlation", "absolute_correlation", "maps")
+NEAR = 5  # per cent, on either side of the end of a column
 
 
 @torch.no_grad()
@@ -59,27 +62,56 @@ def shuffled(model: OrdinalModel, seed: int = 0) -> OrdinalModel:
     return model
 
 
-def compared(folder: Path, kind: str, number: int) -> dict[str, dict[str, float]]:
-    """What `COLUMNS` says, of each kind of map of the run in a folder, in the mean over pictures."""
+def regions(kind: str, number: int) -> dict[str, list[np.ndarray]]:
+    """By name, where in each picture the reading is to be seen, (64, 64) in [0, 1]."""
+    parts = list(moving_parts(kind, number, PICTURES_SEED))
+    if kind == "dial":
+        return {"needle": parts}
+    higher, lower = (moving_parts(kind, number, PICTURES_SEED, shift=shift) for shift in (NEAR, -NEAR))
+    return {"column": parts, "its end": [np.abs(one - other) for one, other in zip(higher, lower, strict=True)]}
+
+
+def compared(folder: Path, kind: str, number: int) -> Iterator[dict[str, Any]]:
+    """A row for each map and region of the run in a folder, in the mean over pictures.
+
+    Pictures without a map, as a shuffled model that always answers the same gives none, are left out of what needs that
+    map; `maps` and `shuffled_maps` are how many there are.
+    """
     model, random = RunFolder(folder).read_model(), shuffled(RunFolder(folder).read_model())
-    spec, found = model.config.pixel_spec, {}
-    pictures = list(
-        zip(drawn_gauges(kind, number, PICTURES_SEED), moving_parts(kind, number, PICTURES_SEED), strict=True)
-    )
+    pictures = [
+        prepare(picture, model.config.pixel_spec)[None] for picture, _ in drawn_gauges(kind, number, PICTURES_SEED)
+    ]
     for name, attribute in MAPS.items():
-        rows = []
-        for (picture, _), part in pictures:
-            pixels = prepare(picture, spec)[None]
-            own, other = attribute(model, pixels), attribute(random, pixels)
-            if isinstance(own, str) or isinstance(other, str):  # a shuffled model may answer always the same
-                continue
-            signed = spearmanr(own.map.ravel(), other.map.ravel()).statistic
-            absolute = spearmanr(np.abs(own.map).ravel(), np.abs(other.map).ravel()).statistic
-            rows.append((own.share(part), part.mean(), other.share(part), signed, absolute))
-        share, area, of_shuffled, signed, absolute = np.mean(rows, axis=0)
-        numbers = (share, area, share / area, of_shuffled / area, signed, absolute, len(rows))
-        found[name] = dict(zip(COLUMNS, map(float, numbers), strict=True))
-    return found
+        own, other = ([attribute(each, pixels) for pixels in pictures] for each in (model, random))
+        pairs = [pair for pair in zip(own, other, strict=True) if not any(isinstance(each, str) for each in pair)]
+        ranks = [spearmanr(one.map.ravel(), two.map.ravel()).statistic for one, two in pairs]
+        sizes = [spearmanr(np.abs(one.map).ravel(), np.abs(two.map).ravel()).statistic for one, two in pairs]
+        for region, places in regions(kind, number).items():
+            share, area = _inside(own, places)
+            shuffled_share, shuffled_area = _inside(other, places)
+            yield {
+                "map": name,
+                "region": region,
+                "area": area,
+                "share": share,
+                "ratio": share / area,
+                "shuffled_ratio": shuffled_share / shuffled_area,
+                "correlation": float(np.mean(ranks)) if ranks else math.nan,
+                "absolute_correlation": float(np.mean(sizes)) if sizes else math.nan,
+                "maps": sum(not isinstance(each, str) for each in own),
+                "shuffled_maps": sum(not isinstance(each, str) for each in other),
+            }
+
+
+def _inside(maps: list[Any], places: list[np.ndarray]) -> tuple[float, float]:
+    """Shares of maps and of the area, in the mean over the pictures that have a map; NaN where none has."""
+    known = [
+        (found.share(place), place.mean())
+        for found, place in zip(maps, places, strict=True)
+        if not isinstance(found, str)
+    ]
+    share, area = np.mean(known, axis=0) if known else (math.nan, math.nan)
+    return float(share), float(area)
 
 
 def main() -> None:
@@ -124,6 +156,7 @@ def main() -> None:
         seeds=", ".join(map(str, SEEDS)),
         machine=platform.machine(),
         versions=versions,
+        near=NEAR,
         minutes=round((time.process_time() - begun) / 60),
     )
     (options.out / "README.md").write_text(text + "\n".join(table(rows)) + "\n", encoding="utf-8")
@@ -135,33 +168,41 @@ HEAD = """# Do maps point at what moves?
 readings, tiny CLIP at 64 px, seeds {seeds}; {machine}, one thread, {versions}; {minutes} minutes of processor time. All
 numbers of all seeds are in [attribution.csv](attribution.csv).
 
-*Times the area*: share of the map's absolute values inside the part that moves with the reading, over that part's share
-of the picture; 1 is what a map gets that knows nothing. *Shuffled*: the same, of the model with all weights shuffled.
+*Times the area*: share of the map's absolute values inside the region, over the region's share of the picture; 1 is
+what a map gets that knows nothing. Regions are the needle; the column of a thermometer without its bulb; and the end of
+the column, where readings {near} higher and lower differ. *Shuffled*: the same, of the model with all weights shuffled.
 *Correlation*: Spearman's, of the maps of the model and of the shuffled model, signed and absolute. Mean ± standard
-deviation over seeds.
+deviation over seeds. A shuffled model may always answer the same, and then has no map (`shuffled_maps` in the table of
+all numbers); "-" is where none has.
 
 """
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line of Markdown for every gauge, method and map."""
+    """A line of Markdown for every gauge, map, region and method."""
     lines = [
-        "| gauge | method | MAE | map | area | share inside | times the area | shuffled | correlation | absolute |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| gauge | map | region, area | method | MAE | share inside | times the area | shuffled | correlation | absolute |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
 
-    def cell(own: list[dict[str, Any]], column: str, digits: int = 2) -> str:
-        values = [row[column] for row in own]
-        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+    def cell(own: list[dict[str, Any]], column: str) -> str:
+        values = [row[column] for row in own if not math.isnan(row[column])]
+        return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else "-"
 
-    for kind in KINDS:
-        for method in METHODS:
-            for name in MAPS:
-                own = [row for row in rows if (row["gauge"], row["method"], row["map"]) == (kind, method, name)]
-                cells = [kind, method, cell(own, "mae"), name, f"{own[0]['area']:.3f}"]
-                names = ("share", "ratio", "shuffled_ratio", "correlation", "absolute_correlation")
-                lines.append("| " + " | ".join([*cells, *(cell(own, column) for column in names)]) + " |")
+    keys = ("gauge", "map", "region", "method")
+    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in sorted(rows, key=_order)):
+        own = [row for row in rows if tuple(row[name] for name in keys) == key]
+        gauge, name, region, method = key
+        cells = [gauge, name, f"{region}, {own[0]['area']:.1%}", method, cell(own, "mae")]
+        cells += [
+            cell(own, column) for column in ("share", "ratio", "shuffled_ratio", "correlation", "absolute_correlation")
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    return KINDS.index(row["gauge"]), list(MAPS).index(row["map"]), row["region"] == "its end"
 
 
 if __name__ == "__main__":

@@ -389,15 +389,18 @@ def drawn_gauges(
 
 
 def moving_parts(
-    kind: str, num_images: int, seed: int = 0, size: int = 64, style: str = "varied"
+    kind: str, num_images: int, seed: int = 0, size: int = 64, style: str = "varied", shift: float = 0.0
 ) -> Iterator[np.ndarray]:
     """Where the moving part is in each picture of `drawn_gauges`, given the same arguments: see `moving_part`.
+
+    Args:
+        shift: where it would be in the same picture with a reading so much higher, at most 100 and at least 0.
 
     Raises:
         ValueError: see `drawn_gauges`.
     """
     numbered = _numbered(kind, num_images, seed, size, style)
-    return (moving_part(kind, value, rng, size, style=style) for value, rng in numbered)
+    return (moving_part(kind, min(max(value + shift, 0), 100), rng, size, style=style) for value, rng in numbered)
 
 
 def _numbered(

@@ -78,6 +78,8 @@ def test_moving_parts_are_those_of_the_drawn_gauges():
         assert part.max() == 1
         assert coloured[part > 0.8].all()
         assert 0 < (coloured & (part == 0)).mean() < 0.06
+    first, higher, beyond = (next(moving_parts("tank", 1, 5, shift=shift)) for shift in (0, 5, 200))
+    assert 0 < first.sum() < higher.sum() < beyond.sum()
     with pytest.raises(ValueError, match="unknown kind 'sundial'"):
         moving_parts("sundial", 1)
     with pytest.raises(ValueError, match="shows values from 0 to 100"):
