@@ -220,5 +220,8 @@ class L2RCLIP(OrderedHead, PromptHead):
     def prompts(self) -> Prompts:
         return self.learner(self.attention(self.learner.ranks_embedded(), self.learner.in_use))
 
+    def learned_prompts(self) -> dict[str, Tensor]:
+        return {}  # which attention changes before they are encoded
+
     def prompt_parameters(self) -> list[nn.Parameter]:
         return [*super().prompt_parameters(), *self.attention.parameters()]

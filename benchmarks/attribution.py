@@ -132,15 +132,9 @@ def main() -> None:
                         changes.append(f"head.prompt=a photo of a {kind} reading")
                     changes += ["evaluation.report=false", "evaluation.space=false"]
                     metrics = train_run(load_config(method, changes), quiet=True)
-                    for name, numbers in compared(folder, kind, options.pictures).items():
-                        row = {
-                            "gauge": kind,
-                            "method": method,
-                            "seed": seed,
-                            "map": name,
-                            "mae": metrics["test"]["mae"],
-                        }
-                        rows.append(row | numbers)
+                    own = {"gauge": kind, "method": method, "seed": seed, "mae": metrics["test"]["mae"]}
+                    for row in compared(folder, kind, options.pictures):
+                        rows.append(own | row)
                         print(rows[-1], flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "attribution.csv").open("w", newline="") as file:

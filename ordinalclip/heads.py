@@ -219,6 +219,10 @@ class Head(nn.Module):
         """The (R, D) vectors that images are compared with, one per rank. Default None: the head has none."""
         return None
 
+    def learned_prompts(self) -> dict[str, Tensor]:
+        """What a run keeps of learned prompts, whose prototypes alone are deployed; nothing for other heads."""
+        return {}
+
     def prompt_parameters(self) -> list[nn.Parameter]:
         """Parameters that take the prompts' learning rate; all others of the head take the head's."""
         return []

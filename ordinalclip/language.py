@@ -219,6 +219,10 @@ class PromptHead(SimilarityHead):
         prototypes = self.text(self.prompts())
         return centre(prototypes) if self.centred else prototypes
 
+    def learned_prompts(self) -> dict[str, Tensor]:
+        """`context` and `rank_embeddings` of the `PromptLearner`."""
+        return {name: parameter.detach().clone() for name, parameter in self.learner.named_parameters()}
+
     def prompt_parameters(self) -> list[nn.Parameter]:
         return [*self.learner.parameters(), self.logit_scale]
 

@@ -32,22 +32,50 @@ def interpolation_weights(num_ranks: int, num_base_ranks: int, kind: Interpolati
     >>> interpolation_weights(5, 3, "piecewise")[1].tolist()
     [0.5, 0.5, 0.0]
     """
+    return weights_at(torch.arange(num_ranks, dtype=torch.float64, device="cpu"), num_ranks, num_base_ranks, kind)
+
+
+def weights_at(places: Tensor, num_ranks: int, num_base_ranks: int, kind: Interpolation = "linear") -> Tensor:
+    """`interpolation_weights` at any places among R ranks, (V,) in rank indices: between ranks, and beyond them.
+
+    Beyond the ends `piecewise` goes on along the line through the last two bases; the others keep their formulas.
+
+    Returns:
+        (V, K) float32, rows summing to 1.
+
+    Raises:
+        ValueError: an unknown kind, K outside 1 .. R, or places so far beyond that `linear` weights do not sum to more
+            than 0.
+    """
     if kind not in get_args(Interpolation):
         raise ValueError(f"interpolation {kind!r} is unknown; choices: {', '.join(get_args(Interpolation))}")
     if not 1 <= num_base_ranks <= num_ranks:
         raise ValueError(f"num_base_ranks must be between 1 and the number of ranks {num_ranks}, got {num_base_ranks}")
     if num_base_ranks == 1:
-        return torch.ones(num_ranks, 1)
+        return torch.ones(len(places), 1)
     bases = _base_positions(num_ranks, num_base_ranks)
-    distance = (torch.arange(num_ranks, dtype=torch.float64, device="cpu")[:, None] - bases).abs()
+    distance = (places.to(bases)[:, None] - bases).abs()
     if kind == "gaussian":
         return torch.softmax(-(distance**2), dim=1).float()  # the same as exp / sum, without its underflow
+    gap = (num_ranks - 1) / (num_base_ranks - 1)
     weights = {
         "linear": 1 - distance / (num_ranks - 1),
         "inverse": 1 / (distance + 1e-5),
-        "piecewise": (1 - distance * (num_base_ranks - 1) / (num_ranks - 1)).clamp(min=0),
+        "piecewise": (1 - distance / gap).clamp(min=0),
     }[kind]
-    return (weights / weights.sum(dim=1, keepdim=True)).float()
+    if kind == "piecewise":
+        beyond = (places.to(bases) - places.to(bases).clamp(0, num_ranks - 1)) / gap
+        last = torch.where(beyond > 0, num_base_ranks - 1, 0)
+        before = torch.where(beyond > 0, num_base_ranks - 2, 1)
+        outside = torch.zeros_like(weights)
+        outside.scatter_(1, last[:, None], 1 + beyond.abs()[:, None]).scatter_(
+            1, before[:, None], -beyond.abs()[:, None]
+        )
+        weights = torch.where(beyond[:, None] != 0, outside, weights)
+    total = weights.sum(dim=1, keepdim=True)
+    if (total <= 0).any():
+        raise ValueError("too far beyond the ranks: linear weights of the base ranks sum to nothing there")
+    return (weights / total).float()
 
 
 class PromptLearner(nn.Module):

@@ -6,6 +6,7 @@ log.jsonl             an entry per optimiser step
 checkpoints/          what resuming needs
 predictions.parquet   every prediction
 model/, model-last/   the chosen step's model, and the last step's when that is another
+prompts.safetensors   of methods that learn prompts: their context and rank embeddings
 metrics.json          written last of what counts: a run that has it is finished
 diverged.txt          in its place, how a run of a comparison or a search diverged
 pruned.txt            in its place, that a search has ended the run early, and when
@@ -29,11 +30,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
 
 from ordinalclip.config import RunConfig, flat_keys, load_config, read_layers
 from ordinalclip.files import ASIDE, delete, lock, read_json, unwritten, whole, write_json, write_text
 from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import Predictions
+from ordinalclip.weights import read_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +101,7 @@ class RunFolder:
         self.predictions = self.path / "predictions.parquet"
         self.model = self.path / "model"
         self.model_last = self.path / "model-last"
+        self.prompts = self.path / "prompts.safetensors"
         self.metrics = self.path / "metrics.json"
         self.diverged = self.path / "diverged.txt"
         self.pruned = self.path / "pruned.txt"
@@ -207,7 +212,7 @@ class RunFolder:
         """All that a run may have written, what makes it look whole first."""
         ends = (self.metrics, self.diverged, self.pruned)
         files = (*ends, self.config, self.report, self.provenance, self.log, self.predictions)
-        return (*files, self.model, self.model_last, self.checkpoints, self.figures, self.trackers)
+        return (*files, self.model, self.model_last, self.prompts, self.checkpoints, self.figures, self.trackers)
 
     def reopen(self) -> None:
         """The run goes on: it is not finished until it is finished again."""
@@ -324,6 +329,18 @@ class RunFolder:
             )
         return OrdinalModel.from_pretrained(self.model)
 
+    def read_prompts(self) -> dict[str, torch.Tensor]:
+        """The learned context and rank embeddings of the chosen step, see `Head.learned_prompts`.
+
+        Raises:
+            FileNotFoundError: the method learns none, or the run is of a version that did not keep them.
+        """
+        if not self.prompts.is_file():
+            raise FileNotFoundError(
+                f"{self.prompts} is missing: its method learns no prompts, or an older version ran it"
+            )
+        return read_safetensors(self.prompts)[0]
+
     # ---- writing
 
     def write_config(self, config: RunConfig) -> None:
@@ -338,6 +355,11 @@ class RunFolder:
         """A model folder, deployed: model/, or another."""
         with whole(target or self.model) as aside:
             model.save_pretrained(aside)
+
+    def write_prompts(self, prompts: dict[str, torch.Tensor]) -> None:
+        """prompts.safetensors, of a few tensors by name."""
+        with whole(self.prompts) as aside:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in prompts.items()}, aside)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """metrics.json, whole or not at all."""

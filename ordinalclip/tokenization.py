@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +78,13 @@ def whole_text(tokenizer: Any, text: str) -> list[int]:
     if hasattr(tokenizer, "sot_token_id"):
         return [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
     return tokenizer(text)[0].tolist() if hasattr(tokenizer, "clean_fn") else list(tokenizer(text)["input_ids"])
+
+
+def words_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Each token as the piece of text that it stands for, as the vocabulary writes it."""
+    if hasattr(tokenizer, "sot_token_id"):
+        return [tokenizer.decoder[index].removesuffix("</w>") for index in ids]
+    return [str(inner(tokenizer).convert_ids_to_tokens(int(index))) for index in ids]
 
 
 def full_stop(tokenizer: Any) -> int:

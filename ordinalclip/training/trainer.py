@@ -417,6 +417,8 @@ def _finish(
         if predictions:
             folder.write_predictions(predictions)
         folder.write_model(deployed)
+        if prompts := model.head.learned_prompts():
+            folder.write_prompts(prompts)
         folder.write_metrics(metrics)
 
     begin()
