@@ -160,16 +160,16 @@ HEAD = """# Do maps point at what moves?
 
     {command}
 
-{pictures} new pictures a gauge (seed {seed}); models of `configs/methods`, 4 shots of each of 101 readings, tiny CLIP at
-64 px, seeds {seeds}; {machine}, one thread, {versions}; {minutes} minutes of processor time. All numbers of all seeds
-are in [attribution.csv](attribution.csv).
+{pictures} new pictures a gauge (seed {seed}); models of `configs/methods`, 4 shots of each of 101 readings,
+tiny CLIP at 64 px, seeds {seeds}; {machine}, one thread, {versions}; {minutes} minutes of processor time. All
+numbers of all seeds are in [attribution.csv](attribution.csv).
 
-*Inside*: share of the map's absolute values inside the region. *Times the area*: that over the region's share of the
-picture; 1 is what a map gets that knows nothing. Regions are the needle; the column of a thermometer without its bulb; and the end of
-the column, where readings {near} higher and lower differ. *Shuffled*: the same, of the model with all weights shuffled.
-*Correlation*: Spearman's, of the maps of the model and of the shuffled model, signed and absolute. Mean ± standard
-deviation over seeds. A shuffled model may always answer the same, and then has no map (`shuffled_maps` in the table of
-all numbers); "-" is where none has.
+*Inside*: share of the map's absolute values inside the region. *Times the area*: that over the region's share
+of the picture; 1 is what a map gets that knows nothing. Regions are the needle; the column of a thermometer
+without its bulb; and the end of the column, where readings {near} higher and lower differ. *Shuffled*: the
+same, of the model with all weights shuffled. *Correlation*: Spearman's, of the maps of the model and of the
+shuffled model, signed and absolute. Mean ± standard deviation over seeds. A shuffled model may always answer
+the same, and then has no map (`shuffled_maps` in the table of all numbers); "-" is where none has.
 
 """
 
