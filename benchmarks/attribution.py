@@ -183,13 +183,15 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
     def cell(own: list[dict[str, Any]], column: str) -> str:
         values = [row[column] for row in own if not math.isnan(row[column])]
+        if column == "share":
+            return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f} %"
         return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else "-"
 
     keys = ("gauge", "map", "region", "method")
     for key in dict.fromkeys(tuple(row[name] for name in keys) for row in sorted(rows, key=_order)):
         own = [row for row in rows if tuple(row[name] for name in keys) == key]
         gauge, name, region, method = key
-        cells = [gauge, name, f"{region}, {own[0]['area']:.1%}", method, cell(own, "mae")]
+        cells = [gauge, name, f"{region}, {100 * own[0]['area']:.1f} %", method, cell(own, "mae")]
         cells += [
             cell(own, column) for column in ("share", "ratio", "shuffled_ratio", "correlation", "absolute_correlation")
         ]
