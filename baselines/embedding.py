@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
 from baselines.linear import FullPrecisionLinear
-from baselines.neighbors import NearestNeighbors, Neighbors, RadiusNeighbors
+from baselines.neighbors import KERNEL_NEIGHBORS, NearestNeighbors, Neighbors, RadiusNeighbors
 from ordinalclip.heads import Head, HeadContext, Outputs, Positive, Prediction, Targets, Width
 from ordinalclip.losses import absolute_error, at_least_float32
 
@@ -112,6 +112,17 @@ class EmbeddingHead(Head):
         if self.readout == "l1":
             return self.predict_value(outputs["standardised"])
         return self.predict_value(self.neighbors.predict(outputs["embedding"]))
+
+    @property
+    def stand_in(self) -> str:  # type: ignore[override]
+        if self.readout == "l1":
+            return "the linear read-out with the gradient through the embedding that training cuts"
+        return f"a kernel mean of the labels of the training part, as wide as its {KERNEL_NEIGHBORS} nearest neighbours"
+
+    def smooth_value(self, outputs: Outputs) -> Tensor:
+        embedding = outputs["embedding"]
+        read = self.probe(embedding).squeeze(-1) if self.readout == "l1" else self.neighbors.smooth(embedding)
+        return at_least_float32(read) * self.label_std + self.label_mean
 
     def predict_value(self, standardised: Tensor) -> Prediction:
         prediction = super().predict_value(standardised)

@@ -14,6 +14,7 @@ from ordinalclip.losses import at_least_float32
 QUERY_BLOCK, BANK_BLOCK = 256, 8192  # one block of distances: 16 MB
 PAIR_BLOCK = 8192  # pairs whose distance is recomputed at a time
 COUNTS = range(2, 59, 2)  # of nearest neighbours, among which a validation part decides
+KERNEL_NEIGHBORS = 10  # whose distance is the width of the kernel of `Neighbors.smooth`
 PRECISION = 1e-10  # largest rounding error of d^2 that is let pass, as a share of the squared radius
 
 
@@ -76,6 +77,24 @@ class Neighbors(nn.Module):
         queries = _features(queries, "queries")
         _check_width(queries, self.features.shape[1], "queries")
         return self._answer(queries).to(self.labels)
+
+    def smooth(self, queries: Tensor) -> Tensor:
+        """A smooth function near `predict`, whose answer jumps wherever a neighbour comes or goes: (Q, D) -> (Q,).
+
+        The kernel mean sum_i k_i y_i / sum_i k_i over the whole bank, k_i = exp(-d_i^2 / m), with m the mean squared
+        distance to the ten nearest (Nadaraya 1964; Watson 1964): as wide as the bank is sparse where it is asked, so
+        that its gradient does not vanish far from the bank. Differentiable in the queries.
+        """
+        bank, labels = self.features.double(), self.labels.double()
+        center = bank.mean(dim=0)
+        bank, moved = bank - center, queries.double() - center
+        squared = torch.addmm(
+            moved.square().sum(dim=1, keepdim=True) + bank.square().sum(dim=1), moved, bank.t(), alpha=-2
+        )
+        squared = squared.clamp(min=0)
+        width = squared.topk(min(KERNEL_NEIGHBORS, len(bank)), largest=False).values.mean(dim=1, keepdim=True)
+        weights = torch.softmax(-squared / width.clamp(min=torch.finfo(width.dtype).tiny), dim=1)
+        return (weights @ labels).to(queries)
 
     @property
     def known(self) -> bool:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -24,10 +26,10 @@ from PIL import Image, ImageDraw
 if TYPE_CHECKING:
     import datasets
 
-Colour = tuple[int, int, int]
+Colour = tuple[int, int, int] | int  # RGB, or a value of a canvas with one channel
 Point = tuple[float, float]
 
-COLOURS: dict[str, Colour] = {
+COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "orange": (240, 130, 20),
     "yellow": (232, 196, 20),
@@ -270,30 +272,79 @@ def draw(
     Raises:
         ValueError: for an unknown kind, colour or style, a value outside [0, 100] or a size beyond its limits.
     """
-    _check_choice("kind", kind, KINDS)
-    if not 0 <= value <= 100:
-        raise ValueError(f"value is {value!r}; a gauge shows values from 0 to 100")
-    _check_integer("size", size, MIN_SIZE, MAX_SIZE)
-    colour = str(rng.choice(list(COLOURS))) if colour is None else colour
-    _check_choice("colour", colour, tuple(COLOURS))
-    _check_choice("style", style, STYLES)
-
-    width = size * _SUPERSAMPLING
+    _check_gauge(kind, value, size, colour, style)
+    scene, pen_on, look = _staged(size, colour, style, rng)
+    _DRAW[kind](pen_on(scene), value / 100, look, rng)
     if style == "calm":
-        scene = Image.new("RGB", (width, width), (int(rng.integers(120, 181)),) * 3)
-        look = _Look((240,) * 3, (30,) * 3, _shade(COLOURS[colour], 0.85, rng))
-        _DRAW[kind](_Pen(scene, (width / 2, width / 2), 0.46 * width, tilt=0), value / 100, look, rng)
         return scene.reduce(_SUPERSAMPLING)
-    scene = _draw_background(width, rng)
-    radius = rng.uniform(0.35, 0.46) * width
-    slack = width / 2 - radius
-    centre = (width / 2 + slack * rng.uniform(-1, 1), width / 2 + slack * rng.uniform(-1, 1))
-    _DRAW[kind](_Pen(scene, centre, radius, tilt=rng.uniform(-0.03, 0.03)), value / 100, _choose_look(colour, rng), rng)
-
     pixels = np.asarray(scene.reduce(_SUPERSAMPLING), dtype=np.float32)
     pixels = 128 + (pixels - 128) * rng.uniform(0.75, 1.0) + rng.uniform(-20, 20)
     pixels += rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(0, 10))
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def moving_part(
+    kind: str,
+    value: float,
+    rng: np.random.Generator,
+    size: int = 64,
+    colour: str | None = None,
+    style: str = "varied",
+) -> np.ndarray:
+    """Where in the picture of `draw`, given the same arguments, the coloured part is that moves with the value.
+
+    It is a needle, a level, a sector, a knob, or the segments that are lit. What is coloured at every reading, as the
+    hub of a needle and the bulb of a thermometer, is no part of it.
+
+    Returns:
+        (size, size) float64, the share of every pixel that it covers.
+
+    Raises:
+        ValueError: see `draw`.
+    """
+    _check_gauge(kind, value, size, colour, style)
+    _, pen_on, _ = _staged(size, colour, style, rng)
+    before = deepcopy(rng)
+
+    def coloured(reading: float) -> np.ndarray:
+        canvas = Image.new("L", (size * _SUPERSAMPLING,) * 2)
+        _DRAW[kind](pen_on(canvas), reading / 100, _Look(face=0, ink=0, fill=1), deepcopy(before))
+        return np.asarray(canvas)
+
+    always = np.minimum.reduce([coloured(reading) for reading in _ALL_ALIKE_IN_NO_DIGIT])
+    moving = np.where(always, 0, coloured(value)).astype(np.float64)
+    return moving.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING).mean(axis=(1, 3))
+
+
+_ALL_ALIKE_IN_NO_DIGIT = (*range(0, 100, 9), 100)
+
+
+def _check_gauge(kind: str, value: float, size: int, colour: str | None, style: str) -> None:
+    _check_choice("kind", kind, KINDS)
+    if not 0 <= value <= 100:
+        raise ValueError(f"value is {value!r}; a gauge shows values from 0 to 100")
+    _check_integer("size", size, MIN_SIZE, MAX_SIZE)
+    if colour is not None:
+        _check_choice("colour", colour, tuple(COLOURS))
+    _check_choice("style", style, STYLES)
+
+
+def _staged(
+    size: int, colour: str | None, style: str, rng: np.random.Generator
+) -> tuple[Image.Image, Callable[[Image.Image], _Pen], _Look]:
+    """What is there before a gauge is drawn: the background, a pen for a canvas in its pose, and its colours."""
+    colour = str(rng.choice(list(COLOURS))) if colour is None else colour
+    width = size * _SUPERSAMPLING
+    if style == "calm":
+        scene = Image.new("RGB", (width, width), (int(rng.integers(120, 181)),) * 3)
+        look = _Look((240,) * 3, (30,) * 3, _shade(COLOURS[colour], 0.85, rng))
+        return scene, partial(_Pen, centre=(width / 2, width / 2), radius=0.46 * width, tilt=0), look
+    scene = _draw_background(width, rng)
+    radius = rng.uniform(0.35, 0.46) * width
+    slack = width / 2 - radius
+    centre = (width / 2 + slack * rng.uniform(-1, 1), width / 2 + slack * rng.uniform(-1, 1))
+    pen_on = partial(_Pen, centre=centre, radius=radius, tilt=rng.uniform(-0.03, 0.03))
+    return scene, pen_on, _choose_look(colour, rng)
 
 
 def _choose_look(colour: str, rng: np.random.Generator) -> _Look:
@@ -303,7 +354,7 @@ def _choose_look(colour: str, rng: np.random.Generator) -> _Look:
     return _Look((face,) * 3, (ink,) * 3, _shade(COLOURS[colour], 0.85 if face == light else 1.1, rng))
 
 
-def _shade(colour: Colour, strength: float, rng: np.random.Generator) -> Colour:
+def _shade(colour: tuple[int, int, int], strength: float, rng: np.random.Generator) -> tuple[int, int, int]:
     red, green, blue = (int(c) for c in np.clip(strength * np.array(colour) + rng.integers(-15, 16, 3), 0, 255))
     return red, green, blue
 
@@ -333,19 +384,41 @@ def drawn_gauges(
     Raises:
         ValueError: before the first, for an unknown kind or style, or a number beyond its limits.
     """
+    numbered = _numbered(kind, num_images, seed, size, style)
+    return ((draw(kind, value, rng, size, style=style), value) for value, rng in numbered)
+
+
+def moving_parts(
+    kind: str, num_images: int, seed: int = 0, size: int = 64, style: str = "varied", shift: float = 0.0
+) -> Iterator[np.ndarray]:
+    """Where the moving part is in each picture of `drawn_gauges`, given the same arguments: see `moving_part`.
+
+    Args:
+        shift: where it would be in the same picture with a reading so much higher, at most 100 and at least 0.
+
+    Raises:
+        ValueError: see `drawn_gauges`.
+    """
+    numbered = _numbered(kind, num_images, seed, size, style)
+    return (moving_part(kind, min(max(value + shift, 0), 100), rng, size, style=style) for value, rng in numbered)
+
+
+def _numbered(
+    kind: str, num_images: int, seed: int, size: int, style: str
+) -> Iterator[tuple[float, np.random.Generator]]:
+    """The value of each gauge, and what chooses the rest."""
     _check_choice("kind", kind, KINDS)
     _check_choice("style", style, STYLES)
     _check_integer("num_images", num_images, 1, MAX_IMAGES)
     _check_integer("seed", seed, 0, MAX_SEED)
     _check_integer("size", size, MIN_SIZE, MAX_SIZE)
-    return (_numbered(kind, index, seed, size, style) for index in range(num_images))
 
+    def drawn(index: int) -> tuple[float, np.random.Generator]:
+        rng = np.random.default_rng([seed, zlib.crc32(kind.encode()), index])
+        value = rng.uniform(0, 100)
+        return float(round(value)) if kind == "counter" else value, rng
 
-def _numbered(kind: str, index: int, seed: int, size: int, style: str) -> tuple[Image.Image, float]:
-    rng = np.random.default_rng([seed, zlib.crc32(kind.encode()), index])
-    value = rng.uniform(0, 100)
-    value = float(round(value)) if kind == "counter" else value
-    return draw(kind, value, rng, size, style=style), value
+    return map(drawn, range(num_images))
 
 
 def make_gauges(

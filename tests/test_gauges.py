@@ -13,7 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 import ordinalclip
-from ordinalclip.gauges import COLOURS, KINDS, STYLES, TEMPLATES, UNSEEN, draw, drawn_gauges, make_gauges
+from ordinalclip.gauges import (
+    COLOURS,
+    KINDS,
+    STYLES,
+    TEMPLATES,
+    UNSEEN,
+    draw,
+    drawn_gauges,
+    make_gauges,
+    moving_part,
+    moving_parts,
+)
 
 ASSET = Path(ordinalclip.__file__).parent / "assets" / "tiny-clip"
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tiny_clip.py"
@@ -40,6 +51,39 @@ def test_an_image_depends_neither_on_how_many_nor_on_which_kinds_are_asked_for()
     short, long = make_gauges("bar", 2, seed=1), make_gauges(["tank", "bar"], 5, seed=1)[5:]
     assert [image.tobytes() for image in short["image"]] == [image.tobytes() for image in long["image"]][:2]
     assert short["value"][:] == long["value"][:2]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_changes_with_the_value_is_the_moving_part(kind, style):
+    """Of two readings of one scene the pictures differ where a moving part is, now or then, and nowhere else."""
+    for seed, (value, other) in enumerate([(83.0, 27.0), (4.0, 96.0), (50.0, 61.0)]):
+        first, second = (draw(kind, v, np.random.default_rng(seed), style=style) for v in (value, other))
+        parts = [moving_part(kind, v, np.random.default_rng(seed), style=style) for v in (value, other)]
+        changed = np.abs(np.asarray(first, int) - np.asarray(second, int)).max(axis=2) > 2
+        either, both = np.maximum(*parts), np.minimum(*parts)
+        assert changed.any()
+        assert not changed[either == 0].any()
+        assert not changed[both == 1].any()
+        assert changed[(either == 1) & (both == 0)].mean() > 0.95
+
+
+def test_moving_parts_are_those_of_the_drawn_gauges():
+    """A needle is where the colour is, but for the hub."""
+    for (picture, _), part in zip(
+        drawn_gauges("dial", 4, 5, style="calm"), moving_parts("dial", 4, 5, style="calm"), strict=True
+    ):
+        pixels = np.asarray(picture, int)
+        coloured = pixels.max(axis=2) - pixels.min(axis=2) > 40
+        assert part.max() == 1
+        assert coloured[part > 0.8].all()
+        assert 0 < (coloured & (part == 0)).mean() < 0.06
+    first, higher, beyond = (next(moving_parts("tank", 1, 5, shift=shift)) for shift in (0, 5, 200))
+    assert 0 < first.sum() < higher.sum() < beyond.sum()
+    with pytest.raises(ValueError, match="unknown kind 'sundial'"):
+        moving_parts("sundial", 1)
+    with pytest.raises(ValueError, match="shows values from 0 to 100"):
+        moving_part("dial", 101, np.random.default_rng(0))
 
 
 def test_the_varied_style_is_drawn_as_ever():

@@ -630,6 +630,30 @@ def every_figure(width):
     yield "mae_by_setting, rates", figures.mae_by_setting("train.lr", rates, maes, ended, log=True, **sized)
     curves = [[(k, mae + k) for k in range(1, 1000, 100)] for mae in maes]
     yield "validations_by_trial", figures.validations_by_trial(curves, ended, 2, "points of the association", **sized)
+    maps = {name: (rng.normal(size=(16, 16)), "per 1 % of area") for name in ("integrated gradients", "occlusion")}
+    for kind, ranks in spaces.items():
+        ends = np.asarray(ranks.values)[[0, -1]]
+        yield (
+            f"explanation, {kind}",
+            figures.explanation(
+                f"{LONG}: {ranks.say(ends[1])}",
+                Image.new("RGB", (16, 16)),
+                maps,
+                ranks,
+                ends[1],
+                probabilities=rng.dirichlet(np.full(len(ranks), 0.1)),
+                interval=(*ends, 0.9),
+                neighbors=[(Image.new("RGB", (16, 16)), ranks.say(rng.choice(ranks.values))) for _ in range(6)],
+                bases=(ends, np.asarray([0.1, 0.9]), np.asarray([0.5, 0.5])),
+                notes=[LONG, f"{LONG}, {LONG}, {LONG}"],
+                **sized,
+            ),
+        )
+    picture, label = Image.new("RGB", (16, 16)), spaces["few"].names[-1]
+    yield (
+        "explanation, little",
+        figures.explanation(LONG, picture, {}, spaces["few"], 4, neighbors=[(picture, label)] * 2, **sized),
+    )
     for kind, ranks in spaces.items():
         labels = rng.choice(ranks.values, 90)
         values = rng.choice(ranks.values, 90)

@@ -32,6 +32,7 @@ COMMANDS = {
     "backbones": "List the image encoders and text towers that can be named.",
     "evaluate": "Score a run's model on its test part and print the metrics.",
     "predict": "Predict images with a saved model; one line per image.",
+    "explain": "Draw why a model answers what it answers about pictures: maps, distribution, training pictures.",
     "check-data": "Read labels and decode every image of a configuration's data; list what is broken.",
     "compare": "Run methods x settings x seeds and print one table.",
     "tune": "Search the values of some keys by validation; the test part stays unread.",

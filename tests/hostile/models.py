@@ -642,3 +642,90 @@ def _(folder):
 def _(folder):
     torch.save({"a": torch.zeros(1).expand(10**12)}, folder / "views.pt")
     return ["convert", "views.pt", "out"]
+
+
+# ---- explanations
+
+
+def explained(folder, *words):
+    predict(folder)
+    return ["explain", *(words or ("model", "a.png")), "--quiet"]
+
+
+def run_that(folder, how):
+    """A run folder in some state, none of whose files matter but those that are read."""
+    words = explained(folder, "run", "a.png")
+    (folder / "run").mkdir()
+    how(folder / "run")
+    return words
+
+
+@case("a model alone is explained, without its training pictures", r"a\.png\t.*points.*\twhy\.png", status=0)
+def _(folder):
+    return explained(folder)
+
+
+@case("an explanation of a picture that is broken", r"b\.png: not a readable image", after=lambda f: nothing_drawn(f))
+def _(folder):
+    (folder / "b.png").write_bytes(b"\x89PNG")
+    return explained(folder, "model", "a.png", "b.png")
+
+
+def nothing_drawn(folder):
+    assert not list(folder.glob("why*"))
+
+
+@case("an explanation by a model that is not there", r"runs/nothing: no such folder")
+def _(folder):
+    return explained(folder, "runs/nothing", "a.png")
+
+
+@case("an explanation of a run that diverged", r"run: a run that diverged, .*; it has no model to explain")
+def _(folder):
+    return run_that(folder, lambda run: (run / "diverged.txt").write_text("step 3: loss is nan"))
+
+
+@case("an explanation of a run that is not finished", r"run: no finished run \(metrics\.json is missing\)")
+def _(folder):
+    return run_that(folder, lambda run: (run / "log.jsonl").write_text('{"step": 1}\n'))
+
+
+@case("an explanation of a run whose model was deleted", r"run/model is missing")
+def _(folder):
+    from ordinalclip.config import RunConfig
+
+    def finished(run):
+        (run / "config.yaml").write_text(RunConfig(output_dir="run").to_yaml())
+        metrics = {"num_train": 1, "train_counts": [1], "best_step": 1, "train_seconds": 1}
+        (run / "metrics.json").write_text(json.dumps(metrics))
+
+    return run_that(folder, finished)
+
+
+@case("an explanation of a comparison", r"run: the folder of a comparison, no run; name one of its runs")
+def _(folder):
+    def compared(run):
+        (run / "runs").mkdir()
+        (run / "results.csv").touch()
+
+    return run_that(folder, compared)
+
+
+@case("an explanation into a file of another kind", r"--out why\.jpg: figures end in \.png, \.pdf, \.svg")
+def _(folder):
+    return explained(folder, "model", "a.png", "--out", "why.jpg")
+
+
+def still_mine(folder):
+    assert (folder / "why.png").read_text() == "mine"
+
+
+@case("an explanation onto a file that is not ours", r"why\.png is there and no figure of ours", after=still_mine)
+def _(folder):
+    (folder / "why.png").write_text("mine")
+    return explained(folder)
+
+
+@case("more neighbours than can be shown", r"--neighbors: '99' is not a whole number from 0 to 12")
+def _(folder):
+    return explained(folder, "model", "a.png", "--neighbors", "99")
