@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ordinalclip.config import RunConfig
-from ordinalclip.data.duplicates import THUMBNAIL, copies, near_duplicates, repeated, thumbnail
+from ordinalclip.data.duplicates import MOST_COMPARED, THUMBNAIL, copies, near_duplicates, repeated, thumbnail
 from ordinalclip.data.labels import sentinel
 from ordinalclip.data.parts import PARTS, Part, Parts
 from ordinalclip.images import BrokenImageError
@@ -15,7 +15,6 @@ from ordinalclip.progress import Progress
 from ordinalclip.ranks import Ranks
 
 SHOWN = 5  # of each kind of trouble
-MOST_COMPARED = 20_000  # pictures among which near copies are looked for
 
 
 class Check(NamedTuple):

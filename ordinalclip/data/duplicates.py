@@ -13,10 +13,13 @@ from PIL import Image
 from ordinalclip.data.parts import Part
 
 MOST_HASHED = 20_000  # pictures whose bytes are compared without being asked
+MOST_COMPARED = 20_000  # pictures among which near-duplicates are looked for
 THUMBNAIL = 32  # side of what near-duplicates are compared by
 # Root mean squared difference of two thumbnails, in grey levels of 255. Resized and recompressed copies of solar cells
 # and faces differ by 0.3 to 1.7, the nearest others by 3.2 and 25.
 NEAR = 1.75
+SIMILAR = 0.99  # cosine of centred features
+MOST_SIMILAR = 1000  # pairs
 
 
 def copies(parts: Sequence[Part], read_all: bool = False) -> np.ndarray:
@@ -151,3 +154,40 @@ def near_duplicates(thumbnails: np.ndarray, ids: np.ndarray, chunk: int = 512) -
             if row < column and ids[first] != ids[second]:
                 pairs.append((int(first), int(second)))
     return pairs
+
+
+class Similar(NamedTuple):
+    """A pair of near-duplicates: their rows, and the cosine of their features."""
+
+    first: int
+    second: int
+    cosine: float
+
+
+def similar(features: np.ndarray, ids: np.ndarray, thumbnails: np.ndarray, chunk: int = 512) -> list[Similar]:
+    """Near-duplicates by the features of an encoder or by `near_duplicates`, the most similar pairs first.
+
+    Features tell crops and mirrors, the thumbnails copies that were compressed again, to which features of a large
+    encoder can be sensitive. Copies of equal bytes are pairs, too.
+
+    Args:
+        features: (N, D); their mean is taken off before cosines.
+        ids: (N,) what `copies` gives.
+        thumbnails: (N, 1024).
+
+    Returns:
+        at most `MOST_SIMILAR` pairs.
+    """
+    points = features.astype(np.float32) - features.mean(axis=0, dtype=np.float64).astype(np.float32)
+    points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    found = set(near_duplicates(thumbnails, ids))
+    for begin in range(0, len(points), chunk):
+        rows, columns = np.nonzero(points[begin : begin + chunk] @ points[begin:].T >= SIMILAR)
+        later = columns > rows
+        found.update(zip((rows[later] + begin).tolist(), (columns[later] + begin).tolist(), strict=True))
+    order = np.argsort(ids, kind="stable")
+    found.update(
+        (int(a), int(b)) for a, b in zip(order[:-1], order[1:], strict=True) if ids[a] == ids[b]
+    )
+    pairs = [Similar(a, b, min(1.0, float(points[a] @ points[b]))) for a, b in sorted(found)]
+    return sorted(pairs, key=lambda pair: -pair.cosine)[:MOST_SIMILAR]
