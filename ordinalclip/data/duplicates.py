@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,11 @@ THUMBNAIL = 32  # side of what near-duplicates are compared by
 # Root mean squared difference of two thumbnails, in grey levels of 255. Resized and recompressed copies of solar cells
 # and faces differ by 0.3 to 1.7, the nearest others by 3.2 and 25.
 NEAR = 1.75
-SIMILAR = 0.99  # cosine of centred features
+# Two pictures are similar whose features differ by at most this share of what each differs from its tenth neighbour.
+# No bound on the cosine itself serves two data sets: that of one face and its mirror image is 0.94, that of a solar
+# cell and the most similar other one 0.95 (docs/audit.md has what each bound finds).
+SIMILAR, NEIGHBOUR = 0.2, 10
+ALIKE = 0.6  # correlation of their thumbnails, either way round: an encoder of gauges finds all of one reading similar
 MOST_SIMILAR = 1000  # pairs
 
 
@@ -167,8 +172,9 @@ class Similar(NamedTuple):
 def similar(features: np.ndarray, ids: np.ndarray, thumbnails: np.ndarray, chunk: int = 512) -> list[Similar]:
     """Near-duplicates by the features of an encoder or by `near_duplicates`, the most similar pairs first.
 
-    Features tell crops and mirrors, the thumbnails copies that were compressed again, to which features of a large
-    encoder can be sensitive. Copies of equal bytes are pairs, too.
+    Features tell mirrors, crops and the same object twice: 1 - cosine is at most `SIMILAR` times that of either picture
+    and its `NEIGHBOUR`-th nearest, and the thumbnails are `ALIKE`. Thumbnails alone tell copies that were compressed
+    again, which can move the features of a large encoder far. Copies of equal bytes are pairs, too.
 
     Args:
         features: (N, D); their mean is taken off before cosines.
@@ -178,16 +184,26 @@ def similar(features: np.ndarray, ids: np.ndarray, thumbnails: np.ndarray, chunk
     Returns:
         at most `MOST_SIMILAR` pairs.
     """
-    points = features.astype(np.float32) - features.mean(axis=0, dtype=np.float64).astype(np.float32)
+    points = (features - features.mean(axis=0, dtype=np.float64)).astype(np.float32)
     points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-    found = set(near_duplicates(thumbnails, ids))
-    for begin in range(0, len(points), chunk):
-        rows, columns = np.nonzero(points[begin : begin + chunk] @ points[begin:].T >= SIMILAR)
-        later = columns > rows
-        found.update(zip((rows[later] + begin).tolist(), (columns[later] + begin).tolist(), strict=True))
-    order = np.argsort(ids, kind="stable")
-    found.update(
-        (int(a), int(b)) for a, b in zip(order[:-1], order[1:], strict=True) if ids[a] == ids[b]
-    )
+    nearest: set[tuple[int, int]] = set()  # (row, one that is similar as seen from it)
+    place = min(NEIGHBOUR, len(points) - 1)
+    for begin in range(0, len(points) if place else 0, chunk):
+        distances = 1 - points[begin : begin + chunk] @ points.T
+        own = np.arange(len(distances))
+        distances[own, begin + own] = np.inf
+        limits = SIMILAR * np.partition(distances, place - 1, axis=1)[:, place - 1 : place]
+        rows, columns = np.nonzero(distances <= limits)
+        nearest.update(zip((rows + begin).tolist(), columns.tolist(), strict=True))
+    small = thumbnails / np.maximum(np.linalg.norm(thumbnails, axis=1, keepdims=True), 1e-12)
+    mirrored = small.reshape(-1, THUMBNAIL, THUMBNAIL)[:, :, ::-1].reshape(small.shape)
+    found = {
+        (a, b)
+        for a, b in nearest
+        if a < b and (b, a) in nearest and max(small[a] @ small[b], small[a] @ mirrored[b]) >= ALIKE
+    }
+    found |= set(near_duplicates(thumbnails, ids))
+    order = np.argsort(ids, kind="stable").tolist()
+    found |= {(a, b) for a, b in pairwise(order) if ids[a] == ids[b]}
     pairs = [Similar(a, b, min(1.0, float(points[a] @ points[b]))) for a, b in sorted(found)]
     return sorted(pairs, key=lambda pair: -pair.cosine)[:MOST_SIMILAR]
