@@ -39,7 +39,13 @@ COLUMNS = ("data", "method", "kind", "seed", "labels", "planted", "mae", *SCORES
 NUM_GAUGES, GAUGE_RANKS, FACE_RANKS = 1000, (0, 100), (21, 60)
 GAUGES = ["train.max_steps=150", "train.eval_every=50"]
 FACES = [
-    *("data.label_column=age", "data.image_column=file", "data.views=1", "data.augment.crop_ratio=1", "data.shots=null"),
+    *(
+        "data.label_column=age",
+        "data.image_column=file",
+        "data.views=1",
+        "data.augment.crop_ratio=1",
+        "data.shots=null",
+    ),
     *("model.backbone=efficientnet_lite0", "model.features=cached", "train.max_steps=300", "train.eval_every=100"),
     *("train.lr=1e-2", "ranks.low=21", "ranks.high=60", "ranks.num=40", "ranks.unit=years"),
 ]
@@ -157,7 +163,9 @@ def read(path: Path) -> list[dict[str, str]]:
 def table(rows: list[dict[str, str]]) -> str:
     """Means and standard deviations over the seeds, in Markdown."""
     lines = [
-        "| data | method | planted label | seeds | MAE | " + " | ".join(f"AP, {title}" for title in SCORES.values()) + " | "
+        "| data | method | planted label | seeds | MAE | "
+        + " | ".join(f"AP, {title}" for title in SCORES.values())
+        + " | "
         "RPS before both, seeds |",
         "|---|---|---|---:|---:|" + "---:|" * len(SCORES) + "---:|",
     ]

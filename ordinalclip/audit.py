@@ -1,10 +1,10 @@
 """Which labels are wrong: every labelled picture of a run's data, judged by a model that has not seen it.
 
-    OUT/audit.json             which run's configuration and data, and how many folds: what makes it this audit
-    OUT/folds/K/               the run that was trained without fold K, with its predictions of it, without its model
-    OUT/audit.html             the page
-    OUT/near_duplicates.csv    pairs of pictures that are almost the same
-    OUT/labels.csv             all labels, the one that fits least first; written last: an audit that has it is finished
+OUT/audit.json             which run's configuration and data, and how many folds: what makes it this audit
+OUT/folds/K/               the run that was trained without fold K, with its predictions of it, without its model
+OUT/audit.html             the page
+OUT/near_duplicates.csv    pairs of pictures that are almost the same
+OUT/labels.csv             all labels, the one that fits least first; written last: an audit that has it is finished
 """
 
 from __future__ import annotations
@@ -187,9 +187,7 @@ def _audit(
             f"{unseen} labels are of ranks of which the model that judges them has seen no label in training: their "
             "scores are large by that alone."
         )
-    found = LabelAudit(
-        config, pool.ranks, pictures, pool.origins, number, predictions, scores, measure, pairs, notes
-    )
+    found = LabelAudit(config, pool.ranks, pictures, pool.origins, number, predictions, scores, measure, pairs, notes)
     write_page(found, files.page, top)
     write_pairs(found, files.pairs)
     write_labels(found, files.labels)

@@ -21,7 +21,7 @@ from PIL import Image
 from ordinalclip.cli import main
 from ordinalclip.compare import load_plan, run_plan
 from ordinalclip.config import load_config, parse_config
-from ordinalclip.data import Parts
+from ordinalclip.data import PARTS, Parts
 from ordinalclip.heads import available_heads
 from ordinalclip.metrics import METRICS
 from ordinalclip.pipeline import load_pipeline
@@ -607,6 +607,7 @@ def every_figure():
         pictures = [Image.new("RGB", (8, 8))] * 90
         yield f"error_by_value, {kind}", figures.error_by_value(labels, values, ranks, [3000] * len(ranks))
         yield f"feature_map, {kind}", figures.feature_map(rng.normal(size=(90, 4)), labels, pictures, ranks)
+        yield f"label_counts, {kind}", figures.label_counts(dict.fromkeys(PARTS, [90_000] * len(ranks)), ranks)
         yield f"similarity, {kind}", figures.similarity(rng.normal(size=(len(ranks), 4)), ranks)
         answers = {**{f"{k} {LONG}": (labels, values) for k in range(8)}, "far": (labels, values + 1e7)}
         yield f"error_by_method, {kind}", figures.error_by_method(answers, ranks)

@@ -22,7 +22,7 @@ NEAR = 1.75
 # Two pictures are similar whose features differ by at most this share of what each differs from its tenth neighbour.
 # No bound on the cosine itself serves two data sets: that of one face and its mirror image is 0.94, that of a solar
 # cell and the most similar other one 0.95 (docs/audit.md has what each bound finds).
-SIMILAR, NEIGHBOUR = 0.2, 10
+SIMILAR, NEIGHBOUR = 0.3, 10
 ALIKE = 0.6  # correlation of their thumbnails, either way round: an encoder of gauges finds all of one reading similar
 MOST_SIMILAR = 1000  # pairs
 

@@ -189,5 +189,3 @@ def _extremes(record: RunRecord) -> dict[str, list[dict[str, Any]]]:
         "Best": [entry(row) for row in order[:few]],
         "Worst": [entry(row) for row in order[::-1][:few]],
     }
-
-
