@@ -118,7 +118,12 @@ def measure(data: str, root: Path | None, method: str, kind: str, seed: int) -> 
     }
     first = {name: np.argsort(-score, kind="stable")[: truth.sum()] for name, score in scores.items()}
     return {
-        **{"data": data, "method": method, "kind": kind, "seed": seed, "labels": len(truth), "planted": truth.sum()},
+        "data": data,
+        "method": method,
+        "kind": kind,
+        "seed": seed,
+        "labels": len(truth),
+        "planted": truth.sum(),
         "mae": f"{scores['error'].mean():.3f}",
         **{name: f"{average_precision_score(truth, score):.4f}" for name, score in scores.items()},
         **{f"top_{name}": f"{truth[rows].mean():.4f}" for name, rows in first.items()},

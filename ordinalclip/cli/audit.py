@@ -9,9 +9,9 @@ there are folds, and judges the pictures of that one, which it has not seen. A l
 score of the predicted distribution, in ranks; by the absolute error where a method gives no distribution. Pictures that
 are almost the same to the encoder are listed, too.
 
-Written, to the run's folder audit/ or to --out: audit.html, a page of thumbnails; labels.csv, all labels with file, row,
-prediction, score and the other columns of the data, the label that fits least first; near_duplicates.csv; and folds/,
-a run folder a fold. Nothing else of the run is touched. However it ends, the same command goes on with it.
+Written, to the folder audit/ of the run or to --out: audit.html, a page of thumbnails; labels.csv, all labels with
+file, row, prediction, score and the other columns of the data; near_duplicates.csv; and folds/, a run folder a fold.
+Nothing else of the run is touched. However it ends, the same command goes on with it.
 
 A high score is a reason to look, not a verdict: a rare view or a hard picture scores high, too (docs/audit.md).
 """
