@@ -41,7 +41,7 @@ from ordinalclip.training.features import FeatureCache
 from ordinalclip.training.preparation import build_model, use_precision
 
 logger = logging.getLogger(__name__)
-OWN = ("output_dir", "overwrite", "train.resume")  # keys of execution that the audit sets itself
+OWN = ("output_dir", "overwrite", "train.resume", "train.trackers")  # keys of execution that the audit sets itself
 DRAWS: dict[str, Any] = {"shots": None, "train_share": 1.0, "shift_ranks": None}  # training labels left out: none
 GIVEN = ("table", "train_table", "validation_table", "test_table", "split_column")  # say parts, which folds say here
 

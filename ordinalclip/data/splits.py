@@ -149,7 +149,8 @@ def _folds(strata: np.ndarray, groups: np.ndarray | None, number: int, seed: int
 
     units = len(strata) if groups is None else len(np.unique(groups))
     if units < max(number, 2):
-        raise ValueError(f"{units} {'rows' if groups is None else 'groups'} are too few for {number} folds")
+        what = "row" if groups is None else "group"
+        raise ValueError(f"{units} {what}{' is' if units == 1 else 's are'} too few for {max(number, 2)} folds")
     kinds = {
         (False, False): KFold,
         (True, False): StratifiedKFold,

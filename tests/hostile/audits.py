@@ -103,7 +103,7 @@ def _(folder):
     return run(folder, "--folds", "13")
 
 
-@bad("an audit of pictures that are all of one group", r"1 groups are too few for 2 folds")
+@bad("an audit of pictures that are all of one group", r"1 group is too few for 2 folds")
 def _(folder):
     pictures(folder)
     table = folder / "set/labels.csv"
