@@ -354,6 +354,21 @@ def test_mirrors_and_recompressed_copies_are_found_and_others_are_not():
     assert {(pair.first, pair.second) for pair in similar(features, ids, thumbnails, chunk=7)} == expected
 
 
+def test_pairs_are_similar_as_seen_from_both():
+    """On a circle, in degrees: from 0 the picture at 10 is much nearer than the tenth, at 27; from 10 that is at 17."""
+    degrees = np.asarray([0, 10, *np.linspace(22, 27, 9)])
+    rng = np.random.default_rng(0)
+    thumbnails = 50 * rng.normal(size=1024) + 20 * rng.normal(size=(22, 1024))
+
+    def pairs(degrees):
+        angles = np.deg2rad([*degrees, *(degrees + 180)])  # so that their mean is 0
+        features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        return {(pair.first, pair.second) for pair in similar(features, np.arange(22), thumbnails)}
+
+    assert (0, 1) not in pairs(degrees)
+    assert (0, 1) in pairs(np.asarray([0, 8, *degrees[2:]]))
+
+
 def test_pairs_of_the_page_name_parts_and_labels(tmp_path):
     write_pictures(tmp_path, 24)
     gradient = Image.linear_gradient("L").convert("RGB")
