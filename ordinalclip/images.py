@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -165,6 +165,27 @@ def load_image(source: Any, name: str = "image", formats: Sequence[str] = FORMAT
     except Exception as error:  # decoders of damaged files raise whatever they like; all of it is reported by name
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise BrokenImageError(name, f"not a readable image ({reason})")
+
+
+class Header(NamedTuple):
+    """What a picture's file says of it before it is decoded: size in pixels as stored, and Pillow's mode and format."""
+
+    width: int
+    height: int
+    mode: str
+    format: str
+
+
+def read_header(source: Any, formats: Sequence[str] = FORMATS) -> Header:
+    """The header of what `load_image` has read before; of arrays and PIL images "" for the format."""
+    if isinstance(source, Mapping):
+        source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    if isinstance(source, np.ndarray):
+        source = _array_to_pil(source)
+    if isinstance(source, Image.Image):
+        return Header(*source.size, source.mode, source.format or "")
+    with Image.open(_stream(source), formats=tuple(formats)) as image:
+        return Header(*image.size, image.mode, image.format or "")
 
 
 def _stream(source: Any) -> Any:

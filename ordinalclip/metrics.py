@@ -128,13 +128,22 @@ def ranked_probability_score(probabilities: ArrayLike, references: ArrayLike) ->
     >>> ranked_probability_score([[0.0, 0.0, 1.0], [0.5, 0.5, 0.0]], [0, 0])
     1.125
     """
+    return float(ranked_probability_scores(probabilities, references).mean())
+
+
+def ranked_probability_scores(probabilities: ArrayLike, references: ArrayLike) -> np.ndarray:
+    """(N,) `ranked_probability_score` of every image.
+
+    >>> ranked_probability_scores([[0.0, 0.0, 1.0], [0.5, 0.5, 0.0]], [0, 0]).tolist()
+    [2.0, 0.25]
+    """
     distributions, true = np.asarray(probabilities, dtype=np.float64), np.asarray(references)
     if distributions.ndim != 2 or true.shape != distributions.shape[:1]:
         raise ValueError(f"probabilities must be (N, R) and references (N,), got {distributions.shape}, {true.shape}")
     if true.size == 0:
         raise ValueError(EMPTY)
     reached = true[:, None] <= np.arange(distributions.shape[1] - 1)
-    return float(((distributions[:, :-1].cumsum(axis=1) - reached) ** 2).sum(axis=1).mean())
+    return ((distributions[:, :-1].cumsum(axis=1) - reached) ** 2).sum(axis=1)
 
 
 def bootstrap_interval(

@@ -7,6 +7,7 @@ import re
 # Marks of Markdown, its tables and GitHub's formulas; stars and underscores only where they could begin or end a word.
 MARKS = re.compile(r"[\\`\[|~$]|<(?=[\w/!?])|&(?=#?\w+;)|(?<![\s*])\*|\*(?=[^\s*])|(?<!\w)_(?=\S)|(?<=\S)_(?!\w)")
 FIRST = re.compile(r"^(\d+(?=[.)]\s)|(?=[#>]|[-+]\s|[-=]{2}))")  # marks at the beginning of a line
+HARMLESS = re.compile(r"-|[+-]?\d+(\.\d+)?")  # no formula, though it begins like one
 FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # begins one in a spreadsheet
 
 
@@ -51,8 +52,8 @@ def code(text: object) -> Markdown:
 def spreadsheet(text: str) -> str:
     """Text for a cell of a CSV; before what a spreadsheet would run as a formula, an apostrophe.
 
-    >>> spreadsheet("=1+1"), spreadsheet("CoOp"), spreadsheet("-")
-    ("'=1+1", 'CoOp', '-')
+    >>> spreadsheet("=1+1"), spreadsheet("CoOp"), spreadsheet("-"), spreadsheet("-1.5")
+    ("'=1+1", 'CoOp', '-', '-1.5')
     """
     shown = printable(text)
-    return f"'{shown}" if shown.startswith(FORMULA) and shown != "-" else shown
+    return f"'{shown}" if shown.startswith(FORMULA) and not HARMLESS.fullmatch(shown) else shown

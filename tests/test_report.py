@@ -22,10 +22,11 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
+from ordinalclip.audit import audit
 from ordinalclip.cli import main
 from ordinalclip.compare import load_plan, run_plan
 from ordinalclip.config import load_config, parse_config
-from ordinalclip.data import Parts
+from ordinalclip.data import PARTS, Parts
 from ordinalclip.heads import available_heads
 from ordinalclip.metrics import METRICS
 from ordinalclip.pipeline import load_pipeline
@@ -498,16 +499,23 @@ def test_the_page_of_a_search_escapes_and_shows_every_trial(search_folder):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-@pytest.mark.parametrize("kind", ["run", "comparison", "search"])
+@pytest.mark.parametrize("kind", ["run", "comparison", "search", "data", "audit"])
 def test_in_a_browser_nothing_overflows_and_nothing_complains(kind, run, compared, search_folder, tmp_path):
     """The report in a frame as wide as a phone; the page says how wide its content is."""
-    folder = {"run": run, "comparison": compared, "search": search_folder}[kind]
-    html = (folder / "report.html").read_text(encoding="utf-8")
+    folders = {"run": run, "comparison": compared, "search": search_folder}
+    path = folders[kind] / "report.html" if kind in folders else tmp_path / "report.html"
+    if kind == "data":
+        main(["check-data", str(run / "config.yaml"), "--report", str(path), "-q"])
+    elif kind == "audit":
+        _, place = audit(run, tmp_path / "audit", folds=2, quiet=True)
+        path = place / "audit.html"
+    html = path.read_text(encoding="utf-8")
     (tmp_path / "phone.html").write_text(
         """<body><iframe width=390 height=800 style="border:0"></iframe><script>
         const frame = document.querySelector("iframe");
         frame.onload = () => {
-          const page = frame.contentDocument, drawing = page.querySelector("figure svg").getBoundingClientRect();
+          const page = frame.contentDocument;
+          const drawing = page.querySelector("figure svg, .pictures img").getBoundingClientRect();
           document.body.dataset.found = [page.documentElement.scrollWidth, page.querySelectorAll("figure").length,
             Math.round(drawing.width)].join(" ");
         };
@@ -533,8 +541,8 @@ def test_in_a_browser_nothing_overflows_and_nothing_complains(kind, run, compare
     assert found, done.stderr[-2000:]
     width, drawings, drawing = map(int, found.groups())
     assert width <= 390
-    assert drawings == {"run": 5, "comparison": 4, "search": 6}[kind]
-    assert 250 < drawing <= 390
+    assert drawings == {"run": 5, "comparison": 4, "search": 6, "data": 1, "audit": 0}[kind]
+    assert (120 if kind == "audit" else 250) < drawing <= 390
     assert "CONSOLE" not in done.stderr
 
 
@@ -660,6 +668,7 @@ def every_figure(width):
         pictures = [Image.new("RGB", (8, 8))] * 90
         yield f"error_by_value, {kind}", figures.error_by_value(labels, values, ranks, [3000] * len(ranks), **sized)
         yield f"feature_map, {kind}", figures.feature_map(rng.normal(size=(90, 4)), labels, pictures, ranks, **sized)
+        yield f"label_counts, {kind}", figures.label_counts(dict.fromkeys(PARTS, [90_000] * len(ranks)), ranks, **sized)
         yield f"similarity, {kind}", figures.similarity(rng.normal(size=(len(ranks), 4)), ranks, **sized)
         answers = {**{f"{k} {LONG}": (labels, values) for k in range(8)}, "far": (labels, values + 1e7)}
         yield f"error_by_method, {kind}", figures.error_by_method(answers, ranks, **sized)
@@ -786,3 +795,56 @@ def test_axes_tick_at_the_ranks_by_their_names():
     plain = figures.error_by_value(labels, labels, Ranks((0, 1, 5, 100), unit="kg"), [1] * 4).axes[1]
     assert [text.get_text() for text in plain.get_xticklabels()] == ["0", "1", "5", "100"]
     assert plain.get_xlabel() == "true value (kg)"
+
+
+@pytest.fixture
+def data_page(table, tmp_path, capsys):
+    """A function (overrides, exit status) -> text of the page of `table`, and what was printed."""
+
+    def check(*more, status=0):
+        words = ["check-data", "default", "-q", "--report", str(tmp_path / "data.html"), "--overwrite"]
+        where = ["data.source=table", f"data.root={tmp_path}", "data.table=labels.csv", *more]
+        table()
+        assert main([*words, *where]) == status
+        return (tmp_path / "data.html").read_text(encoding="utf-8"), capsys.readouterr().out
+
+    return check
+
+
+def test_the_page_of_a_data_set_counts_and_shows(data_page, tmp_path):
+    """Numbers of labels, sizes and modes as stored, near copies, groups in two parts, and names that are text."""
+    table_file = tmp_path / "labels.csv"
+    lines = [
+        line + f",{HOSTILE.replace(',', '')} {number // 2}"
+        for number, line in enumerate(table_file.read_text().splitlines())
+    ]
+    table_file.write_text("\n".join([lines[0].rpartition(",")[0] + ",<i>who", *lines[1:]]) + "\n")
+    Image.linear_gradient("L").save(tmp_path / "cell4.png")
+    Image.linear_gradient("L").resize((128, 128)).convert("RGBA").save(tmp_path / "cell7.png")
+    text, printed = data_page("data.split=[0.5,0.2,0.3]", "data.group=<i>who")
+    page = Page(text)
+    assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
+    assert all(
+        value.startswith("data:image/jpeg;base64,") for tag, a in page.tags if tag == "img" for value in [a["src"]]
+    )
+    rows = re.findall(r"<tr><td>(\d)</td><td>(\d+)</td><td>(\d+)</td><td>(\d+)</td><td>(\d+)</td></tr>", text)
+    assert [row[-1] for row in rows] == ["4", "3", "3"]
+    assert all(int(row[-1]) == sum(map(int, row[1:-1])) for row in rows)
+    for kind, number in (("48 × 40", 8), ("256 × 256", 1), ("128 × 128", 1), ("RGB", 8), ("L", 1), ("RGBA", 1)):
+        assert f"<td>{kind}</td><td>{number}</td>" in text
+    assert "1 pairs of pictures are nearly the same" in printed
+    assert re.search(r"&lt;i&gt;who</td><td>6</td><td>0</td><td class=\"text\">data.group", text)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_a_column_of_people_in_two_parts_is_pointed_out(data_page, tmp_path):
+    rows = ["image,label,person,camera"]
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"p{number}.png")
+        rows.append(f"p{number}.png,{number % 4},q{number // 2},{'ab'[number % 2]}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    text, _ = data_page("data.split=[0.5,0.2,0.3]")
+    (found,) = re.findall(r"<tr><td>person</td><td>20</td><td>(\d+)</td>", text)
+    assert int(found) > 3
+    assert "<td>camera</td>" not in text

@@ -34,6 +34,7 @@ COMMANDS = {
     "predict": "Predict images with a saved model; one line per image.",
     "explain": "Draw why a model answers what it answers about pictures: maps, distribution, training pictures.",
     "check-data": "Read labels and decode every image of a configuration's data; list what is broken.",
+    "audit": "Find labels that are likely to be wrong, by models that have not seen them, and near-duplicates.",
     "compare": "Run methods x settings x seeds and print one table.",
     "tune": "Search the values of some keys by validation; the test part stays unread.",
     "report": "Write report.html again, of finished runs (and their model cards) and comparisons.",

@@ -212,13 +212,22 @@ def other_data(pool: Pool, run: RunConfig) -> str | None:
     return None
 
 
-def train_one(run: RunConfig, keep_checkpoints: bool, overwrite: bool, watch: Watch = unwatched) -> Result:
+def train_one(
+    run: RunConfig,
+    keep_checkpoints: bool,
+    overwrite: bool,
+    watch: Watch = unwatched,
+    load: Callable[[RunConfig], Parts] | None = None,
+) -> Result:
     """Train one run, or go on with it. That it diverged or broke off is a result, too.
+
+    Args:
+        load: gives its data instead of what its configuration names.
 
     Raises:
         Pruned: by who watches.
     """
-    folder = RunFolder(run.output_dir)
+    folder, load = RunFolder(run.output_dir), load or parts_of
     anew = run.model_copy(update={"overwrite": True, "train": run.train.model_copy(update={"resume": "none"})})
     try:
         kind = folder.state().kind
@@ -228,11 +237,11 @@ def train_one(run: RunConfig, keep_checkpoints: bool, overwrite: bool, watch: Wa
         try:
             try:
                 config = anew if replaced else run
-                result = Result(when_free(lambda: train_run(config, parts_of(run), quiet=True, watch=watch)))
+                result = Result(when_free(lambda: train_run(config, load(run), quiet=True, watch=watch)))
             except NoIntactCheckpoint:
                 if not overwrite:
                     raise
-                result = Result(train_run(anew, parts_of(run), quiet=True, watch=watch))
+                result = Result(train_run(anew, load(run), quiet=True, watch=watch))
         except Diverged as error:
             divergence = str(error).partition("; rows of the batch")[0]
             write_text(folder.diverged, divergence)

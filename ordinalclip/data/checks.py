@@ -7,22 +7,37 @@ from typing import NamedTuple
 import numpy as np
 
 from ordinalclip.config import RunConfig
-from ordinalclip.data.duplicates import THUMBNAIL, copies, near_duplicates, repeated, thumbnail
+from ordinalclip.data.duplicates import MOST_COMPARED, THUMBNAIL, Repeated, copies, near_duplicates, repeated, thumbnail
 from ordinalclip.data.labels import sentinel
 from ordinalclip.data.parts import PARTS, Part, Parts
-from ordinalclip.images import BrokenImageError
+from ordinalclip.images import BrokenImageError, Header, read_header
 from ordinalclip.progress import Progress
 from ordinalclip.ranks import Ranks
 
 SHOWN = 5  # of each kind of trouble
-MOST_COMPARED = 20_000  # pictures among which near copies are looked for
+
+
+Place = tuple[str, int]  # name of a part, and row in it
 
 
 class Check(NamedTuple):
-    """Lines to print, and how many problems stand in the way of a training."""
+    """What was found.
+
+    Attributes:
+        lines: to print.
+        problems: how many stand in the way of a training.
+        headers: of the pictures of each part that can be read, by row.
+        broken: what is wrong with the others, a line each.
+        repeated: pictures that are in two parts or have two labels.
+        near: pairs that are nearly the same; None: not looked for.
+    """
 
     lines: list[str]
     problems: int
+    headers: dict[str, dict[int, Header]]
+    broken: list[str]
+    repeated: list[Repeated]
+    near: list[tuple[Place, Place]] | None
 
 
 def check(parts: Parts, config: RunConfig, quiet: bool = False) -> Check:
@@ -30,26 +45,32 @@ def check(parts: Parts, config: RunConfig, quiet: bool = False) -> Check:
     given: dict[str, Part] = {name: part for name in PARTS if (part := getattr(parts, name)) is not None}
     lines: list[str] = []
     problems = 0
-    thumbnails = []
+    thumbnails, headers, all_broken = [], {}, []
+    found: list[Repeated] = []
+    near: list[tuple[Place, Place]] | None = None
     for name in PARTS:
         if name not in given:
             lines.append(f"{name}: none")
             continue
-        broken, small = _decoded(given[name], quiet, f"checking {name}")
+        broken, small, headers[name] = _decoded(given[name], quiet, f"checking {name}")
+        all_broken += broken
         thumbnails.append(small)
         problems += len(broken)
         labels = f"labels {_range(given[name], parts.ranks)}"
         lines += [*broken, f"{name}: {len(given[name])} images, {labels}, {len(broken)} broken"]
     if config.data.source != "gauges":
         ids = copies(list(given.values()), read_all=True)
-        problems += _say_copies(lines, list(given.values()), ids, config)
+        found = repeated(list(given.values()), ids)
+        problems += _say_copies(lines, found, config)
         if len(ids) <= MOST_COMPARED:
-            _say_near_copies(lines, list(given.values()), ids, np.concatenate(thumbnails))
+            places = [(name, index) for name, part in given.items() for index in range(len(part))]
+            near = [(places[a], places[b]) for a, b in near_duplicates(np.concatenate(thumbnails), ids)]
+            _say_near_copies(lines, given, near)
     _say_ranks(lines, parts)
     every = np.concatenate([part.values for part in given.values()])
     if (odd := sentinel(every)) is not None:
         lines.append(f"{int((every == odd).sum())} labels are {odd:g}, apart from the others: are they labels?")
-    return Check(lines, problems)
+    return Check(lines, problems, headers, all_broken, found, near)
 
 
 def _range(part: Part, ranks: Ranks) -> str:
@@ -60,19 +81,20 @@ def _range(part: Part, ranks: Ranks) -> str:
     return f"{part.values.min():g} to {part.values.max():g} {ranks.unit}".rstrip()
 
 
-def _decoded(part: Part, quiet: bool, title: str) -> tuple[list[str], np.ndarray]:
-    """What is broken, a line each, and the thumbnails of all pictures; zeros for broken ones."""
+def _decoded(part: Part, quiet: bool, title: str) -> tuple[list[str], np.ndarray, dict[int, Header]]:
+    """What is broken, a line each, the thumbnails of all pictures, zeros for broken ones, and the others' headers."""
     broken, small = [], np.zeros((len(part), THUMBNAIL**2), dtype=np.float32)
+    headers = {}
     for index in Progress(range(len(part)), title, unit="images", quiet=quiet):
         try:
             small[index] = thumbnail(part.image(index))
+            headers[index] = read_header(part.picture(index), part.formats)
         except BrokenImageError as error:
             broken.append(str(error))
-    return broken, small
+    return broken, small, headers
 
 
-def _say_copies(lines: list[str], parts: list[Part], ids: np.ndarray, config: RunConfig) -> int:
-    found = repeated(parts, ids)
+def _say_copies(lines: list[str], found: list[Repeated], config: RunConfig) -> int:
     for each in found[:SHOWN]:
         what = "with two labels" if each.labels_differ else "in two parts"
         lines.append(f"the same picture {what}: {each}")
@@ -87,14 +109,10 @@ def _say_copies(lines: list[str], parts: list[Part], ids: np.ndarray, config: Ru
     return len(found) if config.data.duplicates == "refuse" else 0
 
 
-def _say_near_copies(lines: list[str], parts: list[Part], ids: np.ndarray, thumbnails: np.ndarray) -> None:
-    places = [(part, index) for part in parts for index in range(len(part))]
-    pairs = near_duplicates(thumbnails, ids)
-    across = [(a, b) for a, b in pairs if places[a][0] is not places[b][0]]
-    for a, b in across[:SHOWN]:
-        first, second = (
-            f"{part.place(index)} (label {part.values[index]:g})" for part, index in (places[a], places[b])
-        )
+def _say_near_copies(lines: list[str], parts: dict[str, Part], pairs: list[tuple[Place, Place]]) -> None:
+    across = [pair for pair in pairs if pair[0][0] != pair[1][0]]
+    for pair in across[:SHOWN]:
+        first, second = (f"{parts[name].place(row)} (label {parts[name].values[row]:g})" for name, row in pair)
         lines.append(f"nearly the same picture in two parts: {first} = {second}")
     if pairs:
         lines.append(f"{len(pairs)} pairs of pictures are nearly the same, {len(across)} of them in two parts")

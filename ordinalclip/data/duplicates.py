@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +14,17 @@ from PIL import Image
 from ordinalclip.data.parts import Part
 
 MOST_HASHED = 20_000  # pictures whose bytes are compared without being asked
+MOST_COMPARED = 20_000  # pictures among which near-duplicates are looked for
 THUMBNAIL = 32  # side of what near-duplicates are compared by
 # Root mean squared difference of two thumbnails, in grey levels of 255. Resized and recompressed copies of solar cells
 # and faces differ by 0.3 to 1.7, the nearest others by 3.2 and 25.
 NEAR = 1.75
+# Two pictures are similar whose features differ by at most this share of what each differs from its tenth neighbour.
+# No bound on the cosine itself serves two data sets: 0.95 finds a third of mirrored faces, and lists 2,394 pairs of
+# 2,624 solar cells (docs/audit.md has what each bound finds).
+SIMILAR, NEIGHBOUR = 0.3, 10
+ALIKE = 0.6  # correlation of their thumbnails, either way round: an encoder of gauges finds all of one reading similar
+MOST_SIMILAR = 1000  # pairs
 
 
 def copies(parts: Sequence[Part], read_all: bool = False) -> np.ndarray:
@@ -151,3 +159,51 @@ def near_duplicates(thumbnails: np.ndarray, ids: np.ndarray, chunk: int = 512) -
             if row < column and ids[first] != ids[second]:
                 pairs.append((int(first), int(second)))
     return pairs
+
+
+class Similar(NamedTuple):
+    """A pair of near-duplicates: their rows, and the cosine of their features."""
+
+    first: int
+    second: int
+    cosine: float
+
+
+def similar(features: np.ndarray, ids: np.ndarray, thumbnails: np.ndarray, chunk: int = 512) -> list[Similar]:
+    """Near-duplicates by the features of an encoder or by `near_duplicates`, the most similar pairs first.
+
+    Features tell mirrors, crops and the same object twice: 1 - cosine is at most `SIMILAR` times that of either picture
+    and its `NEIGHBOUR`-th nearest, and the thumbnails are `ALIKE`. Thumbnails alone tell copies that were compressed
+    again, which can move the features of a large encoder far. Copies of equal bytes are pairs, too.
+
+    Args:
+        features: (N, D); their mean is taken off before cosines.
+        ids: (N,) what `copies` gives.
+        thumbnails: (N, 1024).
+
+    Returns:
+        at most `MOST_SIMILAR` pairs.
+    """
+    points = (features - features.mean(axis=0, dtype=np.float64)).astype(np.float32)
+    points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    nearest: set[tuple[int, int]] = set()  # (row, one that is similar as seen from it)
+    place = min(NEIGHBOUR, len(points) - 1)
+    for begin in range(0, len(points) if place else 0, chunk):
+        distances = 1 - points[begin : begin + chunk] @ points.T
+        own = np.arange(len(distances))
+        distances[own, begin + own] = np.inf
+        limits = SIMILAR * np.partition(distances, place - 1, axis=1)[:, place - 1 : place]
+        rows, columns = np.nonzero(distances <= limits)
+        nearest.update(zip((rows + begin).tolist(), columns.tolist(), strict=True))
+    small = thumbnails / np.maximum(np.linalg.norm(thumbnails, axis=1, keepdims=True), 1e-12)
+    mirrored = small.reshape(-1, THUMBNAIL, THUMBNAIL)[:, :, ::-1].reshape(small.shape)
+    found = {
+        (a, b)
+        for a, b in nearest
+        if a < b and (b, a) in nearest and max(small[a] @ small[b], small[a] @ mirrored[b]) >= ALIKE
+    }
+    found |= set(near_duplicates(thumbnails, ids))
+    order = np.argsort(ids, kind="stable").tolist()
+    found |= {(a, b) for a, b in pairwise(order) if ids[a] == ids[b]}
+    pairs = [Similar(a, b, min(1.0, float(points[a] @ points[b]))) for a, b in sorted(found)]
+    return sorted(pairs, key=lambda pair: -pair.cosine)[:MOST_SIMILAR]

@@ -93,6 +93,11 @@ class RowNames(Sequence[str]):
     def _path(self, path: str) -> str:
         return path if path.endswith(self.suffix) else path + self.suffix
 
+    @property
+    def rows(self) -> np.ndarray:
+        """(N,) row of each in its file, from 0."""
+        return self.numbers if self.places is None else self.places[self.numbers]
+
     def place(self, index: int) -> str:
         """Row, line and path of a row, for errors."""
         number = int(self.numbers[index])
@@ -191,6 +196,27 @@ class Part:
             ranks=self.ranks[indices],
             cache=ImageCache(self.cache.budget, len(indices)),
         )
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """The rows of some parts as one, in order; of columns that only some of them have, the other cells are None."""
+    with_paths = all(part.names.paths is not None for part in parts)
+    lines = [part.names.lines[part.names.numbers] for part in parts if part.names.lines is not None]
+    names = RowNames(
+        np.arange(sum(map(len, parts))),
+        pa.chunked_array([[name for part in parts for name in part.names[:]]], pa.string()) if with_paths else None,
+        lines=np.concatenate(lines) if len(lines) == len(parts) else None,
+        places=np.concatenate([part.names.rows for part in parts]),
+    )
+    return replace(
+        parts[0],
+        rows=datasets.concatenate_datasets([part.rows for part in parts]),
+        values=np.concatenate([part.values for part in parts]),
+        names=names,
+        ranks=np.concatenate([part.ranks for part in parts]),
+        source=" or ".join(dict.fromkeys(part.source for part in parts)),
+        cache=ImageCache(parts[0].cache.budget, len(names)),
+    )
 
 
 @dataclass(frozen=True)

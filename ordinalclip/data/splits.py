@@ -58,13 +58,68 @@ def split_rows(
         groups = _joined(together, groups)
     if config.folds is not None:
         folds = _folds(strata, groups, config.folds, seed, bool(config.stratify))
-        test = np.flatnonzero(folds == config.fold)
-        rest = np.flatnonzero(folds != config.fold)
-        whole = config.split[0] + config.split[1]
-        shares = (config.split[0] / whole, config.split[1] / whole, 0.0)
-        inner = _shared(strata[rest], None if groups is None else groups[rest], shares, seed, bool(config.stratify))
-        return {"train": rest[inner[0]], "validation": rest[inner[1]], "test": test}
+        return _without(folds, config.fold, strata, groups, config.split, seed, bool(config.stratify))
     return dict(zip(PARTS, _shared(strata, groups, config.split, seed, bool(config.stratify)), strict=True))
+
+
+def cross_validated(
+    ranks: np.ndarray,
+    groups: np.ndarray | None,
+    together: np.ndarray,
+    number: int,
+    split: tuple[float, float, float],
+    seed: int,
+) -> list[dict[str, np.ndarray]]:
+    """Row indices of train, validation and test for each of some folds: every row is in one test part.
+
+    Folds are even over the ranks, as far as groups allow, by scikit-learn's StratifiedKFold and StratifiedGroupKFold. A
+    rank of fewer rows than folds is one stratum with its neighbours.
+
+    Args:
+        ranks: (N,) rank of every row.
+        groups: (N,) names whose equal rows stay in one part; None: there are none.
+        together: (N,) ids of rows that belong together beside the groups, such as copies of a picture.
+        number: of folds.
+        split: shares, of which the first two divide what is no test part.
+
+    Raises:
+        ValueError: fewer rows or groups than folds.
+    """
+    strata = _strata(ranks, number)
+    if groups is not None or len(np.unique(together)) < len(together):
+        groups = _joined(together, None if groups is None else np.unique(groups, return_inverse=True)[1])
+    folds = _folds(strata, groups, number, seed, True)
+    return [_without(folds, fold, strata, groups, split, seed, True) for fold in range(number)]
+
+
+def _strata(ranks: np.ndarray, least: int) -> np.ndarray:
+    """(N,) stratum of every row: its rank, those of fewer rows than `least` joined with the next."""
+    counts = np.bincount(ranks)
+    strata, number, members = np.zeros(len(counts), dtype=np.int64), 0, 0
+    for rank, count in enumerate(counts.tolist()):
+        strata[rank] = number
+        members += count
+        if members >= least:
+            number, members = number + 1, 0
+    strata[strata == number] = max(number - 1, 0)  # what is left at the upper end
+    return strata[ranks]
+
+
+def _without(
+    folds: np.ndarray,
+    fold: int,
+    strata: np.ndarray,
+    groups: np.ndarray | None,
+    split: tuple[float, float, float],
+    seed: int,
+    stratified: bool,
+) -> dict[str, np.ndarray]:
+    """Row indices: one fold is the test part, the rest is divided in the shares of the other two."""
+    test, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+    whole = split[0] + split[1]
+    shares = (split[0] / whole, split[1] / whole, 0.0)
+    inner = _shared(strata[rest], None if groups is None else groups[rest], shares, seed, stratified)
+    return {"train": rest[inner[0]], "validation": rest[inner[1]], "test": test}
 
 
 def _shared(
@@ -94,7 +149,8 @@ def _folds(strata: np.ndarray, groups: np.ndarray | None, number: int, seed: int
 
     units = len(strata) if groups is None else len(np.unique(groups))
     if units < max(number, 2):
-        raise ValueError(f"{units} {'rows' if groups is None else 'groups'} are too few for {number} folds")
+        what = "row" if groups is None else "group"
+        raise ValueError(f"{units} {what}{' is' if units == 1 else 's are'} too few for {max(number, 2)} folds")
     kinds = {
         (False, False): KFold,
         (True, False): StratifiedKFold,

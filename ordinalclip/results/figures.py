@@ -168,6 +168,28 @@ def error_by_value(
 
 
 @styled
+def label_counts(counts: Mapping[str, Sequence[int]], ranks: Ranks, *, width: float = COLUMN) -> Figure:
+    """Number of labels by value, the parts of the data on top of each other.
+
+    Args:
+        counts: (R,) number of labels of each rank, by part.
+    """
+    figure, axes = _figure(width, 2.4)
+    bins, below = Bins(ranks), np.zeros(1)
+    members = bins.members(np.asarray(ranks.values))
+    for (part, of_rank), colour in zip(counts.items(), PALETTE, strict=False):
+        heights = np.asarray([np.asarray(of_rank)[chosen].sum() for chosen in members])
+        axes.bar(bins.places, heights, 0.86 * bins.width, below, color=colour, alpha=0.85, label=part)
+        below = below + heights
+    axes.yaxis.set_major_locator(_even_ticks(5, integer=True))
+    axes.set_ylabel("labels")
+    bins.label(axes)
+    axes.set_xlabel("rank" if ranks.worded else _label("label", ranks.unit))
+    _legend(axes)
+    return figure
+
+
+@styled
 def similarity(prototypes: np.ndarray, ranks: Ranks, *, width: float = COLUMN) -> Figure:
     """Cosine similarity of the rank prototypes, (R, D), as a matrix."""
     figure, axes = _square(width, 3.1)

@@ -251,9 +251,13 @@ def _listed(names: Sequence[str], last: str) -> str:
     return f"{', '.join(others)} {last} {final}" if others else final
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A line per row; columns in the order in which they first appear, empty where a row lacks them."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] = ()) -> None:
+    """A line per row; columns in the order in which they first appear, empty where a row lacks them.
+
+    Args:
+        columns: those of a table that may have no rows.
+    """
+    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     with whole(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 
 from ordinalclip.quoting import code, markdown
 from ordinalclip.results import figures
@@ -57,6 +62,26 @@ def inlined(drawn: Mapping[str, tuple[Figure, str]], suffix: str = "") -> dict[s
         name + suffix: (Markup(figures.inline_svg(figure, name + suffix, text)), text)
         for name, (figure, text) in drawn.items()
     }
+
+
+def thumbnail(image: Image.Image, size: int) -> Image.Image:
+    """A small square copy, of whose longer side the middle is shown."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture as the address of an image on a page."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def outline(probabilities: np.ndarray) -> str:
+    """A distribution as the path of a step function in a box of 100 x 30."""
+    heights = 30 - 29 * probabilities / probabilities.max()
+    edges = np.linspace(0, 100, len(heights) + 1)
+    steps = [f"V{height:.1f}H{right:.2f}" for height, (_, right) in zip(heights, pairwise(edges), strict=True)]
+    return f"M0 30{''.join(steps)}V30Z"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ordinalclip.quoting import printable
 from ordinalclip.ranks import Ranks
-from ordinalclip.results.figures import GRID, INK, MUTED, VALUE_COLOURS, WIDE, WIDTH, principal_components, styled
+from ordinalclip.results.figures import COLUMN, GRID, INK, MUTED, PAGE, VALUE_COLOURS, principal_components, styled
 from ordinalclip.results.figures import _bare as bare
 from ordinalclip.results.figures import _label as axis_label
 from ordinalclip.results.figures import _name_ticks as name_ticks
@@ -85,7 +85,7 @@ def _plane(unit: np.ndarray, by: str) -> tuple[np.ndarray, tuple[str, str]]:
 
 def _panels(count: int) -> tuple[Figure, Any]:
     """A row of square panels, as wide as a column for one, else as a page."""
-    width = WIDTH if count == 1 else WIDE
+    width = COLUMN if count == 1 else PAGE
     figure = Figure(figsize=(width, min(2.9, 0.9 + (width - 1) / count)))
     return figure, figure.subplots(1, count, squeeze=False)[0]
 

@@ -6,10 +6,7 @@ ordinalclip plot runs/demo --width page --out figures   # the same figures for a
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ import numpy as np
 import torch
 import yaml
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 
 from ordinalclip.data import Parts
 from ordinalclip.files import write_text
@@ -26,7 +22,7 @@ from ordinalclip.model import OrdinalModel
 from ordinalclip.provenance import data_name
 from ordinalclip.results import figures
 from ordinalclip.results.card import write_card
-from ordinalclip.results.pages import Figures, inlined, never_fatal, templates
+from ordinalclip.results.pages import Figures, data_uri, inlined, never_fatal, outline, templates, thumbnail
 from ordinalclip.results.record import RunRecord, points_of, read_run
 from ordinalclip.run_folder import RunFolder, local
 
@@ -158,7 +154,7 @@ def _feature_map(record: RunRecord, width: float) -> tuple[Figure, str]:
     total = len(record.images)
     rows = np.random.default_rng(record.config.seed).permutation(total)[:MAP_IMAGES]
     points = points_of(record.model, record.images, rows)
-    thumbnails = [_thumbnail(record.images.image(row), 60) for row in rows]
+    thumbnails = [thumbnail(record.images.image(row), 60) for row in rows]
     figure = figures.feature_map(points, record.images.values[rows], thumbnails, record.ranks, width=width)
     some = f"{len(rows)} of {total} images" if total > len(rows) else f"{total} images"
     text = "The space that answers are read from, which D5 and the residual variance score: principal components"
@@ -182,10 +178,10 @@ def _extremes(record: RunRecord) -> dict[str, list[dict[str, Any]]]:
         assert record.images is not None
         return {
             "name": given.names[row],
-            "image": _data_uri(_thumbnail(record.images.image(row), 128)),
+            "image": data_uri(thumbnail(record.images.image(row), 128)),
             "label": record.ranks.say(given.labels[row]),
             "answer": record.ranks.say(record.answers[row]),
-            "outline": None if probabilities is None else _outline(probabilities[row]),
+            "outline": None if probabilities is None else outline(probabilities[row]),
             "label_place": (given.label_ranks[row] + 0.5) / len(record.ranks),
         }
 
@@ -193,21 +189,3 @@ def _extremes(record: RunRecord) -> dict[str, list[dict[str, Any]]]:
         "Best": [entry(row) for row in order[:few]],
         "Worst": [entry(row) for row in order[::-1][:few]],
     }
-
-
-def _outline(probabilities: np.ndarray) -> str:
-    """A distribution as the path of a step function in a box of 100 x 30."""
-    heights = 30 - 29 * probabilities / probabilities.max()
-    edges = np.linspace(0, 100, len(heights) + 1)
-    steps = [f"V{height:.1f}H{right:.2f}" for height, (_, right) in zip(heights, pairwise(edges), strict=True)]
-    return f"M0 30{''.join(steps)}V30Z"
-
-
-def _thumbnail(image: Image.Image, size: int) -> Image.Image:
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
