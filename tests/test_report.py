@@ -762,7 +762,7 @@ def colours_of(handle):
         return {to_hex(handle.get_color())} - {"#000000"}  # that of nothing
     if isinstance(handle, PathCollection):
         return {to_hex(colour) for colour in handle.get_facecolor()}
-    return {to_hex(patch.get_facecolor()) for patch in handle.patches}
+    return {to_hex(patch.get_facecolor()) for patch in getattr(handle, "patches", ())}  # not of a shade
 
 
 def texts_of(figure):

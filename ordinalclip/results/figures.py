@@ -283,8 +283,8 @@ def explanation(
         bases: of the base ranks, (K,) each: places in label units, shares of the distribution and of a flat one.
         notes: sentences below.
     """
-    lines = [line for note in notes for line in textwrap.wrap(printable(note), int(62 * width / COLUMN))]
-    rows = {"maps": 1.62}
+    lines = [line for note in notes for line in textwrap.wrap(printable(note), int(58 * width / COLUMN))]
+    rows = {"maps": 1.72}
     if probabilities is not None:
         rows["distribution"] = (1.25 if bases is None else 2.0) + 0.45 * ranks.worded  # for long names
     if neighbors:
@@ -292,7 +292,7 @@ def explanation(
     if lines:
         rows["notes"] = 0.08 + 0.125 * len(lines)
     figure = Figure(figsize=(width, 0.25 + sum(rows.values())))
-    figure.suptitle(_short(title, 44), x=0.02, ha="left", fontsize=9)
+    figure.suptitle(_short(title, int(40 * width / COLUMN)), x=0.02, ha="left", fontsize=9)
     found = figure.subfigures(len(rows), 1, height_ratios=list(rows.values()), squeeze=False)[:, 0]
     panels = dict(zip(rows, found, strict=True))
     _maps(panels["maps"], picture, maps, ranks.unit)
@@ -302,10 +302,10 @@ def explanation(
         shown = panels["neighbors"].subplots(1, max(6 if len(neighbors) > 3 else 3, len(neighbors)))
         panels["neighbors"].suptitle("nearest training pictures, nearest first", x=0.02, ha="left", fontsize=7.5)
         for axes in shown:
-            axes.set_axis_off()
+            _hidden(axes)
         for axes, (image, label) in zip(shown, neighbors, strict=False):
             axes.imshow(np.asarray(image), interpolation="none")
-            axes.set_title(_short(label, 9), fontsize=6.5, pad=2)
+            axes.set_title(_short(label, int(9 * width / COLUMN)), fontsize=6.5, pad=2)
     if lines:
         panels["notes"].text(0.02, 1, "\n".join(lines), fontsize=6.5, color=MUTED, va="top", ha="left")
     return figure
@@ -315,16 +315,16 @@ def _maps(panel: Any, picture: Image.Image, maps: Mapping[str, tuple[np.ndarray,
     """The picture, and each map over it in grey: the stronger, the less of the picture is seen through it."""
     shown, bars = panel.subplots(2, 3, height_ratios=(18, 1))
     for axes in (*shown, *bars):
-        axes.set_axis_off()
+        _hidden(axes)
     shown[0].imshow(np.asarray(picture), interpolation="none")
-    shown[0].set_title("what the model sees", fontsize=7.5, pad=3)
+    shown[0].set_title("as it is seen", fontsize=6.5, pad=3)
     grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None] / 255
     for axes, bar, (name, (signed, of)) in zip(shown[1:], bars[1:], maps.items(), strict=False):
         most = float(np.abs(signed).max()) or 1.0
         strength = (np.abs(signed) / most)[..., None] ** 0.7
         colours = SIGNED_COLOURS(np.where(signed > 0, 1.0, 0.0))[..., :3]
         axes.imshow((1 - strength) * (0.35 + 0.5 * grey) + strength * colours, interpolation="none", vmin=0, vmax=1)
-        axes.set_title(name, fontsize=7.5, pad=3)
+        axes.set_title(name, fontsize=6.5, pad=3)
         bar.set_axis_on()
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-most, most), SIGNED_COLOURS)
         drawn = panel.colorbar(scale, cax=bar, orientation="horizontal")
@@ -333,7 +333,7 @@ def _maps(panel: Any, picture: Image.Image, maps: Mapping[str, tuple[np.ndarray,
         bar.tick_params(length=0, labelsize=7, pad=1)
         bar.get_xticklabels()[0].set_ha("left")
         bar.get_xticklabels()[2].set_ha("right")
-        bar.set_xlabel(f"{_short(unit, 7)} {of}".strip(), fontsize=6.5, labelpad=1)
+        bar.set_xlabel(f"{_short(unit)}\n{of}".strip(), fontsize=6.5, labelpad=1)
 
 
 def _distribution(
@@ -361,16 +361,17 @@ def _distribution(
         ends = place(low) - gap / 2, place(high) + gap / 2
         label = f"central {100 * level:g} %, not calibrated"
         handles.append(top.axvspan(*ends, color=MUTED, alpha=0.18, linewidth=0, zorder=0, label=label))
-    above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 2}
-    top.legend(handles=handles, fontsize=7, **above)
-    top.set_ylabel("probability")
+    above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 2, "handlelength": 1.2}
+    top.legend(handles=handles, fontsize=6.5, **above)
+    top.set_ylabel("probability", fontsize=7)
     if bases is not None:
         where, shares, flat = bases
         apart = np.diff(place(where)).min() if len(where) > 1 else gap
         half = min(0.3 * apart, 0.03 * np.ptp(places))
         below[0].bar(place(where), shares, 2 * half, color=MUTED, linewidth=0)
         below[0].hlines(flat, place(where) - half, place(where) + half, color=INK, linewidth=0.8)
-        below[0].set(ylabel="base\nranks", ylim=(0, None))
+        below[0].set_ylabel("base\nranks", fontsize=7)
+        below[0].set_ylim(0, None)
         panel.align_ylabels()
     for axes in (top, *below):
         axes.yaxis.set_major_locator(_even_ticks(3))
@@ -869,13 +870,18 @@ def _height_of(lines: Sequence[str]) -> float:
 def _legend(axes: Axes) -> None:
     """A legend above the axes, where it hides nothing; in as many columns as the texts leave room for."""
     texts = axes.get_legend_handles_labels()[1]
-    figure = axes.get_figure()
+    figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
     columns = int((figure.get_figwidth() - 0.5) / (0.4 + 0.055 * max(map(len, texts))))
     lines = -(-len(texts) // max(1, columns))
     figure.set_figheight(figure.get_figheight() + 0.14 * (lines - 1))  # not at the axes' expense
     above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
     axes.legend(ncols=-(-len(texts) // lines), columnspacing=1.2, labelspacing=0.3, **above)
+
+
+def _hidden(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.set_axis_off()
 
 
 def _bare(axes: Axes) -> None:
@@ -917,7 +923,7 @@ def _name_ticks(
     Args:
         room: characters that fit below the axes side by side; None: below axes as wide as the figure.
     """
-    figure = axes.get_figure()
+    figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
     room = room or 9.2 * figure.get_figwidth()
     shortened = [_short(name) for name in names]
