@@ -135,6 +135,7 @@ def test_a_new_metric_is_one_entry(quick, tmp_path, monkeypatch, capsys):
     (zero,) = (tmp_path / "out" / "runs").glob("zero-*")
     assert json.loads((zero / "metrics.json").read_text())["middle"] > 0
     page = (tmp_path / "out" / "report.html").read_text()
+    page = page.replace("\u00a0", " ")
     assert "worst ←" not in page  # larger is better, unless it says otherwise
     assert "worst →" in page
     best = RunFolder(next(path.parent for path in (tmp_path / "out" / "runs").glob("*/report.html")))
