@@ -114,7 +114,7 @@ class EmbeddingHead(Head):
         return self.predict_value(self.neighbors.predict(outputs["embedding"]))
 
     @property
-    def stand_in(self) -> str:  # type: ignore[override]
+    def stand_in(self) -> str:
         if self.readout == "l1":
             return "the linear read-out with the gradient through the embedding that training cuts"
         return f"a kernel mean of the labels of the training part, as wide as its {KERNEL_NEIGHBORS} nearest neighbours"

@@ -23,7 +23,7 @@ import numpy as np
 from ordinalclip.compare.execution import Result, ended, forget_data, parts_of, train_one
 from ordinalclip.config import DataConfig, RunConfig, flat_keys, read_overrides
 from ordinalclip.data import PARTS, Part, Parts
-from ordinalclip.data.duplicates import MOST_COMPARED, Similar, copies, similar, thumbnail
+from ordinalclip.data.duplicates import MOST_COMPARED, MOST_SIMILAR, Similar, copies, similar, thumbnail
 from ordinalclip.data.parts import joined
 from ordinalclip.data.splits import cross_validated
 from ordinalclip.executors import WorkerDied, num_jobs, open_pool
@@ -182,6 +182,8 @@ def _audit(
     notes[0] += f" and keep {group} (data.group) together." if group else "; copies of a picture are in the same."
     if pairs is None:
         notes.append(f"Near-duplicates were not looked for among more than {MOST_COMPARED:,} pictures.")
+    elif len(pairs) == MOST_SIMILAR:
+        notes.append(f"Of near-duplicates the {MOST_SIMILAR:,} most similar pairs are listed; there may be more.")
     if unseen := _unseen(pictures.ranks, rows):
         notes.append(
             f"{unseen} labels are of ranks of which the model that judges them has seen no label in training: their "

@@ -30,7 +30,7 @@ from ordinalclip.model import OrdinalModel
 from ordinalclip.prompts import interpolation_weights
 from ordinalclip.provenance import fingerprints
 from ordinalclip.ranks import Ranks
-from ordinalclip.results import figures
+from ordinalclip.results.explanation_figure import explanation
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.distributed import make_accelerator
 from ordinalclip.training.evaluation import Evaluator
@@ -128,7 +128,7 @@ class Explanation:
         notes += [f"{method}: {found.note}." for method, found in self.attributions.items() if found.note]
         notes += [f"No {part}: {why}." for part, why in self.missing.items() if part != "base_ranks"]
         labels = [] if self.neighbors is None else self.neighbors["label"]
-        return figures.explanation(
+        return explanation(
             title=f"{Path(self.name).name}: {say(self.value)}",
             picture=self.image,
             maps=maps,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,25 @@ from torch.nn.functional import normalize
 from ordinalclip import metrics
 from ordinalclip.backbones import Backbone, load_backbone
 from ordinalclip.data import load_parts
+from ordinalclip.explain import explain as explain
 from ordinalclip.heads import Decoding, Head, HeadContext, decode
 from ordinalclip.images import PixelSpec, find_images, load_image, prepare
 from ordinalclip.language import OrdinalCLIP, PromptHead, PrototypeHead, centre, sentence_prototypes
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress
 from ordinalclip.prompts import Interpolation, RankPosition, weights_at
+from ordinalclip.provenance import fingerprints
 from ordinalclip.ranks import Ranks
 from ordinalclip.results import prompt_figures
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.text import TextTower
-from ordinalclip.tokenization import words_of
+from ordinalclip.tokenization import TextPooling, words_of
+from ordinalclip.weights import first_line
 
 DECADE = 10  # ranks
 PICTURES = 500  # of a run that are looked at, evenly from its part
 BATCH = 64
+SAME = 0.1  # distance of a prototype of length 1, computed again; rounding is far less
 CAVEAT = (
     "The nearest word of the vocabulary is rarely near: compare `cosine` with `of a random vector`, the cosine that a "
     "random vector of as many dimensions reaches with its nearest word. A context works through all its tokens, and "
@@ -129,10 +133,11 @@ def learned(run: str | Path, title: str = "") -> RankPrompts:
     Of a run that keeps no prompts (another method, an older version) these are the prototypes of its model.
 
     Raises:
-        FileNotFoundError: no finished run there; ValueError: a method without rank prototypes.
+        FileNotFoundError: no finished run there; ValueError: a method without rank prototypes, or prompts that are not
+            those of the run's model.
     """
     opened = _opened(run)
-    if opened.folder.prompts.is_file():
+    if opened.has_prompts:
         return _of_head(title or opened.method, opened.head)
     if opened.model.head.rank_prototypes() is None:
         raise ValueError(f"{run}: {opened.method} has no rank prototypes; a method with prompts is needed")
@@ -166,7 +171,7 @@ def ordinality(*prompts: Given, step: int = DECADE) -> pd.DataFrame:
     * `neighbours`: j = i + 1, s = 1: is the next rank more similar than the one after it?
     * `steps of S`: s = `step` ranks, all j >= i: is the order right on the large scale? Only where R > `step`.
     """
-    rows = {}
+    rows = []
     for each in map(_prompts, prompts):
         similarity = _similarity(each.prototypes)
         found = {
@@ -175,8 +180,8 @@ def ordinality(*prompts: Given, step: int = DECADE) -> pd.DataFrame:
         }
         if len(each.ranks) > step:
             found[f"steps of {step}"] = _falls(similarity, step, lambda i, j: j >= i)
-        rows[each.title] = found
-    return pd.DataFrame.from_dict(rows, orient="index")
+        rows.append(found)
+    return pd.DataFrame(rows, index=_titles(prompts))
 
 
 def compare_prompts(prompts: Sequence[Given], step: int = DECADE) -> pd.DataFrame:
@@ -287,14 +292,14 @@ def zero_shot(
     return read(images, *prompts, by=clip, decoding=decoding)
 
 
-def read(images: Any, *prompts: Given, by: str | Path = "tiny", decoding: Decoding = "median") -> pd.DataFrame:
+def read(images: Any, *prompts: Given, by: str | Path = "tiny", decoding: Decoding | None = None) -> pd.DataFrame:
     """What pictures are read as when they are compared with prompts: a column for each of the prompts.
 
     Args:
         images: paths, a folder, PIL pictures or arrays; one or a list.
         by: whose image encoder sees the pictures: spec of a CLIP, whose text encoder made the prompts; or the folder of
             a run with rank prototypes, in whose place the prompts are put, with nothing trained again.
-        decoding: how a distribution over ranks becomes a value.
+        decoding: how a distribution over ranks becomes a value; None: as the run does it, "median" for a CLIP.
 
     Returns:
         a row for each picture, values in the label's unit.
@@ -308,11 +313,12 @@ def read(images: Any, *prompts: Given, by: str | Path = "tiny", decoding: Decodi
     opened = _opened(by) if RunFolder(by).is_finished else None
     encoder, pixels, compare = _reader_of(opened) if opened else _clip_reader(str(by))
     features = _encode(encoder, [prepare(picture, pixels) for picture in pictures])
-    answers = {}
+    how = decoding or (opened.model.head.decoding if opened else "median")
+    answers = []
     for each in map(_prompts, prompts):
         probabilities = compare(features, each).detach().softmax(dim=1)
-        answers[each.title] = decode(probabilities, each.ranks, decoding).value.numpy()
-    return pd.DataFrame(answers, index=pd.Index(names, name="picture"))
+        answers.append(decode(probabilities, each.ranks, how).value.numpy())
+    return pd.DataFrame(dict(zip(_titles(prompts), answers, strict=True)), index=pd.Index(names, name="picture"))
 
 
 def interpolate(run: str | Path, values: Sequence[float], quiet: bool = False) -> pd.DataFrame:
@@ -414,22 +420,45 @@ class _Run:
         self._features: tuple[Tensor, np.ndarray] | None = None
 
     @property
-    def head(self) -> PromptHead:
-        """Its prompts, with the learned context and rank embeddings."""
-        own = self.model.head
-        strangers = isinstance(own, PrototypeHead) and own.output_dim is not None
+    def has_prompts(self) -> bool:
+        """Whether the run keeps prompts, of a method that is known here: another may make other prompts of them."""
+        return self.method in ("ordinalclip", "coop") and self.folder.prompts.is_file()
+
+    @property
+    def prompt_options(self) -> dict[str, Any]:
+        """The options of `OrdinalCLIP` that give the run's prompts."""
         options = {name: value for name, value in self.config.head.items() if name in PROMPT_OPTIONS}
-        if self.method == "coop":
-            options = {"init_from_names": True, **options, "num_base_ranks": None}
-        head = _head(_tower(self.config.model.text or self.config.model.backbone), self.ranks, options, strangers)
-        prompts = self.folder.read_prompts()
-        head.learner.load_state_dict(prompts, strict=False)
+        return {"init_from_names": True, **options, "num_base_ranks": None} if self.method == "coop" else options
+
+    @cached_property
+    def head(self) -> PromptHead:
+        """Its prompts, with the learned context and rank embeddings.
+
+        Raises:
+            ValueError: those that are kept are not those of its model.
+        """
+        own, model = self.model.head, self.config.model
+        strangers = isinstance(own, PrototypeHead) and own.output_dim is not None
+        tower = _tower(model.text or model.backbone, model.text_pooling)
+        head = _head(tower, self.ranks, self.prompt_options, strangers)
+        try:
+            head.learner.load_state_dict({**head.learner.state_dict(), **self.folder.read_prompts()})
+        except RuntimeError as error:
+            raise ValueError(f"{self.folder.prompts}: damaged, or of another run ({first_line(error)})") from error
+        with torch.no_grad():
+            again = normalize(head.rank_prototypes().float(), dim=-1)
+        if (again - self.prototypes()).norm(dim=1).max() > SAME:
+            raise ValueError(
+                f"{self.folder.prompts}: not the prompts of the model beside it, or of another text encoder"
+            )
         return head
 
     def features(self, quiet: bool) -> tuple[Tensor, np.ndarray]:
         """Features (N, D) and labels (N,) of the validation part, or the test part of a run without."""
         if self._features is None:
             parts = load_parts(self.config.data, self.config.ranks, self.config.seed)
+            if changed := self.folder.data_difference(fingerprints(parts)):
+                raise ValueError(f"{self.folder.path}: this is not the data of the run any more: {changed}")
             part = parts.validation or parts.test
             if part is None:
                 raise ValueError(f"{self.folder.path}: the run has neither a validation nor a test part to look at")
@@ -499,15 +528,15 @@ def _cached(path: str, stamp: int) -> _Run:
 
 
 @lru_cache(maxsize=4)
-def _backbone(clip: str) -> Backbone:
-    backbone = load_backbone(clip)
+def _backbone(clip: str, pooling: TextPooling | None = None) -> Backbone:
+    backbone = load_backbone(clip, text_pooling=pooling)
     if backbone.text is None:
         raise ValueError(f"{clip} has no text tower; use tiny, minilm, or an open_clip or hf spec with one")
     return backbone
 
 
-def _tower(clip: str) -> TextTower:
-    tower = _backbone(clip).text
+def _tower(clip: str, pooling: TextPooling | None = None) -> TextTower:
+    tower = _backbone(clip, pooling).text
     assert tower is not None
     return tower
 
@@ -571,14 +600,11 @@ def _taken_apart(prompts: RankPrompts) -> PromptHead:
 def _changed(opened: _Run, head: PromptHead, change: Mapping[str, Any]) -> PromptHead:
     """The learned prompts with one option changed, and everything else as it was learned."""
     (option, value), learner = next(iter(change.items())), head.learner
-    options = {name: value for name, value in opened.config.head.items() if name in PROMPT_OPTIONS}
-    if opened.method == "coop":
-        options = {"init_from_names": True, **options, "num_base_ranks": None}
     if option == "interpolation" and learner.weights.numel() == 0:
         raise ValueError(
             f"{opened.folder.path}: every rank has an embedding of its own; no interpolation to be changed"
         )
-    changed = _head(head.text, head.ranks, {**options, option: value}, head.centred)
+    changed = _head(head.text, head.ranks, {**opened.prompt_options, option: value}, head.centred)
     with torch.no_grad():
         if option != "prompt":
             changed.learner.context.copy_(learner.context)
@@ -638,12 +664,33 @@ def _places(ranks: Ranks, values: Sequence[float]) -> Tensor:
 
 
 def _ranks(given: Ranks | Sequence[Any]) -> Ranks:
+    """Raises:
+    ValueError: names that are numbers, of which the values might be meant."""
     if isinstance(given, Ranks):
         return given
     listed = list(given)
-    if all(isinstance(each, str) for each in listed):
-        return Ranks(tuple(range(len(listed))), tuple(listed))
-    return Ranks(tuple(listed))
+    if not all(isinstance(each, str) for each in listed):
+        return Ranks(tuple(listed))
+    if all(map(_is_number, listed)):
+        raise ValueError(
+            f"ranks named {', '.join(listed[:3])}, ...: if these are the values give numbers, else Ranks(values, names)"
+        )
+    return Ranks(tuple(range(len(listed))), tuple(listed))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _titles(prompts: Sequence[Given]) -> list[str]:
+    """What each of the prompts is called; the second of one title has its number behind it."""
+    titles = [_prompts(each).title for each in prompts]
+    before = [titles[:place].count(title) for place, title in enumerate(titles)]
+    return [f"{title} ({count + 1})" if count else title for title, count in zip(titles, before, strict=True)]
 
 
 def _listed(given: Any) -> list[Any]:

@@ -147,8 +147,6 @@ class Head(nn.Module):
         reads: what of the image encoder the features are: its own `pooled` ones, (B, D); those of all its `layers`,
             (B, L, D), see `ordinalclip.backbones.layers.LayerFeatures`; or the `tokens` of its last layer, (B, N, D),
             see `TokenFeatures` there. What is deployed takes the same.
-        stand_in: in words, what `smooth_value` gives in the place of an answer without a gradient; "" where it gives
-            the expected value itself.
     """
 
     learns: ClassVar[bool] = True
@@ -156,7 +154,6 @@ class Head(nn.Module):
     views = 1
     inner: ClassVar[type[Head] | None] = None
     reads: ClassVar[Reads] = "pooled"
-    stand_in = ""
 
     def __init__(self, context: HeadContext):
         super().__init__()
@@ -202,14 +199,18 @@ class Head(nn.Module):
         """(B, ...) outputs -> (B,) in label units: the mean of the distribution over ranks, or the value itself for
         heads without one. What explanations explain, whatever the decoding."""
         value, _, probabilities = self.predict(outputs)
-        if probabilities is None:
-            return value
-        return probabilities @ torch.tensor(self.ranks.values, dtype=probabilities.dtype, device=probabilities.device)
+        return value if probabilities is None else decode(probabilities, self.ranks, "expectation").value
 
     def smooth_value(self, outputs: Outputs) -> Tensor:
         """`expected_value` with a gradient, for explanations by gradients. Heads whose answer has none, since it is
         constant in pieces or learned on detached features, give what stands for it and say so in `stand_in`."""
         return self.expected_value(outputs)
+
+    @property
+    def stand_in(self) -> str:
+        """In words, what `smooth_value` gives in the place of an answer without a gradient; "" where it gives the
+        expected value itself."""
+        return ""
 
     def deploy(self) -> tuple[str, dict[str, Any], Head] | None:
         """What is served instead of this head, as (method name, options, head). Default None: the head itself."""

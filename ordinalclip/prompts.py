@@ -57,21 +57,14 @@ def weights_at(places: Tensor, num_ranks: int, num_base_ranks: int, kind: Interp
     distance = (places.to(bases)[:, None] - bases).abs()
     if kind == "gaussian":
         return torch.softmax(-(distance**2), dim=1).float()  # the same as exp / sum, without its underflow
-    gap = (num_ranks - 1) / (num_base_ranks - 1)
-    weights = {
-        "linear": 1 - distance / (num_ranks - 1),
-        "inverse": 1 / (distance + 1e-5),
-        "piecewise": (1 - distance / gap).clamp(min=0),
-    }[kind]
     if kind == "piecewise":
-        beyond = (places.to(bases) - places.to(bases).clamp(0, num_ranks - 1)) / gap
-        last = torch.where(beyond > 0, num_base_ranks - 1, 0)
-        before = torch.where(beyond > 0, num_base_ranks - 2, 1)
-        outside = torch.zeros_like(weights)
-        outside.scatter_(1, last[:, None], 1 + beyond.abs()[:, None]).scatter_(
-            1, before[:, None], -beyond.abs()[:, None]
-        )
-        weights = torch.where(beyond[:, None] != 0, outside, weights)
+        steps = places.to(bases) * (num_base_ranks - 1) / (num_ranks - 1)  # in gaps between bases
+        before = steps.floor().clamp(0, num_base_ranks - 2)
+        share = (steps - before)[:, None]  # of the base after it; outside of 0 to 1 beyond the ends
+        before = before.long()[:, None]
+        weights = torch.zeros_like(distance).scatter_(1, before, 1 - share).scatter_(1, before + 1, share)
+        return weights.float()
+    weights = 1 - distance / (num_ranks - 1) if kind == "linear" else 1 / (distance + 1e-5)
     total = weights.sum(dim=1, keepdim=True)
     if (total <= 0).any():
         raise ValueError("too far beyond the ranks: linear weights of the base ranks sum to nothing there")

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ordinalclip.config import RunConfig, flat_keys, load_config, read_layers
 from ordinalclip.files import ASIDE, delete, lock, read_json, unwritten, whole, write_json, write_text
@@ -359,7 +359,7 @@ class RunFolder:
     def write_prompts(self, prompts: dict[str, torch.Tensor]) -> None:
         """prompts.safetensors, of a few tensors by name."""
         with whole(self.prompts) as aside:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in prompts.items()}, aside)
+            aside.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in prompts.items()}))
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """metrics.json, whole or not at all."""

@@ -265,3 +265,11 @@ def test_few_shots_do_not_make_rare_readings_common(tmp_path):
     head = OrdinalModel.from_pretrained(tmp_path / "run" / "model").head
     assert head.correction.argmax().item() == 0
     assert head.correction[0] > head.correction[4] + 0.5
+
+
+def test_where_nothing_learns_it_is_said(tmp_path):
+    """A frozen CLIP with anchors of its own text."""
+    place = [f"output_dir={tmp_path / 'run'}", "method=text_anchors", "train.freeze=[encoder.*]", "train.max_steps=2"]
+    config = load_config(None, [*place, "data.num_train=40", "data.num_validation=20", "data.num_test=20"])
+    with pytest.raises(ValueError, match=r"nothing is trained: .* method=text_anchors has no parameters"):
+        train(config, quiet=True)

@@ -369,7 +369,7 @@ def test_pairs_are_similar_as_seen_from_both():
     assert (0, 1) in pairs(np.asarray([0, 8, *degrees[2:]]))
 
 
-def test_pairs_of_the_page_name_parts_and_labels(tmp_path):
+def test_pairs_of_the_page_name_parts_and_labels(tmp_path, monkeypatch):
     write_pictures(tmp_path, 24)
     gradient = Image.linear_gradient("L").convert("RGB")
     gradient.save(tmp_path / "p0.png")
@@ -382,3 +382,7 @@ def test_pairs_of_the_page_name_parts_and_labels(tmp_path):
     assert pair["in two parts"] == ("yes" if pair["part 1"] != pair["part 2"] else "no")
     assert {pair["given 1"], pair["given 2"]} == {"0", "1"}
     assert json.loads((place / "audit.json").read_text())["folds"] == 2
+    assert "there may be more" not in (place / "audit.html").read_text()
+    monkeypatch.setattr("ordinalclip.audit.MOST_SIMILAR", len(rows))
+    audit(run, folds=2, overwrite=True, quiet=True)
+    assert f"the {len(rows):,} most similar pairs are listed; there may be more" in (place / "audit.html").read_text()

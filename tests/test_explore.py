@@ -1,6 +1,9 @@
 """Prompts to play with: against the parts that they are made of, on the tiny CLIP and on short runs."""
 
+import os
 import re
+import stat
+from shutil import copyfile, copytree
 
 import numpy as np
 import pytest
@@ -28,18 +31,20 @@ def tower():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of OrdinalCLIP, CoOp and L1, some steps each, on thermometers with eleven ranks."""
+    """A run of OrdinalCLIP, CoOp and L1, some steps each, on thermometers with eleven ranks; and "strangers", an
+    OrdinalCLIP whose text encoder has never seen a picture, so that prototypes are taken less their mean."""
     made = {}
-    for method in ("ordinalclip", "coop", "l1"):
-        place = tmp_path_factory.mktemp(method) / "run"
+    for name in ("ordinalclip", "coop", "l1", "strangers"):
+        place, method = tmp_path_factory.mktemp(name) / "run", "ordinalclip" if name == "strangers" else name
         head = [f"head.prompt={PROMPT}", "head.init_from_names=true"] if method != "l1" else []
         head += ["head.num_base_ranks=3", "head.interpolation=piecewise"] if method == "ordinalclip" else []
+        head += ["model.backbone=timm:test_resnet", "model.text=tiny"] if name == "strangers" else []
         config = load_config(
             folder() / "methods" / f"{method}.yaml",
             [f"output_dir={place}", "train.max_steps=4", "train.eval_every=2", "ranks.num=11", "data.num_validation=40",
              "data.num_test=40", "data.num_train=40", "data.shots=null", "evaluation.report=false", *head],
         )  # fmt: skip
-        made[method] = train(config, quiet=True)
+        made[name] = train(config, quiet=True)
     return made
 
 
@@ -110,6 +115,51 @@ def test_a_run_comes_back_with_the_prompts_it_learned(runs):
         explore.learned(runs["l1"])
     with pytest.raises(FileNotFoundError):
         explore.learned(runs["l1"] / "nowhere")
+
+
+def test_prompts_of_strangers_are_compared_less_their_mean(runs):
+    """The language's own cosines are shown; pictures are compared as in training."""
+    run = runs["strangers"]
+    prompts, model = explore.learned(run), RunFolder(run).read_model()
+    unit = normalize(prompts.prototypes - prompts.prototypes.mean(dim=0), dim=-1)
+    assert torch.allclose(unit, model.head.rank_prototypes(), atol=1e-4)
+    assert not torch.allclose(prompts.prototypes, unit, atol=0.1)
+    assert explore.interpolate(run, [0, 50, 100], quiet=True)["cosine"].min() > 0.9999
+    table = explore.what_if(run, rank_position="tail", quiet=True)
+    assert table["MAE"].to_numpy() == pytest.approx([RunFolder(run).read_metrics()["validation"]["mae"]] * 2, abs=1e-4)
+    pictures = [draw("thermometer", value, np.random.default_rng(1)) for value in (5.0, 95.0)]
+    answers = [answer["value"] for answer in load_pipeline(str(run / "model"))(pictures)]
+    assert explore.read(pictures, run, by=run)["ordinalclip"].tolist() == pytest.approx(answers)
+
+
+def test_what_a_run_keeps_is_held_against_its_model_and_its_data(runs, tmp_path):
+    copy = tmp_path / "run"
+    copytree(runs["ordinalclip"], copy)
+    assert stat.filemode((copy / "prompts.safetensors").stat().st_mode) == stat.filemode(
+        (copy / "metrics.json").stat().st_mode
+    )
+    kept = RunFolder(copy).read_prompts()
+    RunFolder(copy).write_prompts({**kept, "context": kept["context"].flip(0)})
+    with pytest.raises(ValueError, match=r"prompts\.safetensors: not the prompts of the model beside it"):
+        explore.learned(copy)
+    copyfile(runs["coop"] / "prompts.safetensors", copy / "prompts.safetensors")
+    os.utime(copy / "metrics.json")
+    with pytest.raises(ValueError, match=r"prompts\.safetensors: damaged, or of another run"):
+        explore.learned(copy)
+    other = tmp_path / "other"
+    copytree(runs["coop"], other)
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace("num_validation: 40", "num_validation: 41"))
+    with pytest.raises(ValueError, match="this is not the data of the run any more"):
+        explore.what_if(other, rank_position="front", quiet=True)
+
+
+def test_prompts_of_one_title_are_told_apart(runs):
+    two = [runs["coop"], explore.written("{name}", READINGS, title="coop")]
+    assert list(explore.compare_prompts(two).index) == ["coop", "coop (2)"]
+    assert list(explore.ordinality(*two, two[0]).index) == ["coop", "coop (2)", "coop (3)"]
+    picture = draw("thermometer", 5.0, np.random.default_rng(1))
+    assert list(explore.read(picture, *two, by=runs["coop"])) == ["coop", "coop (2)"]
 
 
 def test_what_if_nothing_changes(runs):
@@ -225,6 +275,7 @@ def test_a_run_reads_pictures_by_its_own_prompts_and_by_others(runs):
         (lambda: explore.prototype_path(explore.written("{name}", READINGS), by="umap"), "choices: pca, mds"),
         (lambda: explore.interpolated(PROMPT, READINGS, num_base_ranks=12), "between 1 and the number of ranks"),
         (lambda: explore.zero_shot([], READINGS), "no pictures"),
+        (lambda: explore.written("{name}", ["10", "20", "35"]), "ranks named 10, 20, 35, ...: if these are the values"),
     ],
 )
 def test_bad_input(call, message):

@@ -32,6 +32,7 @@ from ordinalclip.metrics import METRICS
 from ordinalclip.pipeline import load_pipeline
 from ordinalclip.ranks import Ranks
 from ordinalclip.results import figures, run_report
+from ordinalclip.results.explanation_figure import explanation
 from ordinalclip.results.record import read_run, shown
 from ordinalclip.results.search_report import SearchRecord, TrialRow, write_search_report, write_trials
 from ordinalclip.results.significance import Verdict
@@ -643,7 +644,7 @@ def every_figure(width):
         ends = np.asarray(ranks.values)[[0, -1]]
         yield (
             f"explanation, {kind}",
-            figures.explanation(
+            explanation(
                 f"{LONG}: {ranks.say(ends[1])}",
                 Image.new("RGB", (16, 16)),
                 maps,
@@ -660,7 +661,7 @@ def every_figure(width):
     picture, label = Image.new("RGB", (16, 16)), spaces["few"].names[-1]
     yield (
         "explanation, little",
-        figures.explanation(LONG, picture, {}, spaces["few"], 4, neighbors=[(picture, label)] * 2, **sized),
+        explanation(LONG, picture, {}, spaces["few"], 4, neighbors=[(picture, label)] * 2, **sized),
     )
     for kind, ranks in spaces.items():
         labels = rng.choice(ranks.values, 90)

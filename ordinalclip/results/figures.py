@@ -40,7 +40,6 @@ MARKERS = "osD^vX"  # with the colours: two blues are one in the dark
 THEME = {INK: "--ink", MUTED: "--muted", GRID: "--grid", BLUE: "--blue"}
 VALUE_COLOURS = LinearSegmentedColormap.from_list("values", matplotlib.colormaps["viridis"](np.linspace(0.2, 0.92, 64)))
 # From lower to higher through the grey of paper: blue and vermilion are told apart whatever one's eyes lack.
-SIGNED_COLOURS = LinearSegmentedColormap.from_list("signed", [BLUE, "#f2f2f2", "#d55e00"])
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 8,
@@ -95,15 +94,15 @@ def agreement(labels: np.ndarray, values: np.ndarray, ranks: Ranks, *, width: fl
     else:
         axes.scatter(labels, values, s=11, color=BLUE, alpha=0.55, linewidths=0, zorder=2)
     axes.set(xlim=bounds, ylim=bounds, aspect="equal")
-    axes.set(xlabel=_label("true value", ranks.unit), ylabel=_label("predicted value", ranks.unit))
+    axes.set(xlabel=axis_label("true value", ranks.unit), ylabel=axis_label("predicted value", ranks.unit))
     if ranks.worded:
-        named = _some(ranks)
-        _name_ticks(
+        named = some_ranks(ranks)
+        name_ticks(
             axes, [ranks.values[rank] for rank in named], [ranks.name(rank) for rank in named], room=24 * _growth(width)
         )
     else:
-        axes.xaxis.set_major_locator(_even_ticks(_most(ranks)))
-        axes.yaxis.set_major_locator(_even_ticks(_most(ranks)))
+        axes.xaxis.set_major_locator(even_ticks(most_ticks(ranks)))
+        axes.yaxis.set_major_locator(even_ticks(most_ticks(ranks)))
     return figure
 
 
@@ -126,10 +125,10 @@ def confusion(label_ranks: np.ndarray, ranks: np.ndarray, names: Sequence[str], 
     lines = np.arange(len(names) + 1) - 0.5
     axes.hlines(lines, -0.5, len(names) - 0.5, color=GRID, linewidth=0.6)
     axes.vlines(lines, -0.5, len(names) - 0.5, color=GRID, linewidth=0.6)
-    _name_ticks(axes, range(len(names)), names, room=32 * _growth(width))
+    name_ticks(axes, range(len(names)), names, room=32 * _growth(width))
     axes.set(xlabel="predicted rank", ylabel="true rank", aspect="equal")
     axes.set(xlim=(-0.52, len(names) - 0.48), ylim=(len(names) - 0.48, -0.52))
-    _bare(axes)
+    bare(axes)
     return figure
 
 
@@ -156,11 +155,11 @@ def error_by_value(
     top.errorbar(bins.places, errors, around, fmt="none", ecolor=INK, elinewidth=0.8)
     top.plot(bins.places, bias, color=ORANGE, marker="o", markersize=3, linewidth=1.2, label="bias")
     top.axhline(0, color=MUTED, linewidth=0.6)
-    top.set_ylabel(_label("error", ranks.unit))
+    top.set_ylabel(axis_label("error", ranks.unit))
     _legend(top)
     per_bin = [np.asarray(train_counts)[chosen].sum() for chosen in bins.members(np.asarray(ranks.values))]
     bottom.bar(bins.places, per_bin, 0.86 * bins.width, color=MUTED, alpha=0.6)
-    bottom.yaxis.set_major_locator(_even_ticks(3, integer=True))
+    bottom.yaxis.set_major_locator(even_ticks(3, integer=True))
     bottom.set_ylabel("training\nimages")
     bins.label(bottom)
     figure.align_ylabels()
@@ -181,10 +180,10 @@ def label_counts(counts: Mapping[str, Sequence[int]], ranks: Ranks, *, width: fl
         heights = np.asarray([np.asarray(of_rank)[chosen].sum() for chosen in members])
         axes.bar(bins.places, heights, 0.86 * bins.width, below, color=colour, alpha=0.85, label=part)
         below = below + heights
-    axes.yaxis.set_major_locator(_even_ticks(5, integer=True))
+    axes.yaxis.set_major_locator(even_ticks(5, integer=True))
     axes.set_ylabel("labels")
     bins.label(axes)
-    axes.set_xlabel("rank" if ranks.worded else _label("label", ranks.unit))
+    axes.set_xlabel("rank" if ranks.worded else axis_label("label", ranks.unit))
     _legend(axes)
     return figure
 
@@ -195,14 +194,14 @@ def similarity(prototypes: np.ndarray, ranks: Ranks, *, width: float = COLUMN) -
     figure, axes = _square(width, 3.1)
     unit = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)
     picture = axes.imshow(unit @ unit.T, cmap="viridis", interpolation="none")
-    named = _some(ranks)
-    _name_ticks(axes, named, [ranks.name(rank) for rank in named], room=24 * _growth(width))
-    what = "rank" if ranks.worded else _label("rank", ranks.unit)
+    named = some_ranks(ranks)
+    name_ticks(axes, named, [ranks.name(rank) for rank in named], room=24 * _growth(width))
+    what = "rank" if ranks.worded else axis_label("rank", ranks.unit)
     axes.set(xlabel=what, ylabel=what)
-    _bare(axes)
+    bare(axes)
     bar = figure.colorbar(picture, ax=axes, location="top", label="cosine similarity", aspect=30)
     bar.outline.set_visible(False)
-    bar.ax.xaxis.set_major_locator(_even_ticks(4))
+    bar.ax.xaxis.set_major_locator(even_ticks(4))
     return figure
 
 
@@ -258,135 +257,6 @@ def feature_map(
 
 
 @styled
-def explanation(
-    title: str,
-    picture: Image.Image,
-    maps: Mapping[str, tuple[np.ndarray, str]],
-    ranks: Ranks,
-    answer: float,
-    probabilities: np.ndarray | None = None,
-    interval: tuple[float, float, float] | None = None,
-    neighbors: Sequence[tuple[Image.Image, str]] = (),
-    bases: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
-    notes: Sequence[str] = (),
-    *,
-    width: float = COLUMN,
-) -> Figure:
-    """Why a model answers what it answers: maps over the picture, the distribution, training pictures, base ranks.
-
-    Args:
-        maps: by name a signed map (S, S) over the picture, and of what its colours are the label's unit.
-        answer: in label units.
-        probabilities: (R,).
-        interval: low, high and level of the central interval.
-        neighbors: pictures with what they are.
-        bases: of the base ranks, (K,) each: places in label units, shares of the distribution and of a flat one.
-        notes: sentences below.
-    """
-    lines = [line for note in notes for line in textwrap.wrap(printable(note), int(58 * width / COLUMN))]
-    rows = {"maps": 1.72}
-    if probabilities is not None:
-        rows["distribution"] = (1.25 if bases is None else 2.0) + 0.45 * ranks.worded  # for long names
-    if neighbors:
-        rows["neighbors"] = 0.92 if len(neighbors) > 3 else 1.35
-    if lines:
-        rows["notes"] = 0.08 + 0.125 * len(lines)
-    figure = Figure(figsize=(width, 0.25 + sum(rows.values())))
-    figure.suptitle(_short(title, int(40 * width / COLUMN)), x=0.02, ha="left", fontsize=9)
-    found = figure.subfigures(len(rows), 1, height_ratios=list(rows.values()), squeeze=False)[:, 0]
-    panels = dict(zip(rows, found, strict=True))
-    _maps(panels["maps"], picture, maps, ranks.unit)
-    if probabilities is not None:
-        _distribution(panels["distribution"], ranks, answer, probabilities, interval, bases)
-    if neighbors:
-        shown = panels["neighbors"].subplots(1, max(6 if len(neighbors) > 3 else 3, len(neighbors)))
-        panels["neighbors"].suptitle("nearest training pictures, nearest first", x=0.02, ha="left", fontsize=7.5)
-        for axes in shown:
-            _hidden(axes)
-        for axes, (image, label) in zip(shown, neighbors, strict=False):
-            axes.imshow(np.asarray(image), interpolation="none")
-            axes.set_title(_short(label, int(9 * width / COLUMN)), fontsize=6.5, pad=2)
-    if lines:
-        panels["notes"].text(0.02, 1, "\n".join(lines), fontsize=6.5, color=MUTED, va="top", ha="left")
-    return figure
-
-
-def _maps(panel: Any, picture: Image.Image, maps: Mapping[str, tuple[np.ndarray, str]], unit: str) -> None:
-    """The picture, and each map over it in grey: the stronger, the less of the picture is seen through it."""
-    shown, bars = panel.subplots(2, 3, height_ratios=(18, 1))
-    for axes in (*shown, *bars):
-        _hidden(axes)
-    shown[0].imshow(np.asarray(picture), interpolation="none")
-    shown[0].set_title("as it is seen", fontsize=6.5, pad=3)
-    grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None] / 255
-    for axes, bar, (name, (signed, of)) in zip(shown[1:], bars[1:], maps.items(), strict=False):
-        most = float(np.abs(signed).max()) or 1.0
-        strength = (np.abs(signed) / most)[..., None] ** 0.7
-        colours = SIGNED_COLOURS(np.where(signed > 0, 1.0, 0.0))[..., :3]
-        axes.imshow((1 - strength) * (0.35 + 0.5 * grey) + strength * colours, interpolation="none", vmin=0, vmax=1)
-        axes.set_title(name, fontsize=6.5, pad=3)
-        bar.set_axis_on()
-        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-most, most), SIGNED_COLOURS)
-        drawn = panel.colorbar(scale, cax=bar, orientation="horizontal")
-        drawn.outline.set_visible(False)
-        drawn.set_ticks([-most, 0, most], labels=[f"\u2212{most:.2g}", "0", f"+{most:.2g}"])
-        bar.tick_params(length=0, labelsize=7, pad=1)
-        bar.get_xticklabels()[0].set_ha("left")
-        bar.get_xticklabels()[2].set_ha("right")
-        bar.set_xlabel(f"{_short(unit)}\n{of}".strip(), fontsize=6.5, labelpad=1)
-
-
-def _distribution(
-    panel: Any,
-    ranks: Ranks,
-    answer: float,
-    probabilities: np.ndarray,
-    interval: tuple[float, float, float] | None,
-    bases: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
-) -> None:
-    """The distribution, and below it on the same axis what the base ranks contribute, if there are any."""
-    few = len(ranks) <= FEW_RANKS
-    values = np.asarray(ranks.values)
-    places = np.arange(len(ranks)) if few else values
-    gap = 1.0 if few else float(np.diff(values).min())
-    top, *below = np.atleast_1d(panel.subplots(1 if bases is None else 2, 1, sharex=True))
-
-    def place(value: Any) -> Any:
-        return np.interp(value, values, places)
-
-    top.bar(places, probabilities, 0.86 * gap, color=BLUE, linewidth=0)
-    handles = [top.axvline(place(answer), color=ORANGE, linewidth=1.4, label="answer")]
-    if interval is not None:
-        low, high, level = interval
-        ends = place(low) - gap / 2, place(high) + gap / 2
-        label = f"central {100 * level:g} %, not calibrated"
-        handles.append(top.axvspan(*ends, color=MUTED, alpha=0.18, linewidth=0, zorder=0, label=label))
-    above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 2, "handlelength": 1.2}
-    top.legend(handles=handles, fontsize=6.5, **above)
-    top.set_ylabel("probability", fontsize=7)
-    if bases is not None:
-        where, shares, flat = bases
-        apart = np.diff(place(where)).min() if len(where) > 1 else gap
-        half = min(0.3 * apart, 0.03 * np.ptp(places))
-        below[0].bar(place(where), shares, 2 * half, color=MUTED, linewidth=0)
-        below[0].hlines(flat, place(where) - half, place(where) + half, color=INK, linewidth=0.8)
-        below[0].set_ylabel("base\nranks", fontsize=7)
-        below[0].set_ylim(0, None)
-        panel.align_ylabels()
-    for axes in (top, *below):
-        axes.yaxis.set_major_locator(_even_ticks(3))
-    last = below[0] if below else top
-    margin = 0.6 * gap + 0.01 * np.ptp(places)
-    last.set_xlim(places[0] - margin, places[-1] + margin)
-    last.set_xlabel("rank" if ranks.worded else _label("value", ranks.unit))
-    if few or ranks.worded:
-        named = _some(ranks)
-        _name_ticks(last, [places[rank] for rank in named], [ranks.name(rank) for rank in named], sides="x")
-    else:
-        last.xaxis.set_major_locator(_even_ticks(_most(ranks)))
-
-
-@styled
 def learning_curves(
     log: Sequence[Mapping[str, float]], best_step: int | None, unit: str = "", *, width: float = COLUMN
 ) -> Figure:
@@ -409,14 +279,14 @@ def learning_curves(
             chosen = {"linestyle": (0, (4, 3)), "label": f"model: step {best_step}"}
             axes[1].axvline(best_step, color=MUTED, linewidth=1, **chosen)
             _legend(axes[1])
-        axes[1].set_ylabel(_label("validation\nMAE", unit))
+        axes[1].set_ylabel(axis_label("validation\nMAE", unit))
         axes[1].set_ylim(0, 1.1 * max(filter(math.isfinite, errors), default=1) or 1)
         figure.align_ylabels()
     below = axes[1] if validated else axes
     below.set_xlabel("step")
-    below.xaxis.set_major_locator(_even_ticks(6, integer=True))
+    below.xaxis.set_major_locator(even_ticks(6, integer=True))
     for panel in {top, below}:
-        panel.yaxis.set_major_locator(_even_ticks(5))
+        panel.yaxis.set_major_locator(even_ticks(5))
     return figure
 
 
@@ -431,8 +301,8 @@ def best_so_far(
     axes.step(
         numbers, np.where(np.isinf(known), np.nan, known), where="post", color=ORANGE, linewidth=1.6, label="best"
     )
-    axes.set(xlabel="trial", ylabel=_label("validation MAE", unit))
-    axes.xaxis.set_major_locator(_even_ticks(6, integer=True))
+    axes.set(xlabel="trial", ylabel=axis_label("validation MAE", unit))
+    axes.xaxis.set_major_locator(even_ticks(6, integer=True))
     _legend(axes)
     return figure
 
@@ -469,7 +339,7 @@ def mae_by_setting(
     names = [] if any(not isinstance(value, str) for value in values) else list(dict.fromkeys(sorted(map(str, values))))
     places = [names.index(str(value)) if names else float(value) for value in values]
     if names:
-        _name_ticks(axes, range(len(names)), names, sides="x")
+        name_ticks(axes, range(len(names)), names, sides="x")
         axes.set_xlim(-0.6, len(names) - 0.4)
     elif log:
         axes.set_xscale("log")
@@ -478,7 +348,7 @@ def mae_by_setting(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     _trial_points(axes, np.asarray(places), np.asarray(maes), np.asarray(pruned, dtype=bool))
-    axes.set(xlabel=_short(key, 34), ylabel=_label("validation MAE", unit))
+    axes.set(xlabel=short(key, 34), ylabel=axis_label("validation MAE", unit))
     return figure
 
 
@@ -510,8 +380,8 @@ def validations_by_trial(
         if ended:
             axes.plot(*shown[-1], marker="x", color=MUTED, markersize=6, linestyle="none")
     axes.plot([], [], marker="x", color=MUTED, linestyle="none", label="pruned")
-    axes.set(xlabel="validation", ylabel=_label("validation MAE", unit))
-    axes.xaxis.set_major_locator(_even_ticks(6, integer=True))
+    axes.set(xlabel="validation", ylabel=axis_label("validation MAE", unit))
+    axes.xaxis.set_major_locator(even_ticks(6, integer=True))
     _legend(axes)
     return figure
 
@@ -550,7 +420,9 @@ def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "", *, widt
         axes.scatter(maes, np.full(len(maes), place + 0.27), s=8, color=ORANGE, linewidths=0, zorder=3)
     axes.set_yticks(range(len(order)), _beside(order, width))
     axes.set(
-        xlabel=_label("test MAE", unit, 7 * width), xlim=_ends(axes.get_xlim(), limit), ylim=(-0.6, len(order) - 0.4)
+        xlabel=axis_label("test MAE", unit, 7 * width),
+        xlim=_ends(axes.get_xlim(), limit),
+        ylim=(-0.6, len(order) - 0.4),
     )
     axes.grid(axis="y", visible=False)
     return figure
@@ -584,7 +456,7 @@ def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "", *, width
         )
     axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yticks(range(len(order)), _beside(order, width))
-    axes.set(xlabel=_label("MAE above the best", unit, 7 * width), ylim=(-0.6, len(order) - 0.4))
+    axes.set(xlabel=axis_label("MAE above the best", unit, 7 * width), ylim=(-0.6, len(order) - 0.4))
     axes.set_xlim(right=min(limit, axes.get_xlim()[1]))
     axes.grid(axis="y", visible=False)
     return figure
@@ -607,7 +479,7 @@ def mae_by_variant(
     for number, name in enumerate(order):
         above = 3 - number / len(order)
         if np.nanmin(means[name]) > limit:
-            axes.plot([], [], color="none", label=f"{_short(name, 20)}: {np.nanmean(means[name]):.3g}, off the scale")
+            axes.plot([], [], color="none", label=f"{short(name, 20)}: {np.nanmean(means[name]):.3g}, off the scale")
             continue
         if number < len(PALETTE):
             spread = [np.std(maes, ddof=1) if len(maes) > 1 else 0 for maes in errors[name]]
@@ -618,8 +490,8 @@ def mae_by_variant(
         else:
             label = "others" if number == len(PALETTE) else None
             axes.plot(places, means[name], label=label, zorder=above, color=MUTED, alpha=0.7, linewidth=1)
-    _name_ticks(axes, places, variants, sides="x", room=10.5 * width)
-    axes.set(ylabel=_label("test MAE", unit), ylim=_ends(axes.get_ylim(), limit))
+    name_ticks(axes, places, variants, sides="x", room=10.5 * width)
+    axes.set(ylabel=axis_label("test MAE", unit), ylim=_ends(axes.get_ylim(), limit))
     _legend(axes)
     return figure
 
@@ -646,7 +518,7 @@ def error_by_method(
         above = 3 - number / len(answers)  # the better, the higher up
         if number < coloured:
             bright = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 3.5, "linewidth": 1.2}
-            label = _beside_a_key(name, width) if np.nanmin(means) <= limit else f"{_short(name, 20)}, off the scale"
+            label = _beside_a_key(name, width) if np.nanmin(means) <= limit else f"{short(name, 20)}, off the scale"
             axes.plot(bins.places, means, label=label, zorder=above, **bright)
         else:
             others = (
@@ -655,7 +527,7 @@ def error_by_method(
                 else None
             )
             axes.plot(bins.places, means, label=others, zorder=above, color=MUTED, alpha=0.7, linewidth=0.8)
-    axes.set(ylabel=_label("test MAE", ranks.unit), ylim=(0, min(limit, axes.get_ylim()[1])))
+    axes.set(ylabel=axis_label("test MAE", ranks.unit), ylim=(0, min(limit, axes.get_ylim()[1])))
     bins.label(axes)
     _legend(axes)
     return figure
@@ -676,7 +548,7 @@ def metrics_by_method(
         methods: from top to bottom.
     """
     panels = [(metric, each) for metric, each in values.values() if each]
-    named = [_short(name, 26 if width > 2 * COLUMN else 18) for name in methods]
+    named = [short(name, 26 if width > 2 * COLUMN else 18) for name in methods]
     left = min(0.3 + 0.065 * max(map(len, named)), width / 2)  # inches of the names
     across = min(max(1, int((width - left) / 0.85)), 4, len(panels))
     down = -(-len(panels) // across)
@@ -696,10 +568,10 @@ def metrics_by_method(
                     known.mean(), line, xerr=spread, fmt="o", color=BLUE, markersize=3, capsize=1.5, linewidth=1
                 )
         arrow = "\u2190" if metric.falls else "\u2192"
-        title = f"{_label(metric.title, unit if metric.in_unit else '')}\u00a0{arrow}"
+        title = f"{axis_label(metric.title, unit if metric.in_unit else '')}\u00a0{arrow}"
         axes.set_title("\n".join(textwrap.wrap(title, int(13 * (width - left) / across))))
         axes.set_yticks(range(len(methods)), named)
-        axes.xaxis.set_major_locator(_even_ticks(3))
+        axes.xaxis.set_major_locator(even_ticks(3))
         axes.grid(axis="y", visible=False)
     grid.flat[0].set_ylim(len(methods) - 0.4, -0.6)
     return figure
@@ -754,13 +626,13 @@ class Bins:
     def label(self, axes: Axes) -> None:
         """What the horizontal axis shows: names of ranks where they are few or have names, else values."""
         ranks = self.ranks
-        axes.set_xlabel("true rank" if ranks.worded else _label("true value", ranks.unit))
+        axes.set_xlabel("true rank" if ranks.worded else axis_label("true value", ranks.unit))
         if self.few or ranks.worded:
-            named = _some(ranks)
+            named = some_ranks(ranks)
             places = named if self.few else [ranks.values[rank] for rank in named]
-            _name_ticks(axes, places, [ranks.name(rank) for rank in named], sides="x")
+            name_ticks(axes, places, [ranks.name(rank) for rank in named], sides="x")
         else:
-            axes.xaxis.set_major_locator(_even_ticks(_most(ranks)))
+            axes.xaxis.set_major_locator(even_ticks(most_ticks(ranks)))
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
@@ -879,12 +751,7 @@ def _legend(axes: Axes) -> None:
     axes.legend(ncols=-(-len(texts) // lines), columnspacing=1.2, labelspacing=0.3, **above)
 
 
-def _hidden(axes: Axes) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.set_axis_off()
-
-
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -892,30 +759,30 @@ def _bare(axes: Axes) -> None:
 
 def _beside(names: Sequence[str], width: float) -> list[str]:
     """Names beside the axes of a figure so wide, which take half of it at most."""
-    return [_short(name, min(40, int(8 * width))) for name in names]
+    return [short(name, min(40, int(8 * width))) for name in names]
 
 
 def _beside_a_key(name: str, width: float) -> str:
     """A name in the legend of a figure so wide."""
-    return _short(name, min(40, int(9.5 * width)))
+    return short(name, min(40, int(9.5 * width)))
 
 
-def _some(ranks: Ranks) -> list[int]:
+def some_ranks(ranks: Ranks) -> list[int]:
     """The ranks that an axis names, evenly spaced: all where they are few."""
     return list(range(0, len(ranks), 1 if len(ranks) <= FEW_RANKS else -(-(len(ranks) - 1) // (TICKS - 1))))
 
 
-def _even_ticks(most: int, integer: bool = False) -> MaxNLocator:
+def even_ticks(most: int, integer: bool = False) -> MaxNLocator:
     """Ticks at round numbers, which people count in."""
     return MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=integer)
 
 
-def _most(ranks: Ranks) -> int:
+def most_ticks(ranks: Ranks) -> int:
     """How many ticks at values fit below an axes: fewer of long numbers, which would touch."""
     return 5 if max(map(abs, ranks.values)) < 1e5 else 4
 
 
-def _name_ticks(
+def name_ticks(
     axes: Axes, ticks: Sequence[float] | np.ndarray, names: Sequence[str], sides: str = "xy", room: float | None = None
 ) -> None:
     """Names along one side or both; below the axes in several lines, or slanted, when they would touch.
@@ -926,7 +793,7 @@ def _name_ticks(
     figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
     room = room or 9.2 * figure.get_figwidth()
-    shortened = [_short(name) for name in names]
+    shortened = [short(name) for name in names]
     lines = [textwrap.wrap(name, max(1, int(room / len(names))), break_long_words=False) for name in shortened]
     slanted = len(names) * max(len(line) for each in lines for line in each) > room
     below = shortened if slanted else ["\n".join(each) for each in lines]
@@ -940,14 +807,14 @@ def _name_ticks(
         axes.set_yticks(ticks, shortened)
 
 
-def _label(what: str, unit: str, room: float = math.inf) -> str:
+def axis_label(what: str, unit: str, room: float = math.inf) -> str:
     """What an axis shows and its unit, in two lines where it has more characters than there is room for."""
     if not unit:
         return what
-    unit = f"({_short(unit)})"
+    unit = f"({short(unit)})"
     return f"{what} {unit}" if len(what) + 1 + len(unit) <= room else f"{what}\n{unit}"
 
 
-def _short(name: str, longest: int = 16) -> str:
+def short(name: str, longest: int = 16) -> str:
     name = printable(name)
     return name if len(name) <= longest else name[: longest - 1] + "…"

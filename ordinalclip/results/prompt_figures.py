@@ -8,16 +8,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ordinalclip.quoting import printable
 from ordinalclip.ranks import Ranks
-from ordinalclip.results.figures import COLUMN, GRID, INK, MUTED, PAGE, VALUE_COLOURS, principal_components, styled
-from ordinalclip.results.figures import _bare as bare
-from ordinalclip.results.figures import _label as axis_label
-from ordinalclip.results.figures import _name_ticks as name_ticks
-from ordinalclip.results.figures import _short as shortened
-from ordinalclip.results.figures import _some as some_ranks
+from ordinalclip.results.figures import (
+    COLUMN,
+    GRID,
+    INK,
+    MUTED,
+    PAGE,
+    VALUE_COLOURS,
+    axis_label,
+    bare,
+    name_ticks,
+    principal_components,
+    short,
+    some_ranks,
+    styled,
+)
 
 Shown = tuple[str, np.ndarray, Ranks]  # title, (R, D) prototypes, ranks
 LINE = 30  # characters of a title above a panel of a column's third
@@ -46,28 +56,29 @@ def similarities(prompts: Sequence[Shown]) -> Figure:
 
 @styled
 def paths(prompts: Sequence[Shown], by: str) -> Figure:
-    """Prototypes in the plane, joined in the order of their ranks and coloured by value.
+    """Prototypes in the plane, joined in the order of their ranks and coloured by value, on one scale.
 
     Args:
         by: "pca" or "mds", see `explore.prototype_path`.
     """
     figure, panels = _panels(len(prompts))
+    scale = Normalize(min(ranks.values[0] for *_, ranks in prompts), max(ranks.values[-1] for *_, ranks in prompts))
+    units = {ranks.unit for *_, ranks in prompts}
     for axes, (title, prototypes, ranks) in zip(panels, prompts, strict=True):
         unit = _unit(prototypes)
         points, names = _plane(unit, by)
         axes.plot(*points.T, color=MUTED, linewidth=0.6, zorder=1)
-        dots = axes.scatter(*points.T, c=ranks.values, cmap=VALUE_COLOURS, s=14, linewidths=0, zorder=2)
+        dots = axes.scatter(*points.T, c=ranks.values, cmap=VALUE_COLOURS, norm=scale, s=14, linewidths=0, zorder=2)
         for rank in {0, len(ranks) - 1}:
             side = "right" if points[rank, 0] > points[:, 0].mean() else "left"  # inwards
-            axes.annotate(
-                shortened(ranks.name(rank)), points[rank], (0, 5), textcoords="offset points", color=INK, ha=side
-            )
+            axes.annotate(short(ranks.name(rank)), points[rank], (0, 5), textcoords="offset points", color=INK, ha=side)
         axes.set(xlabel=names[0], ylabel=names[1], title=_title(title))
         axes.set_aspect("equal", "datalim")
         axes.tick_params(labelbottom=False, labelleft=False, length=0)
         axes.grid(color=GRID)
         axes.margins(0.14)
-    figure.colorbar(dots, ax=list(panels), label=axis_label("value", ranks.unit), shrink=0.7).outline.set_visible(False)
+    label = axis_label("value", " or ".join(sorted(units - {""})))
+    figure.colorbar(dots, ax=list(panels), label=label, shrink=0.7).outline.set_visible(False)
     return figure
 
 

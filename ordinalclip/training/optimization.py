@@ -41,8 +41,17 @@ def parameter_groups(model: OrdinalModel, options: TrainConfig) -> list[dict[str
 
 
 def make_optimizer(model: OrdinalModel, options: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or RAdam over `parameter_groups`, both with decoupled weight decay."""
+    """AdamW or RAdam over `parameter_groups`, both with decoupled weight decay.
+
+    Raises:
+        ValueError: nothing of the model is trained.
+    """
     groups = parameter_groups(model, options)
+    if not groups:
+        raise ValueError(
+            f"nothing is trained: the image encoder is frozen (train.freeze, model.features=cached), and "
+            f"method={model.config.method} has no parameters on it"
+        )
     if options.optimizer == "radam":
         return torch.optim.RAdam(groups, lr=options.lr, decoupled_weight_decay=True)
     return torch.optim.AdamW(groups, lr=options.lr, fused=options.fused)
