@@ -146,6 +146,12 @@ def test_what_a_run_keeps_is_held_against_its_model_and_its_data(runs, tmp_path)
     os.utime(copy / "metrics.json")
     with pytest.raises(ValueError, match=r"prompts\.safetensors: damaged, or of another run"):
         explore.learned(copy)
+    pooled = tmp_path / "pooled"
+    copytree(runs["coop"], pooled)
+    config = pooled / "config.yaml"
+    config.write_text(config.read_text().replace("text_pooling: null", "text_pooling: cls"))
+    with pytest.raises(ValueError, match="text_pooling is cls"):  # it is read with the run's own
+        explore.learned(pooled)
     other = tmp_path / "other"
     copytree(runs["coop"], other)
     config = other / "config.yaml"
@@ -201,6 +207,37 @@ def test_values_between_and_beyond(runs):
         explore.interpolate(runs["coop"], [float("nan")], quiet=True)
 
 
+def test_values_have_their_places_among_uneven_ranks():
+    places = explore._places(Ranks((0, 10, 30)), [-5, 0, 4, 20, 30, 50])
+    assert places.tolist() == pytest.approx([-0.5, 0, 0.4, 1.5, 2, 3])
+
+
+def test_a_value_is_put_into_the_prompt_of_the_rank_that_is_nearest(runs):
+    """0 has one token, 10 has two; two values of one rank and one of another are encoded as if each were alone."""
+    head = explore.learned(runs["ordinalclip"]).head
+    places = explore._places(READINGS, [8, 12, 52])
+    embedded = explore._mixed(head, places, "piecewise")
+    found = explore._texts_at(head, places, embedded)
+    for row, slot in enumerate((1, 1, 5)):
+        ranks = head.learner.ranks_embedded().detach().clone()
+        ranks[slot] = embedded[row]
+        with torch.no_grad():
+            expected = normalize(head.text(head.learner(ranks)), dim=-1)[slot]
+        assert torch.allclose(found[row], expected, atol=1e-5)
+
+
+def test_values_are_chosen_by_the_pictures_nearest_to_them(runs):
+    table = explore.interpolate(runs["ordinalclip"], READINGS.values, quiet=True)
+    points, labels = explore._opened(runs["ordinalclip"]).pictures(quiet=True)
+    prototypes = RunFolder(runs["ordinalclip"]).read_model().head.rank_prototypes()
+    nearest = torch.cdist(points, normalize(prototypes, dim=-1)).argmin(dim=1).numpy()
+    for rank, value in enumerate(READINGS.values):
+        assert table.loc[value, "chosen"] == np.mean(nearest == rank)
+        if (nearest == rank).any():
+            assert table.loc[value, "label of these"] == pytest.approx(labels[nearest == rank].mean())
+    assert len({*nearest}) > 1
+
+
 def test_weights_between_and_beyond():
     for kind in ("linear", "inverse", "gaussian", "piecewise"):
         ranks = torch.arange(7, dtype=torch.float64)
@@ -250,6 +287,16 @@ def test_zero_shot_answers_are_those_of_the_method(tmp_path):
     assert list(explore.zero_shot([picture], READINGS, "{name}")) == ["{name}"]
 
 
+def test_a_run_decodes_as_it_does_itself(runs, monkeypatch):
+    pictures = [draw("thermometer", value, np.random.default_rng(1)) for value in range(0, 100, 7)]
+    run, given = runs["coop"], dict.fromkeys(("median", "argmax"))
+    for how in given:
+        given[how] = explore.read(pictures, run, by=run, decoding=how)["coop"].tolist()
+    assert given["median"] != given["argmax"]
+    monkeypatch.setattr(explore._opened(run).model.head, "decoding", "argmax")
+    assert explore.read(pictures, run, by=run)["coop"].tolist() == given["argmax"]
+
+
 def test_a_run_reads_pictures_by_its_own_prompts_and_by_others(runs):
     pictures = [draw("thermometer", value, np.random.default_rng(1)) for value in (5.0, 40.0, 95.0)]
     for method in ("ordinalclip", "coop"):
@@ -295,3 +342,6 @@ def test_figures_show_every_rank_once(runs):
         dots = [axes.collections[0] for axes in figure.axes if axes.get_xlabel() and axes.collections]
         assert [len(each.get_offsets()) for each in dots] == [11, 11]
         assert dots[0].get_array().tolist() == list(READINGS.values)
+    figure = explore.prototype_path(prompts[0], explore.written("{name}", range(300, 304)))
+    scales = [axes.collections[0].norm for axes in figure.axes if axes.get_xlabel() and axes.collections]
+    assert [(scale.vmin, scale.vmax) for scale in scales] == [(0, 303)] * 2  # for which there is one bar

@@ -299,6 +299,18 @@ def add_overrides(parser: argparse.ArgumentParser, what: str = "overrides of the
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=what)
 
 
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Modules to import before a model is read, as `arguments.imports`."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module first: of a head of your own, which a model may not import by itself",
+    )
+
+
 def print_metrics(metrics: dict) -> None:
     """The metrics of a run, a line per part."""
     from ordinalclip.metrics import METRICS, doubt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ordinalclip.cli import whole_number
+from ordinalclip.cli import add_imports, whole_number
 from ordinalclip.quoting import printable
 
 NEEDS = ("explain",)
@@ -27,14 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="nearest training pictures to show (default 6); 0: the training part is not read",
     )
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import this module first: of a head of your own, which a model may not import by itself",
-    )
+    add_imports(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ordinalclip.cli import whole_number
+from ordinalclip.cli import add_imports, whole_number
 from ordinalclip.quoting import printable
 
 if TYPE_CHECKING:
@@ -27,14 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top", type=whole_number(1), default=3, help="how many of the likeliest ranks to show (default 3)"
     )
     parser.add_argument("--batch-size", type=whole_number(1, 4096), default=32, help="images at once (default 32)")
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import this module first: of a head of your own, which a model may not import by itself",
-    )
+    add_imports(parser)
     parser.add_argument(
         "--extra-format",
         dest="extra_formats",
