@@ -1,5 +1,6 @@
 """Prompts to play with: against the parts that they are made of, on the tiny CLIP and on short runs."""
 
+import io
 import os
 import re
 import stat
@@ -8,6 +9,7 @@ from shutil import copyfile, copytree
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 
 from ordinalclip import PromptLearner, Ranks, explore, metrics
@@ -328,6 +330,16 @@ def test_a_run_reads_pictures_by_its_own_prompts_and_by_others(runs):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_a_notebook_draws_a_figure_without_being_asked():
+    """As IPython asks, where nobody has said `%matplotlib inline`: twice as fine as it is shown."""
+    figure = explore.similarity_matrix(explore.written("{name}", READINGS))
+    png, shown = figure._repr_png_()
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.size == pytest.approx((2 * shown["width"], 2 * shown["height"]), abs=2)
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    assert figure.get_size_inches() * 96 == pytest.approx([shown["width"], shown["height"]], abs=1)
 
 
 def test_figures_show_every_rank_once(runs):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from baselines.large.inputs import numbers
-from ordinalclip.results.figures import PAGE, styled
+from ordinalclip.results.figures import PAGE, Figure, styled
 
 GAP = 0.06  # between pictures, as a share of their width
 LETTER = 0.08  # inches that a letter of a name takes, at most on average

@@ -10,7 +10,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ordinalclip.quoting import printable
@@ -22,6 +21,7 @@ from ordinalclip.results.figures import (
     INK,
     MUTED,
     ORANGE,
+    Figure,
     axis_label,
     even_ticks,
     most_ticks,

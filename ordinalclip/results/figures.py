@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as AnyFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -78,6 +78,18 @@ SMALLEST = 6  # pt, of any text
 FEW_RANKS = 12  # up to so many, each has a place of its own on an axis and in a confusion matrix
 TICKS = 6  # as many ranks are named on an axis of more
 styled = matplotlib.rc_context(STYLE)
+
+
+class Figure(AnyFigure):
+    """A figure that notebooks draw where it is a cell's answer, without `%matplotlib inline` before."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, float]]:
+        """What IPython asks for: PNG on white, and its size in pixels of a screen, half as fine."""
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.savefig(buffer, facecolor="white", dpi=192, format="png")
+        wide, high = self.get_size_inches() * 96
+        return buffer.getvalue(), {"width": round(wide), "height": round(high)}
 
 
 @styled
@@ -635,7 +647,7 @@ class Bins:
             axes.xaxis.set_major_locator(even_ticks(most_ticks(ranks)))
 
 
-def inline_svg(figure: Figure, name: str, title: str) -> str:
+def inline_svg(figure: AnyFigure, name: str, title: str) -> str:
     """A figure as an SVG element for an HTML page.
 
     Args:
@@ -678,7 +690,7 @@ def inches(width: str) -> float:
     return float(number[1]) / 25.4
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: AnyFigure, path: Path) -> None:
     """Write a figure on white, as PDF, SVG or PNG by the ending of `path`.
 
     Raises:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from ordinalclip.quoting import printable
 from ordinalclip.ranks import Ranks
@@ -20,6 +19,7 @@ from ordinalclip.results.figures import (
     MUTED,
     PAGE,
     VALUE_COLOURS,
+    Figure,
     axis_label,
     bare,
     name_ticks,
