@@ -108,6 +108,7 @@ def interpolated(
     rank_position: RankPosition = "tail",
     clip: str = "tiny",
     title: str = "",
+    text_pooling: TextPooling | None = None,
 ) -> RankPrompts:
     """OrdinalCLIP's prompts before anything is learned: a context, and names of a few base ranks, interpolated.
 
@@ -117,12 +118,14 @@ def interpolated(
         num_base_ranks: number of base ranks; None: every rank has its own name (CoOp's start).
         interpolation, rank_position: see `PromptLearner`.
         clip: spec of a backbone with a text tower.
+        text_pooling: as the key `model.text_pooling`; None: as the tower's files say.
 
     Raises:
         ValueError: see `PromptLearner`.
     """
     options = {"prompt": context, "num_base_ranks": num_base_ranks, "interpolation": interpolation}
-    head = _head(_tower(clip), _ranks(ranks), {**options, "rank_position": rank_position, "init_from_names": True})
+    tower = _tower(clip, text_pooling)
+    head = _head(tower, _ranks(ranks), {**options, "rank_position": rank_position, "init_from_names": True})
     count = "a base for every rank" if num_base_ranks is None else f"{num_base_ranks} base ranks"
     return _of_head(title or f"{context} + {count}", head)
 

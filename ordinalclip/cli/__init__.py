@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": "Score a run's model on its test part and print the metrics.",
     "predict": "Predict images with a saved model; one line per image.",
     "explain": "Draw why a model answers what it answers about pictures: maps, distribution, training pictures.",
+    "demo": "Open a page in the browser for a finished run: pictures and reasons, prompts to type and drag.",
     "check-data": "Read labels and decode every image of a configuration's data; list what is broken.",
     "audit": "Find labels that are likely to be wrong, by models that have not seen them, and near-duplicates.",
     "compare": "Run methods x settings x seeds and print one table.",

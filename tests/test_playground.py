@@ -1,0 +1,273 @@
+"""The page of `ordinalclip demo`: what it computes, and the page itself in a browser."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ordinalclip import Ranks, explore
+from ordinalclip.cli import main
+from ordinalclip.config import load_config
+from ordinalclip.gauges import draw
+from ordinalclip.images import BrokenImageError
+from ordinalclip.pipeline import load_pipeline
+from ordinalclip.playground import Playground, escaped, serve
+from ordinalclip.runs import train
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = "0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of OrdinalCLIP and one of L1, some steps each, on thermometers with eleven ranks."""
+    made = {}
+    for method in ("ordinalclip", "l1"):
+        place = tmp_path_factory.mktemp(method) / method
+        head = ["head.prompt=a photo of a gauge at", "head.init_from_names=true", "head.num_base_ranks=3"]
+        keys = [*(head if method == "ordinalclip" else []), "ranks.low=0", "ranks.high=100", "ranks.num=11"]
+        keys += ["data.kinds=[thermometer]", "data.num_train=64", "data.num_validation=16", "data.num_test=40"]
+        keys += ["train.max_steps=10", "train.batch_size=16", "train.lr=1e-3", "evaluation.report=false"]
+        keys += ["ranks.unit=%", f"method={method}", f"output_dir={place}"]
+        made[method] = train(load_config(None, keys), quiet=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "gauge.png"
+    draw("thermometer", 40.0, np.random.default_rng(3)).save(path)
+    return path
+
+
+# ---- what the page shows
+
+
+def test_a_picture_is_answered_as_by_the_pipeline(runs, picture):
+    for method, run in runs.items():
+        play = Playground(run)
+        sentence, figure = play.why(picture)
+        value = load_pipeline(str(run / "model"))(str(picture))["value"]
+        assert f"<b>{play.record.ranks.say(value)}</b>" in sentence
+        assert ("of the probability from" in sentence) == (method == "ordinalclip")
+        assert len(figure.axes) > 6
+        assert play.about.startswith(f"{method}: 11 ranks from 0 % to 100 %, mean absolute error ")
+
+
+def test_examples_are_spread_over_the_labels_of_the_part_that_is_shown(runs):
+    play = Playground(runs["l1"])
+    labels = [label for _, label in play.examples]
+    assert len(labels) == 8
+    assert labels == sorted(labels)
+    assert [labels[0], labels[-1]] == [play.record.images.values.min(), play.record.images.values.max()]
+
+
+def test_the_fields_begin_with_the_prompts_of_the_run(runs):
+    assert Playground(runs["ordinalclip"]).first_prompts == ("a photo of a gauge at", NAMES, 3, "linear", "tail")
+    assert Playground(runs["l1"]).first_prompts == ("the value of the picture is", NAMES, 3, "linear", "tail")
+
+
+def test_typed_prompts_are_those_of_explore_and_are_read_by_the_run(runs):
+    run, readings = runs["ordinalclip"], Ranks.linear(0, 100, 11, unit="%")
+    play = Playground(run)
+    prompts = play.prompts("the dial says", NAMES.replace(", ", "\n"), 4, "piecewise", "front")
+    own = explore.interpolated("the dial says", readings, 4, "piecewise", "front", "tiny", title="typed")
+    assert prompts.prototypes.equal(own.prototypes)
+    table = play.ordinality(prompts)
+    assert table["prompts"].tolist() == ["typed", "ordinalclip"]
+    assert table["whole"].tolist() == explore.ordinality(own, run)["whole"].tolist()
+    images = [image for image, _ in play.examples]
+    assert [value for _, value, _ in play.read(prompts)] == explore.read(images, own, by=run)["typed"].tolist()
+
+
+def test_without_prompts_the_clip_that_ships_reads_and_says_so(runs):
+    play = Playground(runs["l1"])
+    prompts = play.prompts("the gauge is at", NAMES, 11, "linear", "tail")
+    assert prompts.prototypes.equal(explore.interpolated("the gauge is at", play.record.ranks, None).prototypes)
+    images = [image for image, _ in play.examples]
+    assert [value for _, value, _ in play.read(prompts)] == explore.read(images, prompts)["typed"].tolist()
+    assert play.ordinality(prompts)["prompts"].tolist() == ["typed"]
+    assert "l1 has no prompts" in play.readers
+
+
+def test_bad_input_is_refused(runs, tmp_path):
+    play = Playground(runs["ordinalclip"])
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(BrokenImageError, match=r"^cut\.png: not a readable image"):
+        play.why(tmp_path / "cut.png")
+    with pytest.raises(ValueError, match=r"^2 names, but the run has 11 ranks"):
+        play.prompts("the gauge is at", "low, high", 3, "linear", "tail")
+    assert escaped("<img src=x onerror=alert(1)>\x1b") == "&lt;img src=x onerror=alert(1)&gt;\\x1b"
+
+
+def test_the_command_says_what_is_wrong(runs, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gradio")
+    assert main(["demo", str(tmp_path)]) == 2
+    assert re.search(r"no finished run|holds no", capsys.readouterr().err)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"^127.0.0.1:{port}: .*in use"):
+            serve(runs["l1"], port=port)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo", str(runs["l1"])]) == 2
+    assert capsys.readouterr().err == "ordinalclip: ordinalclip demo needs gradio: pip install 'ordinalclip[demo]'\n"
+
+
+# ---- the page in a browser
+
+
+@pytest.fixture(scope="module")
+def address(runs, tmp_path_factory):
+    """The page of the run of OrdinalCLIP, served by the command until Ctrl-C ends it."""
+    pytest.importorskip("gradio")
+    command = [sys.executable, "-m", "ordinalclip", "demo", str(runs["ordinalclip"])]
+    said, temporary = tmp_path_factory.mktemp("said") / "stderr", tmp_path_factory.mktemp("temporary")
+    pipes = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "TMPDIR": str(temporary)}}
+    with said.open("w") as errors, subprocess.Popen(command, stderr=errors, **pipes) as server:
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 130
+    assert said.read_text() == "ordinalclip: stopped by Ctrl-C\n"
+    assert not list(temporary.rglob("*.png"))  # nobody's pictures stay
+
+
+@pytest.fixture
+def page(address, request):
+    """The page in Chromium, as wide as a test says, which complains of nothing and asks nobody else."""
+    playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+    if BROWSER is None:
+        pytest.skip("no Chromium is installed")
+    complaints = []
+    with playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        opened = browser.new_page(viewport={"width": getattr(request, "param", 1280), "height": 900})
+        opened.set_default_timeout(60_000)
+        opened.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.on("dialog", lambda dialog: complaints.append(dialog.message))
+        opened.on("request", lambda each: None if own(each.url) else complaints.append(each.url))
+
+        def own(url):
+            return url.startswith((address, "data:", "blob:"))
+
+        opened.goto(address)
+        yield opened
+        browser.close()
+    assert complaints == []
+
+
+def wait_for(what, seconds=60):
+    """Until it is true; then what it is."""
+    for _ in range(10 * seconds):
+        if found := what():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("waited for too long")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [390, 1280], indirect=True)
+def test_a_picture_is_uploaded_or_chosen_on_narrow_and_wide_pages(page, runs, picture):
+    page.locator("#picture input").set_input_files(str(picture))
+    page.wait_for_selector("#reasons .drawing svg")
+    value = load_pipeline(str(runs["ordinalclip"] / "model"))(str(picture))["value"]
+    assert page.locator("#reasons .answer b").inner_text() == Ranks.linear(0, 100, 11, unit="%").say(value)
+    first = page.locator("#reasons .drawing").inner_html()
+    page.locator("#examples button").nth(7).click()
+    wait_for(lambda: page.locator("#reasons .drawing").inner_html() != first)
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= page.viewport_size["width"]
+    box = page.locator("#reasons .drawing svg").bounding_box()
+    assert 0 < box["x"] < box["x"] + box["width"] <= width
+
+
+@pytest.mark.slow
+def test_a_picture_is_dropped_and_a_bad_file_is_named(page, picture, tmp_path):
+    script = """async ([name, bytes]) => {
+      const data = new DataTransfer();
+      data.items.add(new File([new Uint8Array(bytes)], name));
+      return data;
+    }"""
+    drop = page.locator("#picture button").first
+
+    def dropped(name, content):
+        data = page.evaluate_handle(script, [name, list(content)])
+        drop.dispatch_event("drop", {"dataTransfer": data})
+
+    dropped("gauge.png", picture.read_bytes())
+    page.wait_for_selector("#reasons .drawing svg")
+    page.locator("#picture").get_by_label("Clear").or_(
+        page.locator("#picture button[aria-label='Clear']")
+    ).first.click()
+    wait_for(lambda: page.locator("#reasons .drawing").count() == 0)
+    dropped("<img src=x onerror=alert(1)>.png", b"no picture")
+    told = page.wait_for_selector(".toast-body")
+    assert "not a readable image" in told.inner_text()
+    assert "tmp" not in told.inner_text()
+    assert page.locator(".toast-body img").count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [390, 1280], indirect=True)
+def test_prompts_are_typed_and_dragged_and_the_rest_follows(page, runs):
+    readings = Ranks.linear(0, 100, 11, unit="%")
+
+    def follows(context, bases, interpolation="linear", ranks=readings):
+        """The table is that of these prompts; then the drawing and the answers."""
+        own = explore.interpolated(context, ranks, bases, interpolation)
+        row = [f"{value:.3f}" for value in explore.ordinality(own).iloc[0]]
+        wait_for(lambda: page.locator("#ordinality tbody tr").first.inner_text().split() == ["typed", *row])
+        images = Playground(runs["ordinalclip"]).examples
+        values = explore.read([image for image, _ in images], own, by=runs["ordinalclip"])
+        pairs = zip(values.iloc[:, 0], images, strict=True)
+        lines = [f"{readings.say(value)}\ntrue: {readings.say(label)}" for value, (_, label) in pairs]
+        wait_for(lambda: page.locator("#answers figcaption").all_inner_texts() == lines)
+        return page.locator("#matrix .drawing").inner_html()
+
+    page.get_by_role("tab", name="Prompts").click()
+    drawings = {follows("a photo of a gauge at", 3)}
+    page.locator("#context textarea, #context input").first.fill("the water stands at")
+    drawings.add(follows("the water stands at", 3))
+    handle = page.locator("#bases input[type=range]").bounding_box()
+    middle = handle["y"] + handle["height"] / 2
+    page.mouse.move(handle["x"] + 0.2 * handle["width"], middle)
+    page.mouse.down()
+    page.mouse.move(handle["x"] + 0.5 * handle["width"], middle, steps=4)
+    page.mouse.up()
+    drawings.add(follows("the water stands at", 6))
+    page.get_by_label("piecewise").check()
+    drawings.add(follows("the water stands at", 6, "piecewise"))
+    names = "nothing, one, two, three, four, five, six, seven, eight, nine, all"
+    page.locator("#names textarea").fill(names)
+    worded = Ranks(readings.values, tuple(names.split(", ")), "%")
+    drawings.add(follows("the water stands at", 6, "piecewise", worded))
+    assert len(drawings) == 5
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    page.locator("#names textarea").fill("low, high")
+    assert "2 names, but the run has 11 ranks" in page.wait_for_selector(".toast-body").inner_text()
+
+
+@pytest.mark.slow
+def test_the_page_is_readable_in_the_dark(page, picture):
+    """Ink on the page's own paper: as much contrast as WCAG asks of text."""
+    page.goto(f"{page.url}?__theme=dark")
+    page.locator("#picture input").set_input_files(str(picture))
+    page.wait_for_selector("#reasons .drawing svg")
+    page.screenshot(path=picture.parent / "dark.png")
+    with Image.open(picture.parent / "dark.png") as shot:
+        paper = shot.convert("L").getpixel((2, 400))
+    ink = page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).getPropertyValue('--ink')")
+    assert paper < 40
+    assert ink.strip() == "#e8eaed"
