@@ -41,6 +41,7 @@ from ordinalclip.training.features import FeatureCache
 from ordinalclip.training.preparation import build_model, use_precision
 
 logger = logging.getLogger(__name__)
+HARDLY = 0.8  # of the constant's error: a method that errs by more hardly knows the pictures
 OWN = ("output_dir", "overwrite", "train.resume", "train.trackers")  # keys of execution that the audit sets itself
 DRAWS: dict[str, Any] = {"shots": None, "train_share": 1.0, "shift_ranks": None}  # training labels left out: none
 GIVEN = ("table", "train_table", "validation_table", "test_table", "split_column")  # say parts, which folds say here
@@ -184,6 +185,12 @@ def _audit(
         notes.append(f"Near-duplicates were not looked for among more than {MOST_COMPARED:,} pictures.")
     elif len(pairs) == MOST_SIMILAR:
         notes.append(f"Of near-duplicates the {MOST_SIMILAR:,} most similar pairs are listed; there may be more.")
+    error, constant = _errors(predictions, config)
+    if error > HARDLY * constant:
+        notes.append(
+            f"The models err by {error:.3g}, always answering the median label by {constant:.3g}: they hardly know the "
+            "pictures, and what they doubt says more about them than about the labels."
+        )
     if unseen := _unseen(pictures.ranks, rows):
         notes.append(
             f"{unseen} labels are of ranks of which the model that judges them has seen no label in training: their "
@@ -362,6 +369,12 @@ def _scores(predictions: Predictions, config: RunConfig) -> tuple[np.ndarray, st
     if predictions.probabilities is None:
         return np.abs(answers - predictions.labels), "absolute error"
     return ranked_probability_scores(predictions.probabilities, predictions.label_ranks), "RPS"
+
+
+def _errors(predictions: Predictions, config: RunConfig) -> tuple[float, float]:
+    """MAE of the out-of-fold answers, and of always answering the median of all labels."""
+    answers, labels = predictions.decoded[config.evaluation.decoding], predictions.labels
+    return float(np.abs(answers - labels).mean()), float(np.abs(np.median(labels) - labels).mean())
 
 
 def _unseen(ranks: np.ndarray, rows: Sequence[dict[str, np.ndarray]]) -> int:

@@ -120,11 +120,12 @@ class Explanation:
                 maps[method] = found.map * (found.map.size / 100), "per 1 % of area"
             else:
                 maps[method] = found.map, "for a patch"
+        what = "the value" if given is None else "the mean of the distribution"
         if maps:
-            notes.append(f"Colours: what pushes the value, {say(self.expected_value)}, up (+) or down (\u2212).")
+            notes.append(f"Colours: what pushes {what}, {say(self.expected_value)}, up (+) or down (\u2212).")
         if bases is not None:
             places = bases["place"].to_numpy(), bases["share"].to_numpy(), bases["share_of_flat"].to_numpy()
-            notes.append("Base ranks: share of the distribution; lines: of a flat one.")
+            notes.append("Base ranks: how much of the distribution rests on each; lines: if all ranks were as likely.")
         notes += [f"{method}: {found.note}." for method, found in self.attributions.items() if found.note]
         notes += [f"No {part}: {why}." for part, why in self.missing.items() if part != "base_ranks"]
         labels = [] if self.neighbors is None else self.neighbors["label"]

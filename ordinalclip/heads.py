@@ -295,7 +295,8 @@ def class_path(method: str) -> str:
     heads = available_heads()
     if method not in heads:
         raise ValueError(
-            f"method {method!r} is unknown; choices: {', '.join(sorted(heads))}, or a head of your own as module:Class"
+            f"method {method!r} is unknown; {near_matches(method, sorted(heads))}; `ordinalclip methods` lists all, a "
+            "head of your own is module:Class"
         )
     return heads[method]
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 from ordinalclip import explore
 from ordinalclip.explain import Explainer
+from ordinalclip.heads import head_options
 from ordinalclip.images import load_image
 from ordinalclip.language import PrototypeHead
 from ordinalclip.prompts import Interpolation, RankPosition
@@ -46,6 +47,7 @@ STYLE = """
 .drawing svg { display: block; width: 100%; max-width: 34rem; height: auto; margin: 0 auto; overflow: visible; }
 .drawing svg text { font-family: system-ui, sans-serif !important; }
 .answer { font-size: 1.15rem; margin: .3rem 0; }
+.problem { border-left: 4px solid #d55e00; padding: .4rem .8rem; overflow-wrap: anywhere; }
 .answer b { font-size: 1.7rem; }
 .answer, .about, .strip { overflow-wrap: anywhere; }
 .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .7rem; }
@@ -54,7 +56,7 @@ STYLE = """
 .strip figcaption { font-size: .85rem; line-height: 1.3; }
 .strip span { color: var(--muted); }
 .table { overflow-x: auto; }
-.table table { border-collapse: collapse; }
+.table table { border-collapse: collapse; border: 0 !important; }
 .table th, .table td { padding: .3rem .8rem; text-align: right; border: 0; border-bottom: 1px solid var(--grid); }
 .table th:first-child, .table td:first-child { text-align: left; padding-left: 0; }
 #examples, #examples .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
@@ -128,26 +130,26 @@ class Playground:
     @property
     def first_prompts(self) -> tuple[str, str, int, Interpolation, RankPosition]:
         """What stands in the fields: the run's own options where it has them."""
-        ranks, head = self.record.ranks, self.record.config.head if self.has_prototypes else {}
-        prompt, bases = head.get("prompt"), head.get("num_base_ranks")
+        ranks, config = self.record.ranks, self.record.config
+        defaults = {name: option.default for name, option in head_options(config.method).items()}
+        head = {**defaults, **config.head} if self.has_prototypes else {}
         names = [ranks.name(rank) for rank in range(len(ranks))]
-        between = "\n" if any("," in name for name in names) else ", "
         return (
-            prompt if isinstance(prompt, str) else CONTEXT,
-            between.join(names),
-            len(ranks) if bases is None and self.has_prototypes else min(bases or 3, len(ranks)),
+            head.get("prompt") or CONTEXT,
+            ("\n" if any("," in name for name in names) else ", ").join(names),
+            head.get("num_base_ranks", 0 if self.has_prototypes else min(3, len(ranks))) or 0,
             head.get("interpolation", "linear"),
             head.get("rank_position", "tail"),
         )
 
     def prompts(
-        self, context: str, names: str, num_base_ranks: float, interpolation: Interpolation, rank_position: RankPosition
+        self, context: str, names: str, num_base_ranks: int, interpolation: Interpolation, rank_position: RankPosition
     ) -> explore.RankPrompts:
         """The prompts of a typed context and typed names.
 
         Args:
             names: one a line; or between commas, if it is one line.
-            num_base_ranks: as many as ranks: every rank has its own.
+            num_base_ranks: 0: every rank has an embedding of its own.
 
         Raises:
             ValueError: no context, names that are not as many as the run's ranks, more base ranks than ranks.
@@ -159,35 +161,49 @@ class Playground:
             raise ValueError(
                 f"{len(typed)} names, but the run has {len(own)} ranks; one name a line, or between commas"
             )
+        if not 0 <= num_base_ranks <= len(own):
+            raise ValueError(f"base ranks must be 0 (every rank has its own) to {len(own)}, got {num_base_ranks}")
         ranks = Ranks(own.values, tuple(typed), own.unit)
-        bases = None if num_base_ranks >= len(own) else int(num_base_ranks)
         pooling = self.record.config.model.text_pooling if self.has_prototypes else None
-        return explore.interpolated(
-            context, ranks, bases, interpolation, rank_position, self.clip, title="typed", text_pooling=pooling
-        )
+        options = (num_base_ranks or None, interpolation, rank_position)
+        return explore.interpolated(context, ranks, *options, self.clip, title="typed", text_pooling=pooling)
 
     def ordinality(self, prompts: explore.RankPrompts) -> pd.DataFrame:
         """A row for what is typed, and one for what the run has learned, if it is a run with prompts."""
         given: list[explore.Given] = [prompts, self.run] if self.has_prototypes else [prompts]
         return explore.ordinality(*given).rename_axis("prompts").reset_index()
 
-    def read(self, prompts: explore.RankPrompts) -> list[tuple[Image.Image, float, float]]:
-        """The example pictures, what the prompts read and what is true: by the run's image encoder, with nothing
-        trained again; where the method has no prototypes by that of the CLIP."""
+    def read(self, prompts: explore.RankPrompts) -> list[tuple[Image.Image, dict[str, str]]]:
+        """The example pictures, each with what the prompts read, what the learned ones read and what is true.
+
+        They are seen by the run's image encoder, with nothing trained again; where the method keeps no rank prototypes
+        by that of the CLIP, and nothing learned is beside them.
+        """
         if not self.examples:
             return []
-        by = self.run if self.has_prototypes else self.clip
-        values = explore.read([image for image, _ in self.examples], prompts, by=by)[prompts.title]
-        return [(image, float(value), label) for (image, label), value in zip(self.examples, values, strict=True)]
+        images, ranks = [image for image, _ in self.examples], self.record.ranks
+        if self.has_prototypes:
+            found = explore.read(images, prompts, self.run, by=self.run)
+        else:
+            found = explore.read(images, prompts, by=self.clip)
+        readings = {"typed": [prompts.ranks.say(value) for value in found[prompts.title]]}
+        if self.has_prototypes:
+            readings["learned"] = [ranks.say(value) for value in found.iloc[:, 1]]
+        readings["true"] = [ranks.say(label) for _, label in self.examples]
+        rows = zip(*readings.values(), strict=True)
+        return [(image, dict(zip(readings, row, strict=True))) for image, row in zip(images, rows, strict=True)]
 
     @property
     def readers(self) -> str:
-        """Through which encoders words and pictures go, in a sentence or two."""
+        """Through which encoders words and pictures go, in sentences."""
         if self.has_prototypes:
-            return f"Words go through the text encoder of {self.clip}, pictures through the run's image encoder."
+            return (
+                f"What is typed goes through the text encoder of {self.clip}, before anything is learned; pictures go "
+                "through the run's image encoder, which has learned to meet the learned prompts. Nothing is trained."
+            )
         return (
-            f"{self.record.config.method} has no prompts: words and pictures go through {self.clip}, the CLIP of drawn "
-            "dials and tanks that ships, which knows nothing of this run."
+            f"{self.record.config.method} keeps no rank prototypes: words and pictures go through {self.clip}, the "
+            "CLIP of drawn dials and tanks that ships, which knows nothing of this run."
         )
 
 
@@ -201,16 +217,28 @@ def drawn(figure: Figure, name: str, title: str) -> str:
     return f'<div class="drawing">{inline_svg(figure, name, title)}</div>'
 
 
-def listed(pictures: Sequence[tuple[Image.Image, str, str]]) -> str:
-    """Pictures, each with two lines below it, as HTML."""
+def listed(pictures: Sequence[tuple[Image.Image, dict[str, str]]]) -> str:
+    """Pictures, each with named lines below it, as HTML."""
     cells = []
-    for image, line, second in pictures:
+    for image, lines in pictures:
         buffer = io.BytesIO()
         image.resize(fitted(image.size)).save(buffer, "PNG")
         source = base64.b64encode(buffer.getvalue()).decode("ascii")
-        caption = f"<figcaption>{escaped(line)}<br><span>{escaped(second)}</span></figcaption>"
+        told = "<br>".join(f"<span>{name}:</span> {escaped(line)}" for name, line in lines.items())
+        caption = f"<figcaption>{told}</figcaption>"
         cells.append(f'<figure><img alt="" src="data:image/png;base64,{source}">{caption}</figure>')
     return f'<div class="strip">{"".join(cells)}</div>'
+
+
+def whole(number: float | None) -> int:
+    """What a slider's box holds.
+
+    Raises:
+        ValueError: nothing, or no whole number.
+    """
+    if number is None or number != number // 1:
+        raise ValueError("base ranks must be a whole number")
+    return int(number)
 
 
 def fitted(size: tuple[int, int]) -> tuple[int, int]:
@@ -229,23 +257,24 @@ def build(run: str | Path) -> Any:
     play = Playground(run)
     ranks, say, few = play.record.ranks, play.record.ranks.say, len(play.record.ranks) <= MOST_RANKS
 
-    def told(work: Callable[..., Any]) -> Callable[..., Any]:
-        """What is wrong with the input as a message on the page."""
+    def told(work: Callable[..., Any], outputs: int = 1) -> Callable[..., Any]:
+        """What is wrong with the input in the place of the answer, so that nothing stands beside it that is not its."""
 
         @wraps(work)
         def safely(*given: Any) -> Any:
             try:
                 return work(*given)
             except ValueError as error:
-                raise gr.Error(escaped(error), print_exception=False) from error
+                said = f'<p class="problem">{escaped(error)}</p>'
+                return said if outputs == 1 else (said, *[None] * (outputs - 1))
 
         return safely
 
     def on_picture(path: str | None) -> str:
         return "" if path is None else shown(path)
 
-    def on_example(event: Any) -> str:
-        return shown(play.examples[event.index][0])
+    def on_example(event: Any) -> tuple[str, None]:
+        return shown(play.examples[event.index][0]), None
 
     on_example.__annotations__["event"] = gr.SelectData  # by which gradio knows that it wants one
 
@@ -253,15 +282,17 @@ def build(run: str | Path) -> Any:
         sentence, figure = play.why(picture)
         return f'<p class="answer">{sentence}</p>{drawn(figure, "why", "reasons of the answer")}'
 
-    def on_prompts(*typed: Any) -> tuple[str, str, str]:
-        prompts = play.prompts(*typed)
+    def on_prompts(context: str, names: str, bases: float | None, *options: Any) -> tuple[str, str, str]:
+        prompts = play.prompts(context, names, whole(bases), *options)
         matrix = drawn(explore.similarity_matrix(prompts), "similarity", "similarity of the prompts")
-        read = [(image, say(value), f"true: {say(label)}") for image, value, label in play.read(prompts)]
-        table = play.ordinality(prompts).to_html(index=False, border=0, float_format="{:.3f}".format)
-        return f'<div class="table">{table}</div>', matrix, listed(read)
+        table = play.ordinality(prompts).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="-")
+        return f'<div class="table">{table}</div>', matrix, listed(play.read(prompts))
 
-    with gr.Blocks(title=f"ordinalclip: {printable(Path(run).name)}", analytics_enabled=False) as page:
-        gr.HTML(f'<h2>{escaped(Path(run).name)}</h2><p class="about">{escaped(play.about)}</p>', padding=False)
+    name = printable(Path(run).resolve().name)
+    # One after the other: matplotlib's style and torch's generator are the process's, and the last input counts.
+    alone: dict[str, Any] = {"concurrency_id": "page", "concurrency_limit": 1}
+    with gr.Blocks(title=f"ordinalclip: {name}", analytics_enabled=False) as page:
+        gr.HTML(f'<h2>{escaped(name)}</h2><p class="about">{escaped(play.about)}</p>', padding=False)
         with gr.Tab("Picture"), gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picture = gr.File(label="a picture of yours", type="filepath", elem_id="picture", height=140)
@@ -280,29 +311,38 @@ def build(run: str | Path) -> Any:
                     )
             with gr.Column(scale=3, min_width=300):
                 reasons = gr.HTML(elem_id="reasons", padding=False)
-            picture.change(told(on_picture), picture, reasons)
-            strip.select(told(on_example), None, reasons)
+            for event in (picture.upload, picture.clear):
+                event(told(on_picture), picture, reasons, trigger_mode="always_last", **alone)
+            strip.select(told(on_example, 2), None, [reasons, picture], trigger_mode="always_last", **alone)
         with gr.Tab("Prompts", visible=few) as tab, gr.Row():
             context, names, bases, interpolation, position = play.first_prompts
             with gr.Column(scale=2, min_width=300):
                 typed = [
                     gr.Textbox(context, label="context", elem_id="context"),
                     gr.Textbox(names, label="names of the ranks, lowest first", lines=3, elem_id="names"),
-                    gr.Slider(1, len(ranks), bases, step=1, label="base ranks", elem_id="bases"),
+                    gr.Slider(
+                        0, len(ranks), bases, step=1, label="base ranks (0: every rank has its own)", elem_id="bases"
+                    ),
                     gr.Radio(list(get_args(Interpolation)), value=interpolation, label="interpolation"),
                     gr.Radio(list(get_args(RankPosition)), value=position, label="place of the rank in the prompt"),
                 ]
-                gr.HTML(f'<p class="about">{escaped(play.readers)} Nothing is trained again.</p>', padding=False)
+                gr.HTML(f'<p class="about">{escaped(play.readers)}</p>', padding=False)
             with gr.Column(scale=3, min_width=300):
                 gr.HTML("<p>Ordinality: how often similarity falls with the distance of ranks</p>", padding=False)
                 table = gr.HTML(elem_id="ordinality", padding=False)
                 matrix = gr.HTML(elem_id="matrix", padding=False)
                 gr.HTML("<p>Example pictures, read by these prompts:</p>", padding=False, visible=bool(examples))
                 answers = gr.HTML(elem_id="answers", padding=False)
-            follow = {"inputs": typed, "outputs": [table, matrix, answers], "show_progress_on": matrix}
-            for each in typed:
-                each.change(told(on_prompts), trigger_mode="always_last", **follow)
-            tab.select(told(on_prompts), **follow)
+            changes = [each.change for each in typed]
+            gr.on(
+                [*changes, tab.select],
+                told(on_prompts, 3),
+                typed,
+                [table, matrix, answers],
+                show_progress_on=matrix,
+                trigger_mode="always_last",
+                **alone,
+            )
     return page
 
 
@@ -320,34 +360,38 @@ def serve(
         OSError: the port, or all of them, are taken; and see `build`.
     """
     gr = _gradio()
-    chosen = _free(host, [port] if port is not None else range(PORT, PORT + PORTS))
+    _check_host(host)
+    os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY"), host)))  # gradio asks itself
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     options = {"theme": theme, "css": STYLE, "footer_links": [], "max_file_size": LARGEST, "quiet": True}
     with tempfile.TemporaryDirectory(prefix="ordinalclip-demo-") as handed_in:
         os.environ["GRADIO_TEMP_DIR"] = handed_in
         page = build(run)
-        page.launch(server_name=host, server_port=chosen, prevent_thread_lock=True, **options)
+        for chosen in [port] if port is not None else range(PORT, PORT + PORTS):
+            try:  # share: nobody else's machine in between, whatever a variable of gradio's says
+                page.launch(server_name=host, server_port=chosen, share=False, prevent_thread_lock=True, **options)
+            except OSError:
+                continue
+            break
+        else:
+            ports = str(port) if port is not None else f"{PORT} to {PORT + PORTS - 1}"
+            raise OSError(f"{host}:{ports} cannot be had: in use, or not allowed; choose another with --port")
         try:
-            say(f"http://{host}:{chosen}")
+            say(f"http://{host}:{chosen}  (Ctrl-C ends it)")
             threading.Event().wait()
         finally:
             page.close(verbose=False)
 
 
-def _free(host: str, ports: Sequence[int]) -> int:
-    """The first port that nobody listens at."""
-    for port in ports:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                tried.bind((host, port))
-            except PermissionError:
-                raise
-            except OSError as error:
-                last = error
-            else:
-                return port
-    raise OSError(f"{host}:{ports[0]}" + (f" to {ports[-1]}" if len(ports) > 1 else "") + f": {last.strerror}")
+def _check_host(host: str) -> None:
+    """Raises:
+    OSError: no address of this machine."""
+    if not host or ":" in host:
+        raise OSError(f"--host {host!r}: a name or an IPv4 address is needed")
+    try:
+        socket.getaddrinfo(host, None, socket.AF_INET)
+    except OSError as error:
+        raise OSError(f"--host {host}: {error.strerror}") from error
 
 
 def _gradio() -> Any:

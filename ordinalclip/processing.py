@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from ordinalclip.files import read_json_object
 from ordinalclip.images import PixelSpec, load_image, prepare
+from ordinalclip.suggestions import near_matches
 from ordinalclip.weights import first_line
 
 NAME = "preprocessor_config.json"
@@ -40,6 +41,9 @@ def find_file(name: str, file: str, hub: dict[str, Any]) -> Path:
         pickled = f" ({', '.join(others)} is not read: pickled files may hold code)" if others else ""
         raise FileNotFoundError(f"{path}: no such file, so {name} is no saved model{pickled}")
     why = "" if not folder.exists() else "a file, and not a folder with a model"
+    if not why and len(folder.parts) > 1 and folder.parent.is_dir():  # a typing error, and no reason to ask the network
+        near = near_matches(folder.name, (other.name for other in folder.parent.iterdir() if other.is_dir()))
+        why = f"no such folder in {folder.parent} ({near})"
     if not why:
         try:
             validate_repo_id(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, get_args
 
 import torch
@@ -141,6 +142,10 @@ class PromptLearner(nn.Module):
             self.register_buffer(
                 "special", tower.embed([start, tower.full_stop, end, tower.padding_token]).clone().float()
             )
+            if context is not None and re.search("[{}]", context):
+                raise ValueError(
+                    f"the context text {context!r} has braces: the rank is put beside it by itself (rank_position)"
+                )
             if context is None:
                 initial = torch.randn(num_context, width) * INITIAL_STD
             else:

@@ -7,12 +7,15 @@ import os
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from torch.nn.functional import normalize
 
 from ordinalclip.cli import main
 from ordinalclip.config import RunConfig, flat_keys
+from ordinalclip.gauges import draw
 from ordinalclip.model import OrdinalModel
 from ordinalclip.ranks import Ranks
 from ordinalclip.sections import describe
@@ -64,6 +67,25 @@ def test_predict_says_the_names_of_ranks_that_have_them(tmp_path, capsys, decodi
     said = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
     between = " ({value:.4g} grade)" if decoding == "expectation" else ""
     assert said == [answer["name"] + between.format(**answer) for answer in answers]
+
+
+def test_predict_shows_the_answer_among_the_likeliest_ranks(tmp_path, capsys):
+    """The median of 40 % 0, 15 % 1 and 45 % 2 is 1, the least likely."""
+    torch.manual_seed(0)
+    model = OrdinalModel.build("tiny", Ranks((0, 1, 2)), "prototypes").eval()
+    picture = tmp_path / "gauge.png"
+    draw("dial", 50.0, np.random.default_rng(0)).save(picture)
+    pixels = model.image_processor([str(picture)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        seen, aside = normalize(model.encoder(pixels), dim=1)[0], torch.randn(model.head.prototypes.shape[1])
+        aside = normalize(aside - (aside @ seen) * seen, dim=0)
+        cosines = (torch.tensor([0.40, 0.15, 0.45]).log() / model.head.logit_scale.exp())[:, None]
+        model.head.prototypes.copy_(cosines * seen + (1 - cosines.square()).sqrt() * aside)
+    model.save_pretrained(tmp_path / "model")
+    call = ["predict", str(picture), "--model", str(tmp_path / "model"), "--quiet", "--top"]
+    for top, shown in (("1", "(2 45%, 1 15%)"), ("2", "(2 45%, 0 40%, 1 15%)"), ("3", "(2 45%, 0 40%, 1 15%)")):
+        assert main([*call, top]) == 0
+        assert capsys.readouterr().out.rstrip().split("\t")[1:] == ["1", shown]
 
 
 def test_check_data(image_folder, tmp_path, capsys):

@@ -35,7 +35,7 @@ def test_overrides_and_round_trip(tmp_path):
         ("head.nun_context=4", r"head\.nun_context is not a key; nearest: head\.num_context"),
         ("head.num_context=four", r"head\.num_context: .*integer.*'four'"),
         ("head.alignment=both", r"head\.alignment: .*'official' or 'paper'"),
-        ("method=ordinal", "method 'ordinal' is unknown; choices: .*coop"),
+        ("method=ordinal", "method 'ordinal' is unknown; nearest: ordinalclip"),
         ("train.lr=fast", r"train\.lr: .*number.*'fast'"),
         ("train.batch_size=0", r"train\.batch_size: .*greater than or equal to 1, got 0"),
         ("data.split=[0.5, 0.5, 0.5]", "three shares that add up to 1"),

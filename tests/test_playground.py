@@ -8,18 +8,22 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ordinalclip import Ranks, explore
+from ordinalclip import Ranks, explore, playground
 from ordinalclip.cli import main
-from ordinalclip.config import load_config
+from ordinalclip.config import RunConfig, load_config
+from ordinalclip.explain import central_interval
 from ordinalclip.gauges import draw
+from ordinalclip.heads import head_options
 from ordinalclip.images import BrokenImageError
 from ordinalclip.pipeline import load_pipeline
-from ordinalclip.playground import Playground, escaped, serve
+from ordinalclip.playground import Playground, escaped, serve, whole
+from ordinalclip.run_folder import RunFolder
 from ordinalclip.runs import train
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -35,7 +39,7 @@ def runs(tmp_path_factory):
         head = ["head.prompt=a photo of a gauge at", "head.init_from_names=true", "head.num_base_ranks=3"]
         keys = [*(head if method == "ordinalclip" else []), "ranks.low=0", "ranks.high=100", "ranks.num=11"]
         keys += ["data.kinds=[thermometer]", "data.num_train=64", "data.num_validation=16", "data.num_test=40"]
-        keys += ["train.max_steps=10", "train.batch_size=16", "train.lr=1e-3", "evaluation.report=false"]
+        keys += ["train.max_steps=30", "train.batch_size=16", "train.lr=1e-3", "evaluation.report=false"]
         keys += ["ranks.unit=%", f"method={method}", f"output_dir={place}"]
         made[method] = train(load_config(None, keys), quiet=True)
     return made
@@ -55,23 +59,45 @@ def test_a_picture_is_answered_as_by_the_pipeline(runs, picture):
     for method, run in runs.items():
         play = Playground(run)
         sentence, figure = play.why(picture)
-        value = load_pipeline(str(run / "model"))(str(picture))["value"]
-        assert f"<b>{play.record.ranks.say(value)}</b>" in sentence
-        assert ("of the probability from" in sentence) == (method == "ordinalclip")
-        assert len(figure.axes) > 6
-        assert play.about.startswith(f"{method}: 11 ranks from 0 % to 100 %, mean absolute error ")
+        pipe, say = load_pipeline(str(run / "model")), play.record.ranks.say
+        answer = pipe(str(picture), top_k=11)
+        wanted = f"<b>{say(answer['value'])}</b>"
+        if method == "ordinalclip":
+            ranks = sorted(answer["top"], key=lambda entry: entry["value"])
+            probabilities = np.asarray([entry["probability"] for entry in ranks])
+            low, high, _ = central_interval(probabilities, play.record.ranks, 0.9)
+            wanted += f"<br>90% of the probability from {say(low)} to {say(high)}"
+        assert sentence == wanted
+        assert figure.get_suptitle() == f"gauge.png: {say(answer['value'])}"
+        error = RunFolder(run).read_metrics()["test"]["mae"]
+        assert (
+            play.about == f"{method}: 11 ranks from 0 % to 100 %, mean absolute error {error:.3g} % on the test part."
+        )
 
 
 def test_examples_are_spread_over_the_labels_of_the_part_that_is_shown(runs):
     play = Playground(runs["l1"])
+    part = play.record.images
     labels = [label for _, label in play.examples]
     assert len(labels) == 8
     assert labels == sorted(labels)
-    assert [labels[0], labels[-1]] == [play.record.images.values.min(), play.record.images.values.max()]
+    assert [labels[0], labels[-1]] == [part.values.min(), part.values.max()]
+    for image, label in play.examples:
+        assert image.tobytes() == part.image(int(np.flatnonzero(part.values == label)[0])).tobytes()
 
 
 def test_the_fields_begin_with_the_prompts_of_the_run(runs):
-    assert Playground(runs["ordinalclip"]).first_prompts == ("a photo of a gauge at", NAMES, 3, "linear", "tail")
+    play = Playground(runs["ordinalclip"])
+    assert play.first_prompts == ("a photo of a gauge at", NAMES, 3, "linear", "tail")
+    assert play.clip == "tiny"
+    other = {"head": {"prompt": "at", "init_from_names": True}, "model": {"text": "minilm"}}  # the others are defaults
+    play.record = replace(play.record, config=RunConfig(**other))
+    assert play.first_prompts == ("at", NAMES, head_options("ordinalclip")["num_base_ranks"].default, "linear", "tail")
+    assert play.clip == "minilm"
+    play.record = replace(play.record, config=RunConfig(method="coop", head={"prompt": "at"}))
+    assert play.first_prompts[2] == 0
+    play.record.model.head.ranks = Ranks((0, 1), ("few, some", "many"))
+    assert play.first_prompts[1] == "few, some\nmany"
     assert Playground(runs["l1"]).first_prompts == ("the value of the picture is", NAMES, 3, "linear", "tail")
 
 
@@ -84,18 +110,34 @@ def test_typed_prompts_are_those_of_explore_and_are_read_by_the_run(runs):
     table = play.ordinality(prompts)
     assert table["prompts"].tolist() == ["typed", "ordinalclip"]
     assert table["whole"].tolist() == explore.ordinality(own, run)["whole"].tolist()
-    images = [image for image, _ in play.examples]
-    assert [value for _, value, _ in play.read(prompts)] == explore.read(images, own, by=run)["typed"].tolist()
+    named = play.prompts("the dial says", "a, b, c, d, e, f, g, h, i, j, k", 0, "linear", "tail")
+    images, say = [image for image, _ in play.examples], play.record.ranks.say
+    wanted = zip(
+        map(named.ranks.say, explore.read(images, named, by=run)["typed"]),
+        map(say, explore.read(images, run, by=run).iloc[:, 0]),
+        [say(label) for _, label in play.examples],
+        strict=True,
+    )
+    keys = ("typed", "learned", "true")
+    assert [lines for _, lines in play.read(named)] == [dict(zip(keys, row, strict=True)) for row in wanted]
 
 
-def test_without_prompts_the_clip_that_ships_reads_and_says_so(runs):
+@pytest.mark.parametrize("bases", [0, 2, 11])
+def test_no_base_ranks_are_not_as_many_as_ranks(runs, bases):
+    own = explore.interpolated("at", Ranks.linear(0, 100, 11, unit="%"), bases or None, "linear")
+    typed = Playground(runs["ordinalclip"]).prompts("at", NAMES, bases, "linear", "tail")
+    assert typed.prototypes.equal(own.prototypes)
+
+
+def test_without_prototypes_the_clip_that_ships_reads_and_says_so(runs):
     play = Playground(runs["l1"])
-    prompts = play.prompts("the gauge is at", NAMES, 11, "linear", "tail")
+    prompts = play.prompts("the gauge is at", NAMES, 0, "linear", "tail")
     assert prompts.prototypes.equal(explore.interpolated("the gauge is at", play.record.ranks, None).prototypes)
-    images = [image for image, _ in play.examples]
-    assert [value for _, value, _ in play.read(prompts)] == explore.read(images, prompts)["typed"].tolist()
+    values = explore.read([image for image, _ in play.examples], prompts)["typed"]
+    assert [lines["typed"] for _, lines in play.read(prompts)] == [play.record.ranks.say(value) for value in values]
+    assert all(set(lines) == {"typed", "true"} for _, lines in play.read(prompts))
     assert play.ordinality(prompts)["prompts"].tolist() == ["typed"]
-    assert "l1 has no prompts" in play.readers
+    assert "l1 keeps no rank prototypes" in play.readers
 
 
 def test_bad_input_is_refused(runs, tmp_path):
@@ -103,8 +145,16 @@ def test_bad_input_is_refused(runs, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(BrokenImageError, match=r"^cut\.png: not a readable image"):
         play.why(tmp_path / "cut.png")
-    with pytest.raises(ValueError, match=r"^2 names, but the run has 11 ranks"):
-        play.prompts("the gauge is at", "low, high", 3, "linear", "tail")
+    for given, message in (
+        (("the gauge is at", "low, high", 3), "^2 names, but the run has 11 ranks"),
+        (("the gauge is at", NAMES, 12), r"^base ranks must be 0 \(every rank has its own\) to 11, got 12"),
+        (("a {name}", NAMES, 3), "has braces"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            play.prompts(*given, "linear", "tail")
+    for number in (None, 2.5, float("nan")):
+        with pytest.raises(ValueError, match="must be a whole number"):
+            whole(number)
     assert escaped("<img src=x onerror=alert(1)>\x1b") == "&lt;img src=x onerror=alert(1)&gt;\\x1b"
 
 
@@ -112,15 +162,41 @@ def test_the_command_says_what_is_wrong(runs, tmp_path, capsys, monkeypatch):
     pytest.importorskip("gradio")
     assert main(["demo", str(tmp_path)]) == 2
     assert re.search(r"no finished run|holds no", capsys.readouterr().err)
+    for host, message in (
+        ("::1", "a name or an IPv4 address"),
+        ("", "a name or"),
+        ("no.such.invalid", "--host no.such"),
+    ):
+        assert main(["demo", str(runs["l1"]), "--host", host]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo", str(runs["l1"])]) == 2
+    assert capsys.readouterr().err == "ordinalclip: ordinalclip demo needs gradio: pip install 'ordinalclip[demo]'\n"
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_named_or_passed_over_and_nobody_asks_for_a_tunnel(runs, monkeypatch):
+    networking = pytest.importorskip("gradio").networking
+    monkeypatch.setenv("GRADIO_SHARE", "True")
+    monkeypatch.setattr(networking, "setup_tunnel", lambda *_: pytest.fail("a tunnel is asked for"))
+    said = []
+
+    def stop(address):
+        said.append(address)
+        raise KeyboardInterrupt
+
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=f"^127.0.0.1:{port}: .*in use"):
-            serve(runs["l1"], port=port)
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main(["demo", str(runs["l1"])]) == 2
-    assert capsys.readouterr().err == "ordinalclip: ordinalclip demo needs gradio: pip install 'ordinalclip[demo]'\n"
+        with pytest.raises(OSError, match=f"^127.0.0.1:{port} cannot be had"):
+            serve(runs["l1"], port=port, say=stop)
+        monkeypatch.setattr(playground, "PORT", port)
+        with pytest.raises(KeyboardInterrupt):
+            serve(runs["l1"], say=stop)
+    (address,) = said
+    assert re.fullmatch(r"http://127\.0\.0\.1:(\d+)  \(Ctrl-C ends it\)", address)
+    assert port < int(address.split(":")[2].split()[0]) < port + playground.PORTS
 
 
 # ---- the page in a browser
@@ -135,7 +211,7 @@ def address(runs, tmp_path_factory):
     pipes = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "TMPDIR": str(temporary)}}
     with said.open("w") as errors, subprocess.Popen(command, stderr=errors, **pipes) as server:
         try:
-            yield server.stdout.readline().strip()
+            yield server.stdout.readline().split()[0]
         finally:
             server.send_signal(signal.SIGINT)
             assert server.wait(60) == 130
@@ -174,19 +250,32 @@ def wait_for(what, seconds=60):
         if found := what():
             return found
         time.sleep(0.1)
-    raise AssertionError("waited for too long")
+    raise AssertionError(f"waited for too long: {what()}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [390, 1280], indirect=True)
 def test_a_picture_is_uploaded_or_chosen_on_narrow_and_wide_pages(page, runs, picture):
+    play = Playground(runs["ordinalclip"])
+
+    def answers(given):
+        """What the page says in the end, which is the last that was asked for."""
+        wanted = re.sub("<[^>]*>", " ", play.why(given)[0]).split()
+        wait_for(lambda: page.locator("#reasons .answer").all_inner_texts() and answer().split() == wanted)
+        page.wait_for_timeout(1500)
+        assert answer().split() == wanted
+
+    def answer():
+        return page.locator("#reasons .answer").inner_text()
+
     page.locator("#picture input").set_input_files(str(picture))
-    page.wait_for_selector("#reasons .drawing svg")
-    value = load_pipeline(str(runs["ordinalclip"] / "model"))(str(picture))["value"]
-    assert page.locator("#reasons .answer b").inner_text() == Ranks.linear(0, 100, 11, unit="%").say(value)
-    first = page.locator("#reasons .drawing").inner_html()
+    answers(picture)
+    assert page.locator("#picture").get_by_text("gauge").count()
+    page.locator("#examples button").nth(0).click()
+    page.wait_for_timeout(300)  # while that is computed
     page.locator("#examples button").nth(7).click()
-    wait_for(lambda: page.locator("#reasons .drawing").inner_html() != first)
+    answers(play.examples[7][0])
+    assert not page.locator("#picture").get_by_text("gauge").count()  # the answer is not its any more
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= page.viewport_size["width"]
     box = page.locator("#reasons .drawing svg").bounding_box()
@@ -213,10 +302,9 @@ def test_a_picture_is_dropped_and_a_bad_file_is_named(page, picture, tmp_path):
     ).first.click()
     wait_for(lambda: page.locator("#reasons .drawing").count() == 0)
     dropped("<img src=x onerror=alert(1)>.png", b"no picture")
-    told = page.wait_for_selector(".toast-body")
-    assert "not a readable image" in told.inner_text()
-    assert "tmp" not in told.inner_text()
-    assert page.locator(".toast-body img").count() == 0
+    told = page.wait_for_selector("#reasons .problem")
+    assert told.inner_text().startswith("img src=x onerror=alert(1).png: not a readable image")
+    assert page.locator("#reasons img").count() == 0
 
 
 @pytest.mark.slow
@@ -224,15 +312,22 @@ def test_a_picture_is_dropped_and_a_bad_file_is_named(page, picture, tmp_path):
 def test_prompts_are_typed_and_dragged_and_the_rest_follows(page, runs):
     readings = Ranks.linear(0, 100, 11, unit="%")
 
+    def shown():
+        return page.locator("#ordinality tbody tr").first.inner_text().split()
+
     def follows(context, bases, interpolation="linear", ranks=readings):
         """The table is that of these prompts; then the drawing and the answers."""
         own = explore.interpolated(context, ranks, bases, interpolation)
         row = [f"{value:.3f}" for value in explore.ordinality(own).iloc[0]]
-        wait_for(lambda: page.locator("#ordinality tbody tr").first.inner_text().split() == ["typed", *row])
+        wait_for(lambda: shown() == ["typed", *row])
         images = Playground(runs["ordinalclip"]).examples
         values = explore.read([image for image, _ in images], own, by=runs["ordinalclip"])
-        pairs = zip(values.iloc[:, 0], images, strict=True)
-        lines = [f"{readings.say(value)}\ntrue: {readings.say(label)}" for value, (_, label) in pairs]
+        learned = explore.read([image for image, _ in images], runs["ordinalclip"], by=runs["ordinalclip"])
+        rows = zip(values.iloc[:, 0], learned.iloc[:, 0], images, strict=True)
+        lines = [
+            f"typed: {ranks.say(value)}\nlearned: {readings.say(other)}\ntrue: {readings.say(label)}"
+            for value, other, (_, label) in rows
+        ]
         wait_for(lambda: page.locator("#answers figcaption").all_inner_texts() == lines)
         return page.locator("#matrix .drawing").inner_html()
 
@@ -246,17 +341,21 @@ def test_prompts_are_typed_and_dragged_and_the_rest_follows(page, runs):
     page.mouse.down()
     page.mouse.move(handle["x"] + 0.5 * handle["width"], middle, steps=4)
     page.mouse.up()
-    drawings.add(follows("the water stands at", 6))
-    page.get_by_label("piecewise").check()
-    drawings.add(follows("the water stands at", 6, "piecewise"))
+    bases = int(page.locator("#bases input[type=number]").input_value())
+    assert 4 < bases < 8
+    drawings.add(follows("the water stands at", bases))
+    page.locator("#context textarea, #context input").first.fill("the water rises to")
+    page.get_by_label("piecewise").check()  # at once
+    drawings.add(follows("the water rises to", bases, "piecewise"))
     names = "nothing, one, two, three, four, five, six, seven, eight, nine, all"
     page.locator("#names textarea").fill(names)
     worded = Ranks(readings.values, tuple(names.split(", ")), "%")
-    drawings.add(follows("the water stands at", 6, "piecewise", worded))
+    drawings.add(follows("the water rises to", bases, "piecewise", worded))
     assert len(drawings) == 5
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     page.locator("#names textarea").fill("low, high")
-    assert "2 names, but the run has 11 ranks" in page.wait_for_selector(".toast-body").inner_text()
+    assert page.wait_for_selector("#ordinality .problem").inner_text().startswith("2 names, but the run has 11 ranks")
+    assert page.locator("#matrix .drawing, #answers img").count() == 0
 
 
 @pytest.mark.slow

@@ -60,6 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if found.pairs is not None:
         across = sum(map(found.across, found.pairs))
-        print(f"{len(found.pairs)} pairs of pictures are nearly the same, {across} of them in two parts")
+        print(f"{len(found.pairs)} pairs of pictures are nearly the same to the encoder, {across} of them in two parts")
     print(printable(f"written: {place}/audit.html, labels.csv, near_duplicates.csv"))
     return 0

@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files; folders with all below them")
     parser.add_argument("--model", required=True, help="model folder, run folder or hub name")
     parser.add_argument(
-        "--top", type=whole_number(1), default=3, help="how many of the likeliest ranks to show (default 3)"
+        "--top",
+        type=whole_number(1),
+        default=3,
+        help="how many of the likeliest ranks to show, and the answer's (default 3)",
     )
     parser.add_argument("--batch-size", type=whole_number(1, 4096), default=32, help="images at once (default 32)")
     add_imports(parser)
@@ -70,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
                 errors[number] = error.reason
 
     warnings.filterwarnings("ignore", module=r"PIL\b")  # of what it reads all the same
-    answers = iter(pipe(readable(), batch_size=arguments.batch_size, top_k=arguments.top))
+    answers = iter(pipe(readable(), batch_size=arguments.batch_size, top_k=len(ranks)))
     ahead: Any = None
     for number, file in enumerate(Progress(files, "predicting", unit="images", quiet=arguments.quiet)):
         # An answer is asked for before one knows whose it is: `readable` passes over what is broken on its way there.
@@ -78,11 +81,19 @@ def run(arguments: argparse.Namespace) -> int:
         if number in errors:
             answer = {"error": errors[number]}
         else:
-            answer, ahead = ahead, None
+            answer, ahead = _shortened(ahead, arguments.top, not arguments.json), None
         print(json.dumps({"file": str(file), **answer}) if arguments.json else _line(str(file), answer, ranks))
     if errors:
         print(f"ordinalclip: {len(errors)} of {len(files)} images could not be read", file=sys.stderr)
     return 1 if errors else 0
+
+
+def _shortened(answer: dict[str, Any], most: int, own: bool) -> dict[str, Any]:
+    """The answer with the likeliest ranks alone; and with its own, if wanted: a median need not be likely."""
+    kept = [
+        entry for place, entry in enumerate(answer["top"]) if place < most or (own and entry["name"] == answer["name"])
+    ]
+    return {**answer, "top": kept}
 
 
 def _line(file: str, answer: dict[str, Any], ranks: Ranks) -> str:

@@ -115,7 +115,9 @@ def _say_near_copies(lines: list[str], parts: dict[str, Part], pairs: list[tuple
         first, second = (f"{parts[name].place(row)} (label {parts[name].values[row]:g})" for name, row in pair)
         lines.append(f"nearly the same picture in two parts: {first} = {second}")
     if pairs:
-        lines.append(f"{len(pairs)} pairs of pictures are nearly the same, {len(across)} of them in two parts")
+        lines.append(
+            f"{len(pairs)} pairs of pictures are nearly the same by their pixels, {len(across)} of them in two parts"
+        )
 
 
 def _say_ranks(lines: list[str], parts: Parts) -> None:

@@ -38,7 +38,7 @@ refused("a comparison of nothing", r"methods: .*at least 1 item", BASE + "method
 refused("a comparison without methods", r"methods: Field required", "seeds: [1]\n")
 refused("methods as a list", r"methods: .*dictionary", BASE + "methods: [l1, mse]\n")
 refused(
-    "a method that is not known", r"method 'l2' is unknown; choices: ", BASE + "methods: {a: {base: {method: l2}}}\n"
+    "a method that is not known", r"method 'l2' is unknown; nearest: ", BASE + "methods: {a: {base: {method: l2}}}\n"
 )
 refused(
     "a method whose base is a word", r"methods\.a\.base: .*dictionary, got 'l1'", BASE + "methods: {a: {base: l1}}\n"

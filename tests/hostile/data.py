@@ -636,7 +636,9 @@ def _(folder):
 
 
 @case(
-    "pictures that are nearly the same", r"1 pairs of pictures are nearly the same, [01] of them in two parts", status=0
+    "pictures that are nearly the same",
+    r"1 pairs of pictures are nearly the same by their pixels, [01] of them in two parts",
+    status=0,
 )
 def _(folder):
     words = labelled(folder, [0, 1, 2])
