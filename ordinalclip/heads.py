@@ -295,7 +295,7 @@ def class_path(method: str) -> str:
     heads = available_heads()
     if method not in heads:
         raise ValueError(
-            f"method {method!r} is unknown; {near_matches(method, sorted(heads))}; `ordinalclip methods` lists all, a "
+            f"method {method!r} is unknown; {near_matches(method, sorted(heads))}; ordinalclip methods lists all, a "
             "head of your own is module:Class"
         )
     return heads[method]

@@ -218,6 +218,7 @@ def test_a_wrong_label_comes_first(tmp_path):
     assert place == run / "audit"
     assert table(place / "labels.csv")[0]["file"] == "p30.png"
     assert found.scores[found.order[0]] > 1.5 * found.scores[found.order[1]]
+    assert "hardly know the pictures" not in (place / "audit.html").read_text()
 
 
 def test_without_a_distribution_errors_sort_and_the_page_says_so(tmp_path):
@@ -225,7 +226,11 @@ def test_without_a_distribution_errors_sort_and_the_page_says_so(tmp_path):
     run = run_in(tmp_path, "method=l1", "data.group=''")
     found, place = audit(run, folds=2, quiet=True)
     np.testing.assert_array_equal(found.scores, np.abs(found.answers - found.pictures.values))
-    assert "gives no distribution" in (place / "audit.html").read_text()
+    text, labels = (place / "audit.html").read_text(), found.pictures.values
+    assert "gives no distribution" in text
+    error, constant = np.abs(found.answers - labels).mean(), np.abs(labels - np.median(labels)).mean()
+    assert error > 0.8 * constant  # after so few steps
+    assert f"err by {error:.3g}, always answering the median label by {constant:.3g}: they hardly know" in text
 
 
 @pytest.mark.slow

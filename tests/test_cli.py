@@ -88,6 +88,15 @@ def test_predict_shows_the_answer_among_the_likeliest_ranks(tmp_path, capsys):
         assert capsys.readouterr().out.rstrip().split("\t")[1:] == ["1", shown]
 
 
+def test_a_mistyped_folder_of_a_model_is_not_looked_for_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ordinalclip.processing.cached_file", lambda *_, **__: pytest.fail("the hub is asked"))
+    (tmp_path / "runs" / "elpv").mkdir(parents=True)
+    (tmp_path / "a.png").touch()
+    assert main(["predict", "a.png", "--model", "runs/elvp"]) == 2
+    assert capsys.readouterr().err == "ordinalclip: runs/elvp: no such folder in runs (nearest: elpv)\n"
+
+
 def test_check_data(image_folder, tmp_path, capsys):
     config = tmp_path / "data.yaml"
     data = {"source": "table", "root": str(image_folder), "table": "labels.csv", "split": [1, 0, 0]}

@@ -340,6 +340,7 @@ def test_frozen_tower_passes_gradient_through(tower):
         ({"num_context": -1}, "num_context must be at least 0"),
         ({"tokens_per_rank": 0}, "tokens_per_rank must be at least 1"),
         ({"context": "  "}, "holds no token"),
+        ({"context": "the age is {name}"}, "has braces: the rank is put beside it"),
         ({"num_context": 75}, "has 79 tokens .* at most 77"),
     ],
 )
