@@ -196,7 +196,10 @@ def test_a_head_of_your_own_that_does_not_learn(module):
         ("outside_heads:Shiftde", r"module 'outside_heads' has no 'Shiftde'; nearest: Shifted"),
         ("outside_heads:function", r"<function function .*> is not a subclass of ordinalclip\.heads\.Head"),
         ("outside_heads:Untaught.sub", r"write module:name, e\.g\..*got 'outside_heads:Untaught\.sub'"),
-        ("outside_heads", r"'outside_heads' is unknown; choices: .*coop.*, or a head of your own as module:Class"),
+        (
+            "outside_heads",
+            r"'outside_heads' is unknown; nearest: .*; ordinalclip methods .*, a head of your own is module:Class",
+        ),
     ],
 )
 def test_what_is_no_head(module, method, message):
