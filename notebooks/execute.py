@@ -7,6 +7,7 @@ Each runs in a folder of its own that is thrown away. The tests run them by the 
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -28,7 +29,8 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, 4)
     # What is printed comes in pieces, as many as the kernel's timer makes of it: joined.
     options = {"timeout": 280, "coalesce_streams": True, "resources": {"metadata": {"path": str(folder)}}}
-    NotebookClient(notebook, record_timing=False, **options).execute()
+    # One thread: two kernels with two each on two cores wait for one another, several times as long as they compute.
+    NotebookClient(notebook, record_timing=False, **options).execute(env={"OMP_NUM_THREADS": "1", **os.environ})
     for cell in notebook.cells:
         for place in (str(Path.home()), str(folder)):
             if place in str(cell.get("outputs", "")):

@@ -56,7 +56,8 @@ def no_encoder(monkeypatch):
 
 
 def files_of(cache):
-    return sorted(cache.glob("*/*.safetensors"))
+    """Those that are whole: a killed job may have left one that it was about to rename."""
+    return sorted(path for path in cache.glob("*/*.safetensors") if not path.name.startswith(ASIDE))
 
 
 def pictures_in(cache):
