@@ -28,7 +28,7 @@ from ordinalclip.data.parts import joined
 from ordinalclip.data.splits import cross_validated
 from ordinalclip.executors import WorkerDied, num_jobs, open_pool
 from ordinalclip.files import delete, read_json_object, write_json
-from ordinalclip.metrics import ranked_probability_scores
+from ordinalclip.metrics import against_constant, constant_answer, mean_absolute_error, ranked_probability_scores
 from ordinalclip.predictions import DECODINGS, Predictions
 from ordinalclip.progress import Progress
 from ordinalclip.provenance import fingerprints
@@ -185,8 +185,11 @@ def _audit(
         notes.append(f"Near-duplicates were not looked for among more than {MOST_COMPARED:,} pictures.")
     elif len(pairs) == MOST_SIMILAR:
         notes.append(f"Of near-duplicates the {MOST_SIMILAR:,} most similar pairs are listed; there may be more.")
-    error, constant = _errors(predictions, config)
-    if error > HARDLY * constant:
+    answers, labels = predictions.decoded[config.evaluation.decoding], predictions.labels
+    counts = np.bincount(predictions.label_ranks, minlength=len(pool.ranks))
+    constant = against_constant(answers, labels, constant_answer(counts, pool.ranks.values))["mae"]
+    error = mean_absolute_error(answers, labels)
+    if constant is not None and error > HARDLY * constant:
         notes.append(
             f"The models err by {error:.3g}, always answering the median label by {constant:.3g}: they hardly know the "
             "pictures, and what they doubt says more about them than about the labels."
@@ -369,12 +372,6 @@ def _scores(predictions: Predictions, config: RunConfig) -> tuple[np.ndarray, st
     if predictions.probabilities is None:
         return np.abs(answers - predictions.labels), "absolute error"
     return ranked_probability_scores(predictions.probabilities, predictions.label_ranks), "RPS"
-
-
-def _errors(predictions: Predictions, config: RunConfig) -> tuple[float, float]:
-    """MAE of the out-of-fold answers, and of always answering the median of all labels."""
-    answers, labels = predictions.decoded[config.evaluation.decoding], predictions.labels
-    return float(np.abs(answers - labels).mean()), float(np.abs(np.median(labels) - labels).mean())
 
 
 def _unseen(ranks: np.ndarray, rows: Sequence[dict[str, np.ndarray]]) -> int:

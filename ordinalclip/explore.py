@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ordinalclip import metrics
-from ordinalclip.backbones import Backbone, load_backbone
+from ordinalclip.backbones import Backbone, available_families, load_backbone
 from ordinalclip.data import load_parts
 from ordinalclip.explain import explain as explain
 from ordinalclip.heads import Decoding, Head, HeadContext, decode
@@ -313,7 +313,8 @@ def read(images: Any, *prompts: Given, by: str | Path = "tiny", decoding: Decodi
         BrokenImageError: a picture that cannot be read.
     """
     names, pictures = _pictures(images)
-    opened = _opened(by) if RunFolder(by).is_finished else None
+    is_run = str(by) not in available_families() and RunFolder(by).is_finished  # a folder may be called tiny, too
+    opened = _opened(by) if is_run else None
     encoder, pixels, compare = _reader_of(opened) if opened else _clip_reader(str(by))
     features = _encode(encoder, [prepare(picture, pixels) for picture in pictures])
     how = decoding or (opened.model.head.decoding if opened else "median")

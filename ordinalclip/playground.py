@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import os
 import socket
 import tempfile
@@ -32,12 +30,13 @@ from ordinalclip.prompts import Interpolation, RankPosition
 from ordinalclip.quoting import printable
 from ordinalclip.ranks import Ranks
 from ordinalclip.results.figures import inline_svg
+from ordinalclip.results.pages import data_uri, thumbnail
 from ordinalclip.results.record import RunRecord, read_run
 
 STRIP = 8  # example pictures
 MOST_RANKS = 200  # whose prompts are encoded at every keystroke
 CONTEXT = "the value of the picture is"  # where a method has no prompts
-THUMBNAIL = 192  # pixels of the longer side
+THUMBNAIL = 192  # pixels of a side
 LARGEST = "64mb"  # of a file that is handed in
 PORT = 7860  # the first that is tried
 PORTS = 100  # as many are
@@ -52,7 +51,7 @@ STYLE = """
 .answer, .about, .strip { overflow-wrap: anywhere; }
 .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .7rem; }
 .strip figure { margin: 0; }
-.strip img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 6px; background: var(--grid); }
+.strip img { width: 100%; border-radius: 6px; }
 .strip figcaption { font-size: .85rem; line-height: 1.3; }
 .strip span { color: var(--muted); }
 .table { overflow-x: auto; }
@@ -221,16 +220,13 @@ def listed(pictures: Sequence[tuple[Image.Image, dict[str, str]]]) -> str:
     """Pictures, each with named lines below it, as HTML."""
     cells = []
     for image, lines in pictures:
-        buffer = io.BytesIO()
-        image.resize(fitted(image.size)).save(buffer, "PNG")
-        source = base64.b64encode(buffer.getvalue()).decode("ascii")
         told = "<br>".join(f"<span>{name}:</span> {escaped(line)}" for name, line in lines.items())
-        caption = f"<figcaption>{told}</figcaption>"
-        cells.append(f'<figure><img alt="" src="data:image/png;base64,{source}">{caption}</figure>')
+        picture = f'<img alt="" src="{data_uri(thumbnail(image, THUMBNAIL))}">'
+        cells.append(f"<figure>{picture}<figcaption>{told}</figcaption></figure>")
     return f'<div class="strip">{"".join(cells)}</div>'
 
 
-def whole(number: float | None) -> int:
+def as_integer(number: float | None) -> int:
     """What a slider's box holds.
 
     Raises:
@@ -239,12 +235,6 @@ def whole(number: float | None) -> int:
     if number is None or number != number // 1:
         raise ValueError("base ranks must be a whole number")
     return int(number)
-
-
-def fitted(size: tuple[int, int]) -> tuple[int, int]:
-    """The size of a picture whose longer side is to be THUMBNAIL, with its aspect kept."""
-    scale = THUMBNAIL / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def build(run: str | Path) -> Any:
@@ -283,7 +273,7 @@ def build(run: str | Path) -> Any:
         return f'<p class="answer">{sentence}</p>{drawn(figure, "why", "reasons of the answer")}'
 
     def on_prompts(context: str, names: str, bases: float | None, *options: Any) -> tuple[str, str, str]:
-        prompts = play.prompts(context, names, whole(bases), *options)
+        prompts = play.prompts(context, names, as_integer(bases), *options)
         matrix = drawn(explore.similarity_matrix(prompts), "similarity", "similarity of the prompts")
         table = play.ordinality(prompts).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="-")
         return f'<div class="table">{table}</div>', matrix, listed(play.read(prompts))
@@ -296,14 +286,13 @@ def build(run: str | Path) -> Any:
         with gr.Tab("Picture"), gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picture = gr.File(label="a picture of yours", type="filepath", elem_id="picture", height=140)
-                examples = [(image.resize(fitted(image.size)), say(label)) for image, label in play.examples]
+                examples = [(thumbnail(image, THUMBNAIL), say(label)) for image, label in play.examples]
                 with gr.Column(visible=bool(examples)):
                     gr.HTML(f"<p>or one of the {play.record.part} part:</p>", padding=False)
                     strip = gr.Gallery(
                         examples,
                         show_label=False,
                         columns=4,
-                        object_fit="contain",
                         allow_preview=False,
                         interactive=False,
                         buttons=[],
@@ -361,7 +350,8 @@ def serve(
     """
     gr = _gradio()
     _check_host(host)
-    os.environ["NO_PROXY"] = ",".join(filter(None, (os.environ.get("NO_PROXY"), host)))  # gradio asks itself
+    for name in ("NO_PROXY", "no_proxy"):  # gradio asks itself whether it is there
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), host)))
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     options = {"theme": theme, "css": STYLE, "footer_links": [], "max_file_size": LARGEST, "quiet": True}
     with tempfile.TemporaryDirectory(prefix="ordinalclip-demo-") as handed_in:

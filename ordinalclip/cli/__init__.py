@@ -312,6 +312,18 @@ def add_imports(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def import_given(arguments: argparse.Namespace) -> None:
+    """Import what `--import` names.
+
+    Raises:
+        ValueError: a module that cannot be imported.
+    """
+    from ordinalclip.heads import import_by_name
+
+    for module in arguments.imports:
+        import_by_name(module, "--import")
+
+
 def print_metrics(metrics: dict) -> None:
     """The metrics of a run, a line per part."""
     from ordinalclip.metrics import METRICS, doubt

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from ordinalclip.cli import add_imports, whole_number
+from ordinalclip.cli import add_imports, import_given, whole_number
 
 NEEDS = ("playground",)
 
@@ -29,10 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ordinalclip.heads import import_by_name
     from ordinalclip.playground import serve
 
-    for module in arguments.imports:
-        import_by_name(module, "--import")
+    import_given(arguments)
     serve(arguments.run, arguments.host, arguments.port, lambda address: print(address, flush=True))
     return 0

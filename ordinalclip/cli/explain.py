@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ordinalclip.cli import add_imports, whole_number
+from ordinalclip.cli import add_imports, import_given, whole_number
 from ordinalclip.quoting import printable
 
 NEEDS = ("explain",)
@@ -32,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.explain import Explainer
-    from ordinalclip.heads import import_by_name
     from ordinalclip.images import find_images, load_image
     from ordinalclip.progress import Progress
     from ordinalclip.results.figures import check_free, save_figure
@@ -46,8 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_free(target)
     for file in files:  # before anything is computed
         load_image(file)
-    for module in arguments.imports:
-        import_by_name(module, "--import")
+    import_given(arguments)
     explainer = Explainer(arguments.run, num_neighbors=arguments.neighbors, quiet=arguments.quiet)
     out.parent.mkdir(parents=True, exist_ok=True)
     progress: Progress = Progress(files, "explaining", unit="images", quiet=arguments.quiet or len(files) == 1)

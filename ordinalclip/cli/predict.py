@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ordinalclip.cli import add_imports, whole_number
+from ordinalclip.cli import add_imports, import_given, whole_number
 from ordinalclip.quoting import printable
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ordinalclip.heads import import_by_name
     from ordinalclip.images import BrokenImageError, find_images, load_image, read_formats
     from ordinalclip.memory import keep_freed_memory
     from ordinalclip.pipeline import load_pipeline
@@ -59,8 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = find_images(arguments.images)
     inside = RunFolder(arguments.model).model
     model = inside if (inside / "config.json").is_file() else arguments.model
-    for module in arguments.imports:
-        import_by_name(module, "--import")
+    import_given(arguments)
     pipe = load_pipeline(str(model))
     ranks = pipe.model.config.label_space
     errors: dict[int, str] = {}
