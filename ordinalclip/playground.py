@@ -302,7 +302,8 @@ def build(run: str | Path) -> Any:
                 reasons = gr.HTML(elem_id="reasons", padding=False)
             for event in (picture.upload, picture.clear):
                 event(told(on_picture), picture, reasons, trigger_mode="always_last", **alone)
-            strip.select(told(on_example, 2), None, [reasons, picture], trigger_mode="always_last", **alone)
+            # Not "always_last": with it gradio answers the first click of several once more (6.31).
+            strip.select(told(on_example, 2), None, [reasons, picture], trigger_mode="multiple", **alone)
         with gr.Tab("Prompts", visible=few) as tab, gr.Row():
             context, names, bases, interpolation, position = play.first_prompts
             with gr.Column(scale=2, min_width=300):

@@ -335,10 +335,8 @@ def test_bad_input(call, message):
 def test_the_name_of_a_clip_is_not_a_run_of_that_name(runs, tmp_path, monkeypatch):
     copytree(runs["ordinalclip"], tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
-    picture, prompts = (
-        draw("tank", 80.0, np.random.default_rng(0)),
-        explore.written("{name}", READINGS, title="by hand"),
-    )
+    picture = draw("tank", 80.0, np.random.default_rng(0))
+    prompts = explore.written("{name}", READINGS, title="by hand")
     own, run = (explore.read(picture, prompts, by=by)["by hand"].item() for by in ("tiny", "./tiny"))
     assert own == explore.zero_shot(picture, READINGS, "{name}").iloc[0, 0]
     assert run == explore.read(picture, prompts, by=runs["ordinalclip"])["by hand"].item() != own

@@ -22,7 +22,7 @@ from ordinalclip.gauges import draw
 from ordinalclip.heads import head_options
 from ordinalclip.images import BrokenImageError
 from ordinalclip.pipeline import load_pipeline
-from ordinalclip.playground import Playground, as_integer, escaped, serve
+from ordinalclip.playground import Playground, as_integer, drawn, escaped, serve
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.runs import train
 
@@ -181,8 +181,8 @@ def test_a_port_that_is_taken_is_named_or_passed_over_and_nobody_asks_for_a_tunn
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody answers
     for name in ("NO_PROXY", "no_proxy", "GRADIO_TEMP_DIR"):  # set by `serve`, and as they were afterwards
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(networking, "setup_tunnel", lambda *_: pytest.fail("a tunnel is asked for"))
-    said = []
+    said, tunnels = [], []
+    monkeypatch.setattr(networking, "setup_tunnel", lambda **options: tunnels.append(options) or "https://elsewhere")
 
     def stop(address):
         said.append(address)
@@ -197,6 +197,7 @@ def test_a_port_that_is_taken_is_named_or_passed_over_and_nobody_asks_for_a_tunn
         monkeypatch.setattr(playground, "PORT", port)
         with pytest.raises(KeyboardInterrupt):
             serve(runs["l1"], say=stop)
+    assert tunnels == []
     (address,) = said
     assert re.fullmatch(r"http://127\.0\.0\.1:(\d+)  \(Ctrl-C ends it\)", address)
     assert port < int(address.split(":")[2].split()[0]) < port + playground.PORTS
@@ -262,21 +263,26 @@ def test_a_picture_is_uploaded_or_chosen_on_narrow_and_wide_pages(page, runs, pi
     play = Playground(runs["ordinalclip"])
 
     def answers(given):
-        """What the page says in the end, which is the last that was asked for."""
-        wanted = re.sub("<[^>]*>", " ", play.why(given)[0]).split()
-        wait_for(lambda: page.locator("#reasons .answer").all_inner_texts() and answer().split() == wanted)
-        page.wait_for_timeout(1500)
-        assert answer().split() == wanted
+        """What the page shows in the end, which is the last that was asked for: the answer and the picture itself."""
+        sentence, figure = play.why(given)
+        said = re.sub("<[^>]*>", " ", sentence).split()
+        seen = re.findall(r"data:image/png;base64,[^\"]*", drawn(figure, "why", ""))[0].split()
 
-    def answer():
-        return page.locator("#reasons .answer").inner_text()
+        def wanted():
+            shown = page.locator("#reasons").inner_html()
+            told = page.locator("#reasons .answer").all_inner_texts()
+            found = re.findall(r"data:image/png;base64,[^\"]*", shown)
+            return [each.split() for each in told] == [said] and [each.split() for each in found[:1]] == [seen]
+
+        wait_for(wanted)
+        page.wait_for_timeout(1500)
+        assert wanted()
 
     page.locator("#picture input").set_input_files(str(picture))
     answers(picture)
     assert page.locator("#picture").get_by_text("gauge").count()
     page.locator("#examples button").nth(0).click()
-    page.wait_for_timeout(300)  # while that is computed
-    page.locator("#examples button").nth(7).click()
+    page.locator("#examples button").nth(7).click()  # while that is computed
     answers(play.examples[7][0])
     assert not page.locator("#picture").get_by_text("gauge").count()  # the answer is not its any more
     width = page.evaluate("document.documentElement.scrollWidth")
