@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers.utils import ModelOutput
 
 from ordinalclip.backbones import Backbone, load_backbone
 from ordinalclip.backbones.layers import LayerFeatures, TokenFeatures
+from ordinalclip.drift import Reference
 from ordinalclip.files import read_json_object
 from ordinalclip.heads import (
     Decoding,
@@ -212,6 +214,9 @@ class OrdinalModel(PreTrainedModel):
 
     `save_pretrained` writes the deployed form, image encoder and R prototypes, without text tower; with
     `form="trainable"` everything. Both come back through `from_pretrained` (safetensors only).
+
+    Attributes:
+        reference: what it remembers of its training data, to tell other data from it; None: nothing.
     """
 
     config_class = OrdinalConfig
@@ -230,6 +235,7 @@ class OrdinalModel(PreTrainedModel):
         if encoder is None or head is None:
             encoder, head, tokenizer = _rebuild(config)
         self.encoder, self.head, self.tokenizer = encoder, head, tokenizer
+        self.reference: Reference | None = None
         self.all_tied_weights_keys: dict[str, str] = {}
 
     @classmethod
@@ -335,7 +341,9 @@ class OrdinalModel(PreTrainedModel):
                 raise TypeError(
                     f"{type(self.head).__name__}.deploy: {config.method} takes other features: {head.reads}"
                 )
-        return OrdinalModel(config, self.encoder, head).eval()
+        served = OrdinalModel(config, self.encoder, head).eval()
+        served.reference = self.reference
+        return served
 
     @property
     def image_processor(self) -> OrdinalImageProcessor:
@@ -343,7 +351,7 @@ class OrdinalModel(PreTrainedModel):
         return OrdinalImageProcessor.from_spec(self.config.pixel_spec)
 
     def save_pretrained(self, save_directory: str | Path, form: Form = "deployed", **kwargs: Any) -> None:
-        """Write config.json, model.safetensors and preprocessor_config.json.
+        """Write config.json, model.safetensors, preprocessor_config.json, and reference.safetensors if there is one.
 
         The trainable form of a model whose text tower has a tokenizer of its own (SigLIP, Hugging Face CLIP) gets
         that tokenizer's files too, in the folder tokenizer/, and needs no hub to be restored.
@@ -367,6 +375,8 @@ class OrdinalModel(PreTrainedModel):
         if (weights := Path(save_directory) / WEIGHTS).is_file():  # else in pieces, as max_shard_size asks for
             add_metadata(weights, {SIGNATURE: json.dumps(_signature(model.config))})
         self.image_processor.save_pretrained(save_directory)
+        if self.reference is not None:
+            self.reference.save(Path(save_directory) / REFERENCE)
         if form == "trainable" and self.tokenizer is not None:
             save_tokenizer(self.tokenizer, Path(save_directory) / TOKENIZER_FOLDER)
 
@@ -430,11 +440,14 @@ class OrdinalModel(PreTrainedModel):
         if device is not None:
             model.to(device["" if "" in device else next(iter(device))] if isinstance(device, dict) else device)
         model.name_or_path = name
+        with suppress(FileNotFoundError):  # models have it that were trained by this package, and not long ago
+            model.reference = Reference.load(find_file(name, REFERENCE, hub), len(config.label_space))
         return model.eval()
 
 
 TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS = "model.safetensors"
+REFERENCE = "reference.safetensors"
 SIGNATURE = "ordinalclip"  # key of the metadata that the configuration is noted under
 MEMORY_FACTOR = 8  # of the weights' size: a text tower comes with an image tower that is not kept
 

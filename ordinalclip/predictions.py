@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ordinalclip.metrics import Metric, against_constant, constant_answer, mae_by_shots
+from ordinalclip.metrics import Metric, against_constant, bootstrap_interval, constant_answer, mae_by_shots
 from ordinalclip.ranks import Decoding, Ranks
 
 DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
@@ -89,6 +89,31 @@ class Predictions:
             if np.isfinite(self.values).all():
                 by_decoding["constant"] = against_constant(self.values, self.labels, always)
         return {**headline, **by_decoding}
+
+    def intervals(self, metrics: Mapping[str, Metric], ranks: Ranks) -> dict[str, tuple[float, float]]:
+        """95 % bootstrap interval over the images of every metric that can be computed; NaN where nothing bounds it.
+
+        Args:
+            metrics: see `metrics_with`; those of prototypes and of the feature space are left out.
+        """
+        resamples, found = 1000 if len(self.labels) <= 10_000 else 200, {}  # seconds, not minutes, for a large part
+        for name, metric in metrics.items():
+            columns = self.columns(metric.decoding or "median", ranks)
+            given = [columns[column] for column in metric.of if columns.get(column) is not None]
+            if len(given) == len(metric.of):
+                found[name] = bootstrap_interval(metric, *given, resamples=resamples)
+        return found
+
+    def select(self, rows: np.ndarray) -> Predictions:
+        """The given rows, in the given order."""
+        return Predictions(
+            names=[self.names[row] for row in rows.tolist()],
+            labels=self.labels[rows],
+            label_ranks=self.label_ranks[rows],
+            decoded={how: values[rows] for how, values in self.decoded.items()},
+            ranks=self.ranks[rows],
+            probabilities=None if self.probabilities is None else self.probabilities[rows],
+        )
 
     def table(self, part: str) -> pa.Table:
         """A row per image: part, row, label, label_rank, rank, median, argmax, expectation, probabilities (or null)."""

@@ -407,6 +407,19 @@ class RunFolder:
         )
 
 
+def find_model(name: str) -> tuple[str, RunFolder | None]:
+    """What a model is called by: a run folder, the model folder in it or elsewhere, or a name on the hub.
+
+    Returns:
+        the model's folder or name, and the finished run that it is of, where there is one.
+    """
+    for run in (RunFolder(name), RunFolder(Path(name).parent)):
+        if run.is_finished and run.model.is_dir() and Path(name).resolve() in (run.path.resolve(), run.model.resolve()):
+            return str(run.model), run
+    inside = Path(name) / "model"
+    return (str(inside) if (inside / "config.json").is_file() else name), None
+
+
 def changed_keys(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted keys in which two configurations are different experiments, with both values.
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,9 @@ from ordinalclip.training.interruption import Watch, unwatched
 from ordinalclip.training.preparation import use_precision
 from ordinalclip.training.trainer import run_training
 
-logger = logging.getLogger(__name__)
-EVALUATED = ("data.", "evaluation.", "train.mixed_precision")  # keys that change how a run that is done is scored
+# Keys that change how the test part of a run that is done is scored, or where it lies.
+PLACES = ("data.root", "data.outside_root", "data.workers", "data.cache_mb", "data.prefetch")
+EVALUATED = (*PLACES, "evaluation.", "train.mixed_precision")
 
 
 def train(config: RunConfig, parts: Parts | None = None, quiet: bool = False) -> Path:
@@ -83,7 +82,7 @@ def evaluate_run(
     Args:
         folder: the run folder; its metrics.json and predictions.parquet take up the test part.
         parts: the run's data, if it is in memory already.
-        overrides: dotted "key=value" for another place or kind of data, or another way to score; then nothing is
+        overrides: dotted "key=value" for another place of the same data, or another way to score; then nothing is
             written.
         config: evaluate as this configuration of the same experiment says, which becomes the run's.
 
@@ -91,38 +90,33 @@ def evaluate_run(
         the run's metrics with those of the test part.
 
     Raises:
-        FileNotFoundError: no finished run there; ValueError: no test part, an override without effect, or, without
-            overrides, other data than that of the run; FolderInUse: another job writes to it.
+        FileNotFoundError: no finished run there; ValueError: no test part, an override without effect, or other data
+            than that of the run, which is `external.evaluate_external`'s; FolderInUse: another job writes to it.
     """
     run, kept = RunFolder(folder), not overrides
     run.require_finished()
     if idle := [key for key in flat_keys(read_overrides(overrides)) if not key.startswith(EVALUATED)]:
-        raise ValueError(f"{idle[0]}: of no effect on a run that is done; allowed are {', '.join(EVALUATED)}")
+        other = "; --data scores other data" if idle[0].startswith("data.") else ""
+        allowed = ", ".join(key + "*" * key.endswith(".") for key in EVALUATED)
+        raise ValueError(f"{idle[0]}: of no effect on a run that is done; allowed are {allowed}{other}")
     config = config or run.read_config(overrides)
     head_class(config.method)  # a method of one's own, which a model's files may not import by themselves
     accelerator = make_accelerator(config.train.mixed_precision)
     use_precision(config.train)
     with held(run, accelerator) if kept else nullcontext():
         parts = parts or load_parts(config.data, config.ranks, config.seed)
-        if kept and (changed := from_main(accelerator, partial(_changed, run, parts))):
+        if changed := from_main(accelerator, partial(_changed, run, parts)):
             raise ValueError(
-                f"{folder}: this is not the data of the run: {changed}. With an override, such as data.root=PATH, "
-                "other data is scored and nothing is written"
-            )
-        drawn = config.data.source in ("table", "folder") and not (config.data.train_table or config.data.split_column)
-        if not kept and drawn and accelerator.is_main_process:
-            logger.warning(
-                "the test part is drawn anew: pictures that the run was trained on may be in it, if this data has them"
+                f"{folder}: this is not the data of the run: {changed}. `ordinalclip evaluate {folder} --data DATA` "
+                "scores other data, every row of it"
             )
         if parts.test is None:
             raise ValueError(f"{folder}: the configuration has no test part")
         model = run.read_model().to(accelerator.device)
-        ranks = model.head.ranks.rank_of(parts.test.values, parts.test.row_names())
-        test = replace(parts.test, ranks=ranks.numpy())  # other data may hold other distinct labels
         metrics = run.read_metrics()
         evaluator = Evaluator.of(config, model, accelerator, quiet or not accelerator.is_main_process)
         space_of, counts = "test" if config.evaluation.space else "", metrics["train_counts"]
-        scores, predictions = evaluator.evaluate(model, {"test": test}, metrics_of(config), counts, space_of)
+        scores, predictions = evaluator.evaluate(model, {"test": parts.test}, metrics_of(config), counts, space_of)
         metrics |= scores
 
         def write() -> None:

@@ -303,7 +303,9 @@ def test_two_jobs_in_one_folder(quick, tmp_path):
     with lock(folder / "run.lock"):
         with pytest.raises(FolderInUse, match=f"process {os.getpid()}"):
             evaluate_run(folder, quiet=True)
-        assert evaluate_run(folder, overrides=["data.num_test=6"], quiet=True)["test"]["num"] == 6  # writes nothing
+        assert evaluate_run(folder, overrides=["evaluation.cs=[3]"], quiet=True)["test"]["num"] == 12  # writes nothing
+    with pytest.raises(ValueError, match=r"data.num_test: of no effect on a run that is done; .* --data scores other"):
+        evaluate_run(folder, overrides=["data.num_test=6"], quiet=True)
 
 
 @pytest.mark.parametrize("how", [pytest.param("plain", marks=pytest.mark.slow), "fork"])
@@ -448,7 +450,8 @@ def test_resuming_on_changed_data_is_refused(image_folder, tmp_path):
     before = content_of(tmp_path / "run")
     with pytest.raises(ValueError, match=r"not the data of the run: the .* part has changed"):
         evaluate_run(tmp_path / "run", quiet=True)
-    assert evaluate_run(tmp_path / "run", overrides=[f"data.root={image_folder}"], quiet=True)["test"]["num"] == 3
+    with pytest.raises(ValueError, match=r"not the data of the run: .* --data DATA` scores other data, every row"):
+        evaluate_run(tmp_path / "run", overrides=[f"data.root={image_folder}"], quiet=True)
     assert content_of(tmp_path / "run") == before
 
 

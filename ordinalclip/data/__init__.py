@@ -8,7 +8,7 @@ checks.py               all of it looked at, for `ordinalclip check-data`
 parts.py                what comes out
 """
 
-from ordinalclip.data.loading import load_parts, make_parts
+from ordinalclip.data.loading import load_parts, load_whole, make_parts, make_whole
 from ordinalclip.data.parts import PARTS, ImageCache, Part, Parts, RowNames
 
-__all__ = ["PARTS", "ImageCache", "Part", "Parts", "RowNames", "load_parts", "make_parts"]
+__all__ = ["PARTS", "ImageCache", "Part", "Parts", "RowNames", "load_parts", "load_whole", "make_parts", "make_whole"]

@@ -68,6 +68,36 @@ def make_parts(
     return replace(_assemble(tables, config, ranks, seed), in_memory=True)
 
 
+def load_whole(config: DataConfig, ranks: Ranks) -> Part:
+    """All rows of a source as one part, to evaluate a model on that knows these ranks.
+
+    Raises:
+        FileNotFoundError, ValueError: what `load_parts` refuses, labels outside the ranks, or several
+            parts.
+    """
+    tables = read_tables(config, 0)
+    if len(tables) > 1:
+        cure = f"data.hub_split={next(iter(tables))}" if config.source == "hub" else "the folder of one of them"
+        raise ValueError(
+            f"{config.hub or config.root}: has the parts {', '.join(tables)}; name the one to evaluate: {cure}"
+        )
+    (table,) = tables.values()
+    return _whole(table, config, ranks)
+
+
+def make_whole(rows: datasets.Dataset | pd.DataFrame, config: DataConfig, ranks: Ranks) -> Part:
+    """`load_whole` of data in memory: see `make_parts`."""
+    config = config.model_copy(update={"source": "memory"})
+    return _whole(Table(_rows_of(rows, config, "data"), "data"), config, ranks)
+
+
+def _whole(table: Table, config: DataConfig, ranks: Ranks) -> Part:
+    space = RanksConfig(values=list(ranks.values), names=list(ranks.names or ()) if ranks.worded else None)
+    tables, values, _ = read_labels({"all": table}, config, space)
+    part = _part(tables["all"], values["all"], config, root_of(config))
+    return replace(part, ranks=ranks.rank_of(part.values, part.row_names()).numpy())
+
+
 def _rows_of(rows: datasets.Dataset | pd.DataFrame, config: DataConfig, name: str) -> datasets.Dataset:
     """A data set as it is stored, or one of a frame, with its PIL pictures or arrays encoded.
 

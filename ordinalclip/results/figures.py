@@ -441,6 +441,35 @@ def mae_by_method(errors: Mapping[str, Sequence[float]], unit: str = "", *, widt
 
 
 @styled
+def mae_by_group(
+    groups: Mapping[str, tuple[float | None, tuple[float, float]]],
+    overall: float,
+    unit: str = "",
+    *,
+    width: float = COLUMN,
+) -> Figure:
+    """MAE of every group with its interval, in the order given from the top; a line at that of all.
+
+    Args:
+        groups: by name, MAE and the ends of its interval, which may be NaN.
+    """
+    figure, axes = _figure(width, _height_of(list(groups)))
+    axes.axvline(overall, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    for place, (mae, (low, high)) in enumerate(groups.values()):
+        if mae is not None:
+            around = None if np.isnan(low + high) else [[max(0.0, mae - low)], [max(0.0, high - mae)]]
+            axes.errorbar(mae, place, xerr=around, fmt="o", color=BLUE, markersize=4.5, capsize=2, linewidth=1.2)
+    axes.set_yticks(range(len(groups)), _beside(list(groups), width))
+    axes.set(
+        xlabel=axis_label("MAE", unit, 7 * width),
+        xlim=_ends(axes.get_xlim(), np.inf),
+        ylim=(len(groups) - 0.4, -0.6),
+    )
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+@styled
 def difference_to_best(verdicts: Mapping[str, Verdict], unit: str = "", *, width: float = COLUMN) -> Figure:
     """How much larger the mean error of every method is than that of the best, with interval; filled where it is
     larger beyond chance. Smallest difference on top."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Part, Parts, load_parts
 from ordinalclip.images import prepare
-from ordinalclip.metrics import Metric, bootstrap_interval, doubt, metrics_with
+from ordinalclip.metrics import Metric, doubt, metrics_with
 from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import Predictions
 from ordinalclip.ranks import Decoding, Ranks
@@ -103,26 +104,14 @@ class RunRecord:
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """95 % bootstrap interval of each of `scored` over the images that are shown."""
-        given, found = self.predictions, {}
-        for name, metric in self.scored.items():
-            assert given is not None
-            columns = given.columns(metric.decoding or "median", self.ranks)
-            resamples = 1000 if len(given.labels) <= 10_000 else 200  # seconds, not minutes, for a large part
-            found[name] = bootstrap_interval(metric, *(columns[name] for name in metric.of), resamples=resamples)
-        return found
+        return {} if self.predictions is None else self.predictions.intervals(self.scored, self.ranks)
 
     @property
     def shown_metrics(self) -> list[ShownMetric]:
         """Every metric of the part that is shown and of the model, in the order of `METRICS`."""
-        found = []
-        for name, metric in self._metrics.items():
-            value = self.scores.get(name, self.metrics.get(name))
-            if name in self.scored or value is not None:
-                interval = self.intervals.get(name)
-                low, high = map(shown, interval) if interval else ("-", "-")
-                unit = self.ranks.unit if metric.in_unit and value is not None else ""
-                found.append(ShownMetric(name, metric, value, unit, "" if low == "-" else f"{low} to {high}"))
-        return found
+        values = {name: self.scores.get(name, self.metrics.get(name)) for name in self._metrics}
+        wanted = {n: m for n, m in self._metrics.items() if n in self.scored or values[n] is not None}
+        return show_metrics(wanted, values, self.intervals, self.ranks.unit)
 
     @property
     def constant(self) -> dict[str, Any] | None:
@@ -133,6 +122,21 @@ class RunRecord:
     def doubt(self) -> str:
         """Why this model is no success: see `metrics.doubt`."""
         return doubt(self.scores, self.ranks.say)
+
+
+def show_metrics(
+    metrics: Mapping[str, Metric],
+    values: Mapping[str, float | None],
+    intervals: Mapping[str, tuple[float, float]],
+    unit: str,
+) -> list[ShownMetric]:
+    """Metrics as people see them, in the order given."""
+    found = []
+    for name, metric in metrics.items():
+        low, high = map(shown, intervals[name]) if name in intervals else ("-", "-")
+        value, interval = values.get(name), "" if low == "-" else f"{low} to {high}"
+        found.append(ShownMetric(name, metric, value, unit if metric.in_unit and value is not None else "", interval))
+    return found
 
 
 def read_run(folder: str | Path, parts: Parts | None = None, model: OrdinalModel | None = None) -> RunRecord:

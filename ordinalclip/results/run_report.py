@@ -7,6 +7,7 @@ ordinalclip plot runs/demo --width page --out figures   # the same figures for a
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from ordinalclip.data import Parts
+from ordinalclip.data import Part, Parts
 from ordinalclip.files import write_text
 from ordinalclip.metrics import METRICS, bootstrap_interval, decodings, shot_groups
 from ordinalclip.model import OrdinalModel
+from ordinalclip.predictions import Predictions
 from ordinalclip.provenance import data_name
+from ordinalclip.ranks import Decoding, Ranks
 from ordinalclip.results import figures
 from ordinalclip.results.card import write_card
 from ordinalclip.results.pages import Figures, data_uri, inlined, never_fatal, outline, templates, thumbnail
@@ -86,24 +89,7 @@ def run_figures(record: RunRecord, width: float = figures.COLUMN) -> Figures:
     drawn: Figures = {}
     ranks, given = record.ranks, record.predictions
     if given is not None:
-        how = f" ({DECODED[record.decoding]})" if record.decoding else ""
-        if len(ranks) <= figures.FEW_RANKS:
-            answered = ranks.nearest(torch.from_numpy(record.answers)).numpy()
-            drawn["confusion"] = (
-                figures.confusion(given.label_ranks, answered, ranks.names or (), width=width),
-                f"True ranks and those of the model's answers{how}: numbers of images, shaded by their share of the "
-                "true rank.",
-            )
-        else:
-            drawn["agreement"] = (
-                figures.agreement(given.labels, record.answers, ranks, width=width),
-                f"The model's answers{how} against true values. On the dashed line both are equal.",
-            )
-        drawn["error_by_value"] = (
-            figures.error_by_value(given.labels, record.answers, ranks, record.metrics["train_counts"], width=width),
-            "Where the errors are: mean absolute error with its 95 % interval and bias (predicted minus true) by true "
-            f"{'rank' if ranks.worded else 'value'}, above the number of training images.",
-        )
+        drawn |= prediction_figures(given, ranks, record.decoding, record.metrics["train_counts"], width)
         if record.images is not None and len(record.images) > 1:
             drawn["feature_map"] = _feature_map(record, width)
     if record.prototypes is not None:
@@ -116,6 +102,38 @@ def run_figures(record: RunRecord, width: float = figures.COLUMN) -> Figures:
         drawn["learning_curves"] = (
             figures.learning_curves(record.log, record.metrics["best_step"], ranks.unit, width=width),
             f"Learning curves; {record.metrics['train_seconds']:.0f} s of training.",
+        )
+    return drawn
+
+
+def prediction_figures(
+    given: Predictions, ranks: Ranks, decoding: Decoding | None, counts: Sequence[int] | None, width: float
+) -> Figures:
+    """Figures of what a model has answered: confusion, or agreement where there are many ranks, and error_by_value.
+
+    Args:
+        decoding: by which it answers; None for a model without a distribution.
+        counts: (R,) number of training labels of each rank, if that is known.
+    """
+    drawn: Figures = {}
+    how, answers = f" ({DECODED[decoding]})" if decoding else "", given.decoded[decoding or "median"]
+    if len(ranks) <= figures.FEW_RANKS:
+        answered = ranks.nearest(torch.from_numpy(answers)).numpy()
+        drawn["confusion"] = (
+            figures.confusion(given.label_ranks, answered, ranks.names or (), width=width),
+            f"True ranks and those of the model's answers{how}: numbers of images, shaded by their share of the "
+            "true rank.",
+        )
+    else:
+        drawn["agreement"] = (
+            figures.agreement(given.labels, answers, ranks, width=width),
+            f"The model's answers{how} against true values. On the dashed line both are equal.",
+        )
+    if counts is not None:
+        drawn["error_by_value"] = (
+            figures.error_by_value(given.labels, answers, ranks, counts, width=width),
+            "Where the errors are: mean absolute error with its 95 % interval and bias (predicted minus true) by true "
+            f"{'rank' if ranks.worded else 'value'}, above the number of training images.",
         )
     return drawn
 
@@ -162,27 +180,30 @@ def _feature_map(record: RunRecord, width: float) -> tuple[Figure, str]:
 
 
 def _extremes(record: RunRecord) -> dict[str, list[dict[str, Any]]]:
-    """The images with the smallest and the largest errors of the model's answers.
+    given = record.predictions
+    return (
+        {} if given is None or record.images is None else extremes(given, record.answers, record.images, record.ranks)
+    )
+
+
+def extremes(given: Predictions, answers: np.ndarray, images: Part, ranks: Ranks) -> dict[str, list[dict[str, Any]]]:
+    """The images with the smallest and the largest errors of a model's answers, (N,) values, as templates take them.
 
     Ties are broken by the probability of the true rank.
     """
-    given = record.predictions
-    if given is None or record.images is None:
-        return {}
     probabilities, rows = given.probabilities, np.arange(len(given.labels))
     sure = probabilities[rows, given.label_ranks] if probabilities is not None else np.zeros(len(rows))
-    order = np.lexsort((-sure, np.abs(record.answers - given.labels)))
+    order = np.lexsort((-sure, np.abs(answers - given.labels)))
     few = min(EXTREMES, len(order) // 2)
 
     def entry(row: int) -> dict[str, Any]:
-        assert record.images is not None
         return {
             "name": given.names[row],
-            "image": data_uri(thumbnail(record.images.image(row), 128)),
-            "label": record.ranks.say(given.labels[row]),
-            "answer": record.ranks.say(record.answers[row]),
+            "image": data_uri(thumbnail(images.image(row), 128)),
+            "label": ranks.say(given.labels[row]),
+            "answer": ranks.say(answers[row]),
             "outline": None if probabilities is None else outline(probabilities[row]),
-            "label_place": (given.label_ranks[row] + 0.5) / len(record.ranks),
+            "label_place": (given.label_ranks[row] + 0.5) / len(ranks),
         }
 
     return {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Part, Parts
+from ordinalclip.drift import SAMPLE, Reference
 from ordinalclip.heads import NoNumber, Outputs, Prediction, Targets, decode
 from ordinalclip.images import Augmentation
 from ordinalclip.losses import at_least_float32
@@ -96,6 +97,23 @@ class Evaluator:
         images = ViewDataset(part, model.config.pixel_spec, Augmentation())
         with decoded(images, batches, self.workers) as loaded:
             yield (pixels.to(device, dtype) for pixels in loaded)
+
+    def remembered(self, model: OrdinalModel, parts: Parts, seed: int) -> Reference:
+        """What a model is to remember of its data: labels of the training part, and features of at most `SAMPLE`
+        pictures of the validation part, or of the training part where there is none; every process computes them."""
+        return Reference.of(train_counts(parts), self.sampled(model, parts.validation or parts.train, seed))
+
+    @torch.no_grad()
+    def sampled(self, model: OrdinalModel, part: Part, seed: int = 0) -> Tensor:
+        """(N, E) points, in the space that answers are read from, of at most `SAMPLE` random pictures of a part."""
+        rows = np.sort(np.random.default_rng(seed).permutation(len(part))[:SAMPLE]).tolist()
+        batches = [rows[begin : begin + self.batch_size] for begin in range(0, len(rows), self.batch_size)]
+        points = []
+        with self._inputs(model, part, batches) as inputs:
+            for batch in inputs:
+                with self.accelerator.autocast():
+                    points.append(model.head.space(batch if self.features else model.encoder(batch)).cpu())
+        return torch.cat(points)
 
     def start(self, model: OrdinalModel, parts: Parts) -> None:
         """What the head takes from the training part before the first step, if anything."""

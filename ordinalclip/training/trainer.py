@@ -399,6 +399,7 @@ def _finish(
         raise Diverged(f"the model of step {done['best_step'] or done['steps']}: {why}")
     wanted = {"validation": parts.validation, "test": parts.test if config.evaluation.test else None}
     present = {name: part for name, part in wanted.items() if part is not None}
+    deployed.reference = evaluator.remembered(deployed, parts, config.seed)
     counts, wanted_metrics = train_counts(parts), metrics_of(config)
     space_of = "test" if config.evaluation.space else ""
     scores, predictions = evaluator.evaluate(deployed, present, wanted_metrics, counts, space_of)

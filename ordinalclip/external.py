@@ -1,0 +1,274 @@
+"""External validation: a model that is done, scored on data from elsewhere, every row of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ordinalclip import __version__
+from ordinalclip.config import DataConfig, EvaluationConfig, flat_keys, merge, parse_config, read_overrides
+from ordinalclip.data import Part, load_parts, load_whole, make_whole
+from ordinalclip.data.duplicates import copies, repeated
+from ordinalclip.data.labels import arrow_column
+from ordinalclip.drift import Drift, feature_drift, label_drift
+from ordinalclip.files import content_digest
+from ordinalclip.heads import head_class
+from ordinalclip.metrics import against_constant, constant_answer, metrics_with
+from ordinalclip.model import WEIGHTS, OrdinalModel
+from ordinalclip.predictions import Predictions
+from ordinalclip.provenance import fingerprint
+from ordinalclip.results.external_report import ExternalEvaluation, Score
+from ordinalclip.run_folder import RunFolder, find_model
+from ordinalclip.training.distributed import from_main, make_accelerator
+from ordinalclip.training.evaluation import Evaluator, predictions_of
+
+logger = logging.getLogger(__name__)
+CARRIED = ("image_column", "label_column", "suffix", "extra_formats")  # keys of data that a run's new data shares
+ALLOWED = ("data.", "evaluation.batch_size", "evaluation.cs")
+MOST_GROUPS = 50  # values of a column by which it makes sense to group
+MISSING = "(missing)"
+
+
+def evaluate_external(
+    model: str | Path | OrdinalModel,
+    data: str | Path | pd.DataFrame | datasets.Dataset,
+    root: str | Path = "",
+    by: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> ExternalEvaluation:
+    """Score a model on every row of data that it was not made from. Nothing of the model or its run is changed.
+
+    Args:
+        model: a run folder, a model folder, a name on the hub, or a model that is loaded.
+        data: a table, a folder with a folder for every label, a data set of the hub, or rows in memory. Columns are
+            called as in the model's run, if its folder is there, else `image` and `label`; overrides say others.
+        root: folder that paths of pictures start from; default: that of the table.
+        by: columns whose every value is a group with metrics of its own.
+        overrides: dotted "key=value" of `data`, `evaluation.batch_size` and `evaluation.cs`.
+        out: folder to write evaluation.json, predictions.parquet, groups.csv and report.html to.
+        overwrite: replace an evaluation that is there.
+
+    Raises:
+        FileNotFoundError: no such model, data or picture; FileExistsError: `out` holds something already;
+        ValueError: what `data.load_whole` refuses, labels outside the model's ranks, columns that are not there.
+    """
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        _check_free(folder, overwrite)
+    loaded, name, run = _model(model)
+    config, options = _configured(data, root, overrides, run)
+    ranks = loaded.head.ranks
+    in_memory = isinstance(data, pd.DataFrame | datasets.Dataset)
+    part = make_whole(data, config, ranks) if in_memory else load_whole(config, ranks)
+    members = {column: _members(part, column) for column in dict.fromkeys(by)}  # refused before anything is computed
+
+    accelerator = make_accelerator("no")
+    loaded = loaded.to(accelerator.device)
+    evaluator = Evaluator(accelerator, options.batch_size, config.workers, quiet or not accelerator.is_main_process)
+    predictions = predictions_of(loaded, part, evaluator.outputs(loaded, part, "evaluating"))
+    reference = loaded.reference
+    counts = None if reference is None else reference.counts.tolist()
+    if counts is None and run is not None:
+        counts = run.read_metrics()["train_counts"]
+    drift, notes = [], []
+    if counts is not None:
+        drift.append(label_drift(counts, part.ranks, ranks))
+    else:
+        notes.append("labels: not compared with those of the training, which the model does not remember")
+    if reference is not None and reference.num and len(part) > 1:
+        drift.append(feature_drift(reference, evaluator.sampled(loaded, part)))
+    else:
+        notes.append("features: not compared with those of the training pictures, which the model does not remember")
+    evaluation = _assembled(loaded, name, part, predictions, options, members, counts, drift)
+    notes += [*_repeats(part), *_leaks(run, part)]
+    evaluation = replace(evaluation, notes=notes, record=_record(name, run, part))
+    if folder is not None:
+        from_main(accelerator, lambda: evaluation.write(folder))
+    return evaluation
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """Raises:
+    FileExistsError: the folder holds something that is not to be replaced."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder}: a file, where a folder for the evaluation is wanted")
+    ours = {"evaluation.json", "predictions.parquet", "groups.csv", "report.html"}
+    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if found and not ("evaluation.json" in found and set(found) <= ours):
+        raise FileExistsError(f"{folder}: holds {found[0]}, which is of no evaluation; choose another folder")
+    if found and not overwrite:
+        raise FileExistsError(
+            f"{folder}: holds an evaluation already; --overwrite replaces it, or choose another folder"
+        )
+    for name in found:
+        (folder / name).unlink()
+
+
+def _model(model: str | Path | OrdinalModel) -> tuple[OrdinalModel, str, RunFolder | None]:
+    if isinstance(model, OrdinalModel):
+        return model.deploy(), str(getattr(model, "name_or_path", "")) or "a model in memory", None
+    name, run = find_model(str(model))
+    if run is not None:
+        head_class(run.read_config().method)  # a method of one's own, which a model's files may not import
+    return OrdinalModel.from_pretrained(name), name, run
+
+
+def _configured(
+    data: Any, root: str | Path, overrides: Sequence[str], run: RunFolder | None
+) -> tuple[DataConfig, EvaluationConfig]:
+    """Where the rows are and how they are read: as the run's, where it says so, and as the overrides say."""
+    said = read_overrides(overrides)
+    if idle := [key for key in flat_keys(said) if not key.startswith(ALLOWED)]:
+        raise ValueError(f"{idle[0]}: of no effect here; allowed are data.*, {', '.join(ALLOWED[1:])}")
+    content: dict[str, Any] = {"data": {"root": str(root)} if root else {}}
+    if run is not None:
+        before = run.read_config()
+        content["evaluation"] = {"batch_size": before.evaluation.batch_size, "cs": before.evaluation.cs}
+        if before.data.source != "gauges":
+            content["data"] |= {key: getattr(before.data, key) for key in CARRIED}
+    content["data"] |= _source(data, str(root), said.get("data", {}))
+    config = parse_config(merge(content, said), "the evaluation")
+    return config.data, config.evaluation
+
+
+def _source(data: Any, root: str, said: Mapping[str, Any]) -> dict[str, str]:
+    """Keys that say where rows are."""
+    if isinstance(data, pd.DataFrame | datasets.Dataset):
+        return {"source": "memory"}
+    name = str(data)
+    path = Path(name)
+    if path.is_dir() and str(said.get("source", "folder")) == "folder":
+        if root:
+            raise ValueError(f"--root is for tables; {name} is a folder with a folder for every label")
+        return {"source": "folder", "root": name}
+    if path.is_file():
+        return {"source": "table", "table": os.path.abspath(path), "root": root or str(path.parent)}
+    if path.suffix or len(path.parts) > 2 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such table or folder")
+    return {"source": "hub", "hub": name}
+
+
+def _members(part: Part, column: str) -> dict[str, np.ndarray]:
+    """(N,) rows of each value of a column, in order of the values: numbers by size, other text as it sorts.
+
+    Raises:
+        ValueError: no such column, one of pictures, or one of too many values.
+    """
+    where = f"{part.source}: column {column!r} (--by)"
+    if column not in part.rows.column_names:
+        raise ValueError(f"{where} is missing; it has {', '.join(map(repr, part.rows.column_names))}")
+    cells = arrow_column(part.rows, column)
+    kind = cells.type
+    if not (pa.types.is_primitive(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"{where} holds {kind}; groups are numbers or text")
+    feature = part.rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        texts = [None if cell is None or cell < 0 else feature.names[cell] for cell in cells.to_pylist()]
+    else:
+        texts = pc.utf8_trim_whitespace(cells.cast(pa.string())).to_pylist()
+    named = np.asarray([text if text else MISSING for text in texts], dtype=object)
+    values = sorted(set(named.tolist()), key=lambda text: (text == MISSING, _number(text), text))
+    if len(values) > MOST_GROUPS:
+        raise ValueError(
+            f"{where} has {len(values)} values, at most {MOST_GROUPS} make groups; write a column of classes"
+        )
+    return {value: np.flatnonzero(named == value) for value in values}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("inf")
+
+
+def _assembled(
+    model: OrdinalModel,
+    name: str,
+    part: Part,
+    predictions: Predictions,
+    options: EvaluationConfig,
+    members: Mapping[str, Mapping[str, np.ndarray]],
+    counts: Sequence[int] | None,
+    drift: Sequence[Drift],
+) -> ExternalEvaluation:
+    ranks = model.head.ranks
+    known = {
+        name: metric
+        for name, metric in metrics_with(options.cs).items()
+        if not {"prototypes", "space"} & set(metric.of)
+        and not ("probabilities" in metric.of and predictions.probabilities is None)
+    }
+
+    def scored(rows: np.ndarray) -> Score:
+        chosen = predictions.select(rows)
+        found = chosen.score(known, ranks)
+        metrics = {name: found[name] for name in known}
+        defined = {name: metric for name, metric in known.items() if metrics[name] is not None}
+        return Score(rows, metrics, chosen.intervals(defined, ranks))
+
+    constant = None
+    if counts is not None and np.isfinite(predictions.values).all():
+        constant = against_constant(predictions.values, predictions.labels, constant_answer(counts, ranks.values))
+    groups = {column: {value: scored(rows) for value, rows in each.items()} for column, each in members.items()}
+    score = scored(np.arange(len(part)))
+    return ExternalEvaluation(model, name, part, predictions, known, score, groups, counts, constant, drift, (), {})
+
+
+def _repeats(part: Part) -> list[str]:
+    """Pictures that count more than once."""
+    ids = copies([part])
+    if not (again := len(ids) - len(np.unique(ids))):
+        return []
+    two = sum(each.labels_differ for each in repeated([part], ids))
+    text = f"{again} rows are of pictures that other rows have, too, and count as often"
+    return [text + (f"; {two} pictures have two labels" if two else "")]
+
+
+def _leaks(run: RunFolder | None, part: Part) -> list[str]:
+    """Pictures that the model was trained on, or chosen by: they make it look better than it is."""
+    if run is None:
+        return ["whether the model has learnt from some of these pictures is not known: its run is not here"]
+    config = run.read_config()
+    if config.data.source in ("gauges", "memory"):
+        return []
+    try:
+        parts = load_parts(config.data, config.ranks, config.seed)
+    except (OSError, ValueError) as error:
+        return [f"whether the model has learnt from some of these pictures is not known: {error}"]
+    seen = [each for each in (parts.train, parts.validation) if each is not None]
+    ids = copies([*seen, part])
+    begin = sum(map(len, seen))
+    known = int(np.isin(ids[begin:], ids[:begin]).sum())
+    if not known:
+        return []
+    return [f"WARNING: {known} of these {len(part)} pictures are in the run's training or validation part"]
+
+
+def _record(name: str, run: RunFolder | None, part: Part) -> dict[str, Any]:
+    """Where the numbers come from."""
+    weights = Path(name) / WEIGHTS
+    return {
+        "model": name,
+        "model_sha256": content_digest([weights]) if weights.is_file() else None,
+        "run": None if run is None else str(run.path),
+        "data": {"source": part.source, **fingerprint(part)},
+        "version": __version__,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

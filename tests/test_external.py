@@ -1,0 +1,224 @@
+"""A finished model on data from elsewhere: every row is scored, nothing of the run is changed."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+
+from ordinalclip.cli import main
+from ordinalclip.config import load_config
+from ordinalclip.external import evaluate_external
+from ordinalclip.metrics import bootstrap_interval, macro_mae, mean_absolute_error
+from ordinalclip.model import OrdinalModel
+from ordinalclip.pipeline import load_pipeline
+from ordinalclip.runs import train
+
+STEPS = ("train.max_steps=6", "train.batch_size=8", "train.lr=1e-3", "evaluation.report=false")
+
+
+def write_table(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A run on drawn thermometers in a folder, and pictures from elsewhere, with sites and patients."""
+    folder = tmp_path_factory.mktemp("external")
+    for name, seed, number in (("ours", 1, 60), ("theirs", 2, 30)):
+        assert main(["make-gauges", str(folder / name), "--num", str(number), "--seed", str(seed), "-q"]) == 0
+    data = [f"data.root={folder}/ours", "data.source=table", "data.table=labels.csv"]
+    ranks = ["ranks.low=0", "ranks.high=100", "ranks.num=21", "ranks.unit=%"]
+    train(load_config(None, [*data, *ranks, *STEPS, f"output_dir={folder}/run"]), quiet=True)
+    rows = list(csv.DictReader((folder / "theirs" / "labels.csv").open()))
+    rows = [
+        {"patient": f"{number:04d}", "site": ["north", "south", ""][number % 3], **row}
+        for number, row in enumerate(rows)
+    ]
+    write_table(folder / "theirs" / "new.csv", rows)
+    return folder
+
+
+def content_of(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_row_is_scored_as_the_pipeline_answers_and_the_run_stays_as_it_is(here, tmp_path):
+    before = content_of(here / "run")
+    found = evaluate_external(
+        here / "run", here / "theirs" / "new.csv", by=["site"], out=tmp_path / "out", quiet=True
+    ).to_dict()
+    assert content_of(here / "run") == before
+    rows = list(csv.DictReader((here / "theirs" / "new.csv").open()))
+    pipe = load_pipeline(str(here / "run" / "model"))
+    answers = np.array([pipe(str(here / "theirs" / row["image"]))["value"] for row in rows])
+    labels = np.array([float(row["label"]) for row in rows])
+    assert found["num"] == 30
+    assert found["metrics"]["mae"] == pytest.approx(mean_absolute_error(answers, labels), abs=1e-4)
+    expected = bootstrap_interval(mean_absolute_error, answers, labels)
+    assert found["intervals"]["mae"] == pytest.approx(list(expected), abs=1e-3)
+    assert list(found["groups"]["site"]) == ["north", "south", "(missing)"]
+    north = np.array([row["site"] == "north" for row in rows])
+    group = found["groups"]["site"]["north"]
+    assert group["num"] == north.sum() == 10
+    assert group["metrics"]["mae"] == pytest.approx(mean_absolute_error(answers[north], labels[north]), abs=1e-4)
+    ranks = np.round(labels[north] / 5)
+    assert group["metrics"]["macro_mae"] == pytest.approx(macro_mae(answers[north], labels[north], ranks), abs=1e-4)
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == json.loads(json.dumps(found))
+    table = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pandas()
+    assert table["patient"].tolist() == [row["patient"] for row in rows]  # zeros stay
+    assert table["given label"].tolist() == [row["label"] for row in rows]
+    np.testing.assert_allclose(table["median"], answers, atol=1e-4)
+    groups = pd.read_csv(tmp_path / "out" / "groups.csv")
+    assert groups["num"].tolist() == [10, 10, 10]
+    assert {"mae", "mae_low", "mae_high"} <= set(groups)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "By site" in page
+    assert "30 images, every row of the data" in page
+
+
+def test_a_model_folder_alone_and_rows_in_memory_give_the_same(here, tmp_path):
+    shutil.copytree(here / "run" / "model", tmp_path / "model")
+    table = here / "theirs" / "new.csv"
+    whole = evaluate_external(here / "run", table, quiet=True)
+    alone = evaluate_external(tmp_path / "model", table, quiet=True)
+    frame = pd.read_csv(table, dtype={"patient": str})
+    frame["image"] = [str(here / "theirs" / name) for name in frame["image"]]
+    held = evaluate_external(OrdinalModel.from_pretrained(tmp_path / "model"), frame, quiet=True)
+    for other in (alone, held):
+        assert other.score.metrics == whole.score.metrics
+        assert [each.text for each in other.drift] == [each.text for each in whole.drift]
+        assert any("is not known: its run is not here" in note for note in other.notes)
+    assert {each.what for each in whole.drift} == {"labels", "features"}
+    (tmp_path / "model" / "reference.safetensors").unlink()
+    forgetful = evaluate_external(tmp_path / "model", table, quiet=True)
+    assert not forgetful.drift
+    assert forgetful.constant is None
+    assert sum("does not remember" in note for note in forgetful.notes) == 2
+
+
+def test_pictures_that_the_model_has_learnt_from_are_counted(here):
+    found = evaluate_external(here / "run", here / "ours" / "labels.csv", quiet=True)
+    assert found.score.metrics["mae"] is not None
+    assert len(found.images) == 60
+    assert any(note.startswith("WARNING: 45 of these 60 pictures are in the run's") for note in found.notes)
+    assert not any(
+        "in the run's" in note for note in evaluate_external(here / "run", here / "theirs" / "new.csv").notes
+    )
+
+
+def test_a_picture_that_is_there_twice_with_two_labels_is_said(here, tmp_path):
+    rows = list(csv.DictReader((here / "theirs" / "new.csv").open()))
+    rows.append({**rows[0], "label": "99"})
+    found = evaluate_external(here / "run", write_table(tmp_path / "t.csv", rows), here / "theirs", quiet=True)
+    assert len(found.images) == 31
+    assert any(
+        "1 rows are of pictures that other rows have" in n and "1 pictures have two labels" in n for n in found.notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"label": "140"}, (), r"new.csv, row 4 \(line 5\), .*: label 140 is outside the ranks 0 to 100"),
+        (
+            {"label": ""},
+            (),
+            r"row 4 \(line 5\): the label in column 'label' is missing, in 1 of 30 rows; data.missing=drop",
+        ),
+        ({"label": "much"}, (), r"row 4 \(line 5\): label 'much' in column 'label' is not a number"),
+        ({"image": "gone.png"}, (), r"1 of 30 images do not exist"),
+        ({}, ("data.label_column=age",), r"column 'age' \(data.label_column\) is missing; it has 'patient', 'site'"),
+        (
+            {},
+            ("train.lr=1",),
+            r"train.lr: of no effect here; allowed are data.\*, evaluation.batch_size, evaluation.cs",
+        ),
+        ({}, ("evaluation.decoding=argmax",), r"evaluation.decoding: of no effect here"),
+        ({}, ("data.colour=1",), r"data.colour is not a key"),
+    ],
+)
+def test_bad_rows_and_keys_are_one_clear_error(here, tmp_path, change, options, message):
+    rows = list(csv.DictReader((here / "theirs" / "new.csv").open()))
+    rows[3] |= change
+    table = write_table(tmp_path / "new.csv", rows)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate_external(here / "run", table, here / "theirs", overrides=options, out=tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups(here, tmp_path):
+    rows = list(csv.DictReader((here / "theirs" / "new.csv").open()))[:4]
+    table = write_table(tmp_path / "few.csv", rows)
+    found = evaluate_external(here / "run", table, here / "theirs", by=["patient", "site"], quiet=True)
+    assert {column: list(each) for column, each in found.groups.items()} == {
+        "patient": ["0000", "0001", "0002", "0003"],
+        "site": ["north", "south", "(missing)"],
+    }
+    assert found.groups["patient"]["0000"].metrics["pearson"] is None  # of one picture
+    assert "pearson" not in found.groups["patient"]["0000"].intervals
+
+
+def test_columns_that_make_no_groups_are_refused(here, monkeypatch):
+    arguments = here / "run", here / "theirs" / "new.csv"
+    with pytest.raises(
+        ValueError, match=r"column 'sex' \(--by\) is missing; it has 'patient', 'site', 'image', 'label'"
+    ):
+        evaluate_external(*arguments, by=["sex"], quiet=True)
+    monkeypatch.setattr("ordinalclip.external.MOST_GROUPS", 29)
+    with pytest.raises(ValueError, match=r"column 'patient' \(--by\) has 30 values, at most 29 make groups"):
+        evaluate_external(*arguments, by=["patient"], quiet=True)
+
+
+def test_nothing_is_overwritten_but_an_evaluation_that_is_to_be(here, tmp_path, capsys):
+    call = ["evaluate", str(here / "run"), "--data", str(here / "theirs" / "new.csv"), "-q", "--out"]
+    assert main([*call, str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "30 images of" in said
+    assert "MAE" in said
+    assert "validation" not in said
+    assert main([*call, str(tmp_path / "out")]) == 2
+    assert "holds an evaluation already; --overwrite replaces it" in capsys.readouterr().err
+    assert main([*call, str(tmp_path / "out"), "--overwrite"]) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    assert main([*call, str(tmp_path / "mine"), "--overwrite"]) == 2
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+    assert main(["evaluate", str(here / "run"), "--by", "site"]) == 2
+    assert "--by is of no effect without --data" in capsys.readouterr().err
+
+
+def test_word_labels_folders_and_data_sets(tmp_path, image_folder):
+    words = ["low", "middle", "high"]
+    for number in range(6):
+        target = tmp_path / "sorted" / words[number % 3]
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image_folder / f"cell{number}.png", target)
+    data = [f"data.root={image_folder}", "data.source=table", "data.table=labels.csv", "data.image_column=file"]
+    names = ["data.label_column=grade", "ranks.values=[0, 1, 2]", f"ranks.names=[{', '.join(words)}]"]
+    run = train(
+        load_config(None, [*data, *names, *STEPS, "train.batch_size=2", f"output_dir={tmp_path}/run"]), quiet=True
+    )
+    folders = evaluate_external(
+        run, tmp_path / "sorted", overrides=["data.image_column=image", "data.label_column=label"]
+    )
+    table = evaluate_external(run, image_folder / "labels.csv", quiet=True)
+    assert folders.score.metrics["mae"] == pytest.approx(table.score.metrics["mae"])
+    assert len(folders.images) == 6
+    rows = load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "sorted"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    held = evaluate_external(run, rows, overrides=["data.image_column=image", "data.label_column=label"], quiet=True)
+    assert held.score.metrics["mae"] == pytest.approx(table.score.metrics["mae"])
+    wrong = tmp_path / "sorted" / "hihg"
+    (tmp_path / "sorted" / "high").rename(wrong)
+    with pytest.raises(ValueError, match=r"label 'hihg' is none of ranks.names; nearest: high"):
+        evaluate_external(run, tmp_path / "sorted", overrides=["data.image_column=image", "data.label_column=label"])
