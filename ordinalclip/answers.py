@@ -6,7 +6,7 @@ that cannot be read is a row with its error, or ends it all; the others' answers
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from ordinalclip.heads import NoNumber, Prediction
 from ordinalclip.images import FORMATS, BrokenImageError, PixelSpec, load_image, prepare
 from ordinalclip.model import OrdinalModel
+from ordinalclip.processing import OrdinalImageProcessor
 from ordinalclip.ranks import Ranks
 from ordinalclip.workers import decoded
 
@@ -91,6 +92,17 @@ class Answers:
         return frame
 
 
+def load_model(name: str) -> OrdinalModel:
+    """The model of a folder or a name on the hub, whose image processor gives the pixels that it wants.
+
+    Raises:
+        OSError, ValueError: see `OrdinalModel.from_pretrained` and `OrdinalImageProcessor.from_pretrained`.
+    """
+    model = OrdinalModel.from_pretrained(name)
+    OrdinalImageProcessor.from_pretrained(name)
+    return model
+
+
 def answer(
     model: OrdinalModel,
     pictures: Sequence[Any],
@@ -101,7 +113,7 @@ def answer(
     names: Sequence[str] | None = None,
     batches: Iterable[list[int]] | None = None,
     prefetch: int = 2,
-) -> Iterator[Answers]:
+) -> Generator[Answers, None, None]:
     """What a model answers, on its device and in its precision; a batch is decoded when it is asked for.
 
     Args:
@@ -112,7 +124,7 @@ def answer(
         workers: processes that decode pictures ahead; 0: this one does.
         formats: of files that are read, see `read_formats`.
         errors: of a picture that cannot be read: "keep" makes it a row with its error, "stop" raises it.
-        names: what to call pictures that are no paths, in the error that is raised; default: "picture N", from 1.
+        names: what to call pictures in the error that is raised; default: their paths, or "picture N", from 1.
         batches: indices of the pictures of each batch; default: all, in order.
         prefetch: batches that each worker is ahead.
 
@@ -151,11 +163,11 @@ class _Pixels(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         try:
-            name = f"picture {index + 1}" if self.names is None else self.names[index]
-            return prepare(load_image(self.pictures[index], name, self.formats), self.spec), ""
+            picture = load_image(self.pictures[index], f"picture {index + 1}", self.formats)
+            return prepare(picture, self.spec), ""
         except BrokenImageError as error:
             if self.errors == "stop":
-                raise
+                raise error if self.names is None else BrokenImageError(self.names[index], error.reason) from error
             return torch.zeros(3, self.spec.size, self.spec.size), error.reason
 
 

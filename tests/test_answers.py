@@ -84,7 +84,7 @@ def test_a_whole_batch_of_broken_pictures_knows_of_probabilities(pictures):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stop_raises_the_first_broken_picture_by_name(pictures, workers):
-    answers = answer(model_of("l1"), pictures[1:], 2, workers, errors="stop", names=[f"row {n}" for n in range(7)])
+    answers = answer(model_of("l1"), pictures[1:], 2, workers, errors="stop")
     assert len(next(answers)) == 2
     with pytest.raises(BrokenImageError, match=r"3\.png: not a readable image"):
         next(answers)

@@ -18,7 +18,7 @@ from PIL import Image
 from ordinalclip.config import DataConfig, RanksConfig
 from ordinalclip.data.duplicates import copies, refuse_repeated
 from ordinalclip.data.labels import arrow_column, read_labels, say
-from ordinalclip.data.parts import PARTS, ImageCache, Part, Parts, RowNames
+from ordinalclip.data.parts import PARTS, ImageCache, Part, Parts, RowNames, leaves
 from ordinalclip.data.sources import read_tables, root_of
 from ordinalclip.data.splits import check_groups, few_shot, group_names, label_shift, split_rows, thinned
 from ordinalclip.data.tables import Table
@@ -265,13 +265,8 @@ def _check_paths(part: Part, config: DataConfig) -> None:
         if not name or name == "None" or "\n" in name or "\0" in name:
             raise ValueError(f"{part.place(index)}: {name!r} in column {part.image_column!r} is no path of a picture")
         path = os.path.join(part.root, name)
-        if root:
-            folder, last = os.path.split(path)
-            target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real(folder), last)
-            if os.path.commonpath([root, os.path.normpath(target)]) != root:
-                raise ValueError(
-                    f"{part.place(index)}: leaves data.root={config.root}; data.outside_root=true allows that"
-                )
+        if root and leaves(path, root, real):
+            raise ValueError(f"{part.place(index)}: leaves data.root={config.root}; data.outside_root=true allows that")
         if not os.path.isfile(path):
             missing += 1
             first = [*first, index][:3]
