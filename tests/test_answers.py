@@ -18,8 +18,14 @@ RANKS = Ranks((0, 50, 100), ("low", "middle", "high"))
 
 
 def model_of(method):
+    """Random, with answers that differ from picture to picture."""
     torch.manual_seed(0)
-    return OrdinalModel.build("tiny", RANKS, method, decoding="expectation")
+    model = OrdinalModel.build("tiny", RANKS, method, decoding="expectation")
+    with torch.no_grad():
+        for tensor in (*model.head.parameters(), *model.head.buffers()):
+            if tensor.ndim > 1:
+                tensor.normal_(std=0.1)
+    return model
 
 
 @pytest.fixture
@@ -43,6 +49,7 @@ def test_answers_are_those_of_the_pipeline_and_broken_pictures_are_rows(tmp_path
     found = Answers.joined(batches)
     assert [number for number, error in enumerate(found.errors) if error] == [0, 3, 4]
     assert "cut off, or in none of the formats" in found.errors[3]
+    assert np.ptp(found.values[[1, 2, 5, 6, 7]]) > 1e-3
     for number, path in enumerate(pictures):
         if found.errors[number]:
             assert np.isnan(found.values[number])

@@ -77,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="on the terminal: one JSON object per line")
     parser.epilog = (
         "Of an image that cannot be read the row holds the error instead; the others are answered, and the exit\n"
-        "status is 1. On several GPUs or nodes: accelerate launch -m ordinalclip predict ... --out FOLDER\n"
+        "status is 1 (0 under torchrun and its kin, which would start again).\n"
+        "On several GPUs or nodes: accelerate launch -m ordinalclip predict ... --out FOLDER\n"
         "data.KEY=VALUE beside --data: source, root, outside_root, separator, encoding, sheet, suffix, extra_formats,\n"
         "image_column, hub_config, hub_split, hub_revision, workers, prefetch; `ordinalclip train --help` has them."
     )
@@ -109,7 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
     if accelerator.is_main_process:
         print(printable(f"{done}"))
         print(printable(f"predictions: {out}"))
-    return 1 if done.errors else 0
+    launched = "RANK" in os.environ  # by torchrun, to which any status but 0 is a crash, after which it starts again
+    return 1 if done.errors and not launched else 0
 
 
 WAITS = 7 * 24 * 3600.0  # seconds that a process waits for others, whose share may take longer
