@@ -45,7 +45,7 @@ from ordinalclip import __version__
 from ordinalclip.files import FolderInUse, write_text
 from ordinalclip.provenance import num_cores, source
 from ordinalclip.signals import Preempted, leave, listening
-from ordinalclip.training.sampling import portable
+from ordinalclip.workers import portable
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")

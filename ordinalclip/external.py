@@ -45,7 +45,7 @@ def evaluate_external(
     data: str | Path | pd.DataFrame | datasets.Dataset,
     root: str | Path = "",
     by: Sequence[str] = (),
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     out: str | Path | None = None,
     overwrite: bool = False,
     quiet: bool = False,
@@ -58,7 +58,7 @@ def evaluate_external(
             called as in the model's run, if its folder is there, else `image` and `label`; overrides say others.
         root: folder that paths of pictures start from; default: that of the table.
         by: columns whose every value is a group with metrics of its own.
-        overrides: dotted "key=value" of `data`, `evaluation.batch_size` and `evaluation.cs`.
+        overrides: keys of `data`, `evaluation.batch_size` and `evaluation.cs`: dotted "key=value", or nested.
         out: folder to write evaluation.json, predictions.parquet, groups.csv and report.html to.
         overwrite: replace an evaluation that is there.
 
@@ -130,10 +130,10 @@ def _model(model: str | Path | OrdinalModel) -> tuple[OrdinalModel, str, RunFold
 
 
 def _configured(
-    data: Any, root: str | Path, overrides: Sequence[str], run: RunFolder | None
+    data: Any, root: str | Path, overrides: Sequence[str] | Mapping[str, Any], run: RunFolder | None
 ) -> tuple[DataConfig, EvaluationConfig]:
     """Where the rows are and how they are read: as the run's, where it says so, and as the overrides say."""
-    said = read_overrides(overrides)
+    said = dict(overrides) if isinstance(overrides, Mapping) else read_overrides(overrides)
     if idle := [key for key in flat_keys(said) if not key.startswith(ALLOWED)]:
         raise ValueError(f"{idle[0]}: of no effect here; allowed are data.*, {', '.join(ALLOWED[1:])}")
     content: dict[str, Any] = {"data": {"root": str(root)} if root else {}}

@@ -32,17 +32,21 @@ class FolderInUse(OSError):
 
 
 @contextmanager
-def whole(target: Path) -> Iterator[Path]:
+def whole(target: Path, writer: str = "") -> Iterator[Path]:
     """A path beside `target` to write a file or folder to; it takes the target's place once it is on disk.
 
     After an error, or when the process dies, the target is as it was. A folder is replaced by two renamings; whoever
     dies between them leaves the old one aside, and the next write puts it back. What else a dead process left aside is
     deleted by it.
 
+    Args:
+        writer: where several may write the same file at once: who this is, so that none takes what another has not
+            written to its end.
+
     Raises:
         OSError: it could not be written, e.g. for want of space; the message names the target and the reason.
     """
-    aside, old = target.with_name(f"{ASIDE}{target.name}"), target.with_name(f"{ASIDE}old-{target.name}")
+    aside, old = target.with_name(f"{ASIDE}{writer}{target.name}"), target.with_name(f"{ASIDE}old-{target.name}")
     try:
         delete(aside)
         _put_back(old, target)

@@ -2,7 +2,7 @@
 
 Such a module has `add_arguments(parser)` and `run(arguments) -> exit status`. It imports nothing that takes long: its
 help is there at once. What `run` needs is named in `NEEDS`, modules that are imported before it; `NAMES` are those that
-shells complete.
+shells complete; `REST` is where positional arguments behind an option go, `overrides` by default.
 """
 
 from __future__ import annotations
@@ -98,14 +98,16 @@ def _run(given: list[str]) -> int:
         parser.print_help()
         return 0
     arguments, more = parser.parse_known_args(given)
-    if more:  # argparse drops positional arguments that follow an option
-        wrong = [
-            word for word in more if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")
-        ]
-        if wrong:
-            parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-        arguments.overrides += more
     command = modules[called]  # or argparse would have refused the call
+    if more:  # argparse drops positional arguments that follow an option
+        rest = getattr(command, "REST", "overrides")
+        taken: list[str] | None = getattr(arguments, rest, None)
+        wrong = [
+            word for word in more if word.startswith("-") or taken is None or (rest == "overrides" and "=" not in word)
+        ]
+        if wrong or taken is None:
+            parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        setattr(arguments, rest, [*taken, *more])
     _show_what_is_ours(arguments.debug)
     try:
         _import(getattr(command, "NEEDS", ()), arguments.quiet)  # where `signals` ends a command that is starting

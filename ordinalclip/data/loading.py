@@ -18,7 +18,7 @@ from PIL import Image
 from ordinalclip.config import DataConfig, RanksConfig
 from ordinalclip.data.duplicates import copies, refuse_repeated
 from ordinalclip.data.labels import arrow_column, read_labels, say
-from ordinalclip.data.parts import PARTS, ImageCache, Part, Parts, RowNames
+from ordinalclip.data.parts import PARTS, ImageCache, Part, Parts, RowNames, leaves
 from ordinalclip.data.sources import read_tables, root_of
 from ordinalclip.data.splits import check_groups, few_shot, group_names, label_shift, split_rows, thinned
 from ordinalclip.data.tables import Table
@@ -64,7 +64,7 @@ def make_parts(
         raise ValueError("give either all, to be split, or train, validation and test")
     config = config.model_copy(update={"source": "memory"})
     seed = seed if config.split_seed is None else config.split_seed
-    tables = {name: Table(_rows_of(rows, config, f"{name} part"), f"{name} part") for name, rows in raw.items()}
+    tables = {name: Table(rows_of(rows, config, f"{name} part"), f"{name} part") for name, rows in raw.items()}
     return replace(_assemble(tables, config, ranks, seed), in_memory=True)
 
 
@@ -88,7 +88,7 @@ def load_whole(config: DataConfig, ranks: Ranks) -> Part:
 def make_whole(rows: datasets.Dataset | pd.DataFrame, config: DataConfig, ranks: Ranks) -> Part:
     """`load_whole` of data in memory: see `make_parts`."""
     config = config.model_copy(update={"source": "memory"})
-    return _whole(Table(_rows_of(rows, config, "data"), "data"), config, ranks)
+    return _whole(Table(rows_of(rows, config, "data"), "data"), config, ranks)
 
 
 def _whole(table: Table, config: DataConfig, ranks: Ranks) -> Part:
@@ -98,7 +98,7 @@ def _whole(table: Table, config: DataConfig, ranks: Ranks) -> Part:
     return replace(part, ranks=ranks.rank_of(part.values, part.row_names()).numpy())
 
 
-def _rows_of(rows: datasets.Dataset | pd.DataFrame, config: DataConfig, name: str) -> datasets.Dataset:
+def rows_of(rows: datasets.Dataset | pd.DataFrame, config: DataConfig, name: str) -> datasets.Dataset:
     """A data set as it is stored, or one of a frame, with its PIL pictures or arrays encoded.
 
     Raises:
@@ -295,13 +295,8 @@ def _check_paths(part: Part, config: DataConfig) -> None:
         if not name or name == "None" or "\n" in name or "\0" in name:
             raise ValueError(f"{part.place(index)}: {name!r} in column {part.image_column!r} is no path of a picture")
         path = os.path.join(part.root, name)
-        if root:
-            folder, last = os.path.split(path)
-            target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real(folder), last)
-            if os.path.commonpath([root, os.path.normpath(target)]) != root:
-                raise ValueError(
-                    f"{part.place(index)}: leaves data.root={config.root}; data.outside_root=true allows that"
-                )
+        if root and leaves(path, root, real):
+            raise ValueError(f"{part.place(index)}: leaves data.root={config.root}; data.outside_root=true allows that")
         if not os.path.isfile(path):
             missing += 1
             first = [*first, index][:3]

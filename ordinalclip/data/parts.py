@@ -30,6 +30,18 @@ def part_called(name: str) -> str:
     return ALIASES.get(plain, plain if plain in PARTS else name.strip())
 
 
+def leaves(path: str, root: str, real: Callable[[str], str] = os.path.realpath) -> bool:
+    """Whether a file lies outside a folder, links followed.
+
+    Args:
+        root: a real path.
+        real: gives the real path of a folder; one that remembers them saves look-ups.
+    """
+    folder, last = os.path.split(path)
+    target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real(folder), last)
+    return os.path.commonpath([root, os.path.normpath(target)]) != root
+
+
 class ImageCache:
     """Decoded images of a set in memory, if all of them are likely to fit; otherwise none, and memory stays flat.
 

@@ -29,7 +29,8 @@ from ordinalclip.heads import Outputs
 from ordinalclip.losses import at_least_float32
 from ordinalclip.memory import keep_freed_memory
 from ordinalclip.run_folder import RunFolder
-from ordinalclip.training.sampling import SampleNoise, portable
+from ordinalclip.training.sampling import SampleNoise
+from ordinalclip.workers import portable
 
 logger = logging.getLogger(__name__)
 PACKAGES = {"comet_ml": "comet-ml"}  # of trackers that are named otherwise

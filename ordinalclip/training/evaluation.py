@@ -25,7 +25,8 @@ from ordinalclip.progress import Progress
 from ordinalclip.training.distributed import gather_outputs
 from ordinalclip.training.features import FeatureCache
 from ordinalclip.training.imbalance import Weighting, sample_weights
-from ordinalclip.training.sampling import ViewDataset, decoded, shares
+from ordinalclip.training.sampling import ViewDataset, shares
+from ordinalclip.workers import decoded
 
 
 @dataclass(frozen=True)

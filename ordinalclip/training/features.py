@@ -36,7 +36,8 @@ from ordinalclip.losses import at_least_float32
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress
 from ordinalclip.training.distributed import from_main
-from ordinalclip.training.sampling import ViewDataset, decoded, shares
+from ordinalclip.training.sampling import ViewDataset, shares
+from ordinalclip.workers import decoded
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # raised when pictures become pixels, or pixels features, in another way

@@ -25,7 +25,8 @@ from ordinalclip.training.imbalance import sample_weights
 from ordinalclip.training.interruption import Diverged, not_finite
 from ordinalclip.training.optimization import WeightAverage, lr_factor, make_optimizer
 from ordinalclip.training.preparation import prepare_model
-from ordinalclip.training.sampling import Stream, StreamDataset, StreamSampler, decoded, shares
+from ordinalclip.training.sampling import Stream, StreamDataset, StreamSampler, shares
+from ordinalclip.workers import decoded
 
 
 class Learner:
