@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ordinalclip.pipeline import OrdinalRegressionPipeline
     from ordinalclip.prompts import PromptLearner
     from ordinalclip.ranks import Ranks
+    from ordinalclip.regressor import OrdinalRegressor
     from ordinalclip.text import Prompts, TextTower
 
 __version__ = "0.1.0"  # pyproject.toml takes it from here
@@ -22,6 +23,7 @@ __all__ = [
     "OrdinalImageProcessor",
     "OrdinalModel",
     "OrdinalRegressionPipeline",
+    "OrdinalRegressor",
     "Prediction",
     "PromptLearner",
     "Prompts",
@@ -34,6 +36,7 @@ _HOMES = {
     "OrdinalImageProcessor": "processing",
     "OrdinalModel": "model",
     "OrdinalRegressionPipeline": "pipeline",
+    "OrdinalRegressor": "regressor",
     "Prediction": "heads",
     "PromptLearner": "prompts",
     "Prompts": "text",

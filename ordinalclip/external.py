@@ -16,7 +16,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ordinalclip import __version__
 from ordinalclip.config import DataConfig, EvaluationConfig, flat_keys, merge, parse_config, read_overrides
 from ordinalclip.data import Part, load_parts, load_whole, make_whole
 from ordinalclip.data.duplicates import copies, repeated
@@ -27,7 +26,7 @@ from ordinalclip.heads import head_class
 from ordinalclip.metrics import against_constant, constant_answer, metrics_with
 from ordinalclip.model import WEIGHTS, OrdinalModel
 from ordinalclip.predictions import Predictions
-from ordinalclip.provenance import fingerprint
+from ordinalclip.provenance import fingerprint, versions
 from ordinalclip.results.external_report import ExternalEvaluation, Score
 from ordinalclip.run_folder import RunFolder, find_model
 from ordinalclip.training.distributed import from_main, make_accelerator
@@ -122,7 +121,8 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 
 def _model(model: str | Path | OrdinalModel) -> tuple[OrdinalModel, str, RunFolder | None]:
     if isinstance(model, OrdinalModel):
-        return model.deploy(), str(getattr(model, "name_or_path", "")) or "a model in memory", None
+        place = str(getattr(model, "name_or_path", ""))
+        return model.deploy(), place or "a model in memory", find_model(place)[1] if place else None
     name, run = find_model(str(model))
     if run is not None:
         head_class(run.read_config().method)  # a method of one's own, which a model's files may not import
@@ -246,7 +246,7 @@ def _leaks(run: RunFolder | None, part: Part) -> list[str]:
     if run is None:
         return ["whether the model has learnt from some of these pictures is not known: its run is not here"]
     config = run.read_config()
-    if config.data.source in ("gauges", "memory"):
+    if config.data.source == "gauges":
         return []
     try:
         parts = load_parts(config.data, config.ranks, config.seed)
@@ -269,6 +269,6 @@ def _record(name: str, run: RunFolder | None, part: Part) -> dict[str, Any]:
         "model_sha256": content_digest([weights]) if weights.is_file() else None,
         "run": None if run is None else str(run.path),
         "data": {"source": part.source, **fingerprint(part)},
-        "version": __version__,
+        "versions": versions(),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -189,7 +189,8 @@ class OrdinalConfig(PreTrainedConfig):
 
 
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-KNOWN_KEYS = ("model_type", "torch_dtype", "num_labels", "name_or_path")  # beside the fields, in any model's config
+# Beside the fields, in any model's config; use_cache is set by transformers' Trainer.
+KNOWN_KEYS = ("model_type", "torch_dtype", "num_labels", "name_or_path", "use_cache")
 
 
 def own_fields() -> dict[str, Any]:

@@ -52,7 +52,7 @@ def provenance(config: RunConfig, parts: Parts, num_processes: int) -> dict[str,
         "host": socket.gethostname(),
         "job": job(),
         "python": platform.python_version(),
-        "versions": {name: found for name in LIBRARIES if (found := _version(name)) is not None},
+        "versions": versions(),
         "source": source(),
         "device": device(),
         "processes": num_processes,
@@ -63,6 +63,11 @@ def provenance(config: RunConfig, parts: Parts, num_processes: int) -> dict[str,
             **({"text": backbone_license(config.model.text)} if config.model.text else {}),
         },
     }
+
+
+def versions() -> dict[str, str]:
+    """Of this package and the libraries that numbers depend on, as far as they are installed."""
+    return {name: found for name in LIBRARIES if (found := _version(name)) is not None}
 
 
 def fingerprints(parts: Parts) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def order():
     cells = [line.split("|")[1] for line in table]
     names = [name for cell in cells for name in re.findall(r"`(\w+)(?:\.py|/)`", cell)]
     # The package itself imports what it offers and lends its version to those above; __main__ starts the command line.
-    names.insert(names.index("runs"), "")
+    names.insert(names.index("regressor") + 1, "")
     return [f"ordinalclip.{name}".rstrip(".") for name in [*names, "__main__"]]
 
 
