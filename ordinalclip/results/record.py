@@ -124,6 +124,13 @@ class RunRecord:
                 found.append(ShownMetric(name, metric, value, unit, "" if low == "-" else f"{low} to {high}"))
         return found
 
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Of Python and the libraries that the run was done with; empty where it is not on record."""
+        before = self.folder.read_provenance()
+        found = {"python": before.get("python"), **(before.get("versions") or {})}
+        return {str(name): str(version) for name, version in found.items() if version is not None}
+
     @property
     def constant(self) -> dict[str, Any] | None:
         """What `metrics.against_constant` says of the part that is shown."""
