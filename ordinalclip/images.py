@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import os
@@ -33,6 +34,9 @@ FOREIGN_ENDINGS = (
 BITS, PHOTOMETRIC = 258, 262  # tags of TIFF: bits per sample; 0 where white is 0
 MAX_PIXELS = 178_956_970
 MAX_RATIO = 200
+SHORTEST_BASE64 = 40  # characters: no picture is smaller than 30 bytes
+LONGEST_NAME = 80  # characters of a text that is shown in an error
+ALLOWED = "a path, bytes, base64, a PIL image, an array and a tensor"
 
 
 @dataclass(frozen=True)
@@ -135,33 +139,35 @@ def load_image(source: Any, name: str = "image", formats: Sequence[str] = FORMAT
       picture has 10 million pixels, of which 99.5 % are cut off again; at 20,000,000 x 1 it would have 10^12.
 
     Args:
-        source: a path of a regular file or a link to one, encoded bytes, a PIL image, an array (H, W), (H, W, 1),
-            (H, W, 3) or (H, W, 4) of uint8, uint16 or floats in [0, 1], or a `datasets` image dict with "bytes" /
-            "path".
+        source: a path of a regular file or a link to one; encoded bytes; these in base64, as a "data:" URL or, where
+            no file has that name, bare; a PIL image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor
+            (H, W), (1, H, W), (3, H, W) or (4, H, W), of uint8, uint16 or floats in [0, 1]; a `datasets` image dict
+            with "bytes" / "path".
         name: what to call it in an error when it is no path.
         formats: names of Pillow's formats, e.g. `read_formats(["JPEG2000"])`; "JPEG" covers the MPO of cameras.
 
     Raises:
         BrokenImageError: a missing, truncated or foreign file, a folder, pipe or device, a picture beyond the limits,
-            an array of another shape or type.
+            an array or a tensor of another shape, type or range.
     """
     if isinstance(source, dict) and {"bytes", "path"} & source.keys():
         name = source.get("path") or name
         source = source["bytes"] if source.get("bytes") is not None else source["path"]
     if isinstance(source, str | os.PathLike):
-        name = str(source)
+        name = _said(str(source))
     try:
-        if isinstance(source, np.ndarray):
-            return to_rgb(_array_to_pil(source))
-        if isinstance(source, Image.Image):
-            _check_size(*source.size)
-            return to_rgb(source)
-        with Image.open(_stream(source), formats=tuple(formats)) as image:
+        plain = _plain(source)
+        if isinstance(plain, Image.Image):
+            _check_size(*plain.size)
+            return to_rgb(plain)
+        with Image.open(_stream(plain), formats=tuple(formats)) as image:
             _check_size(*image.size)
             image.load()
             return to_rgb(image)
     except UnidentifiedImageError:
-        reason = f"cut off, or in none of the formats {', '.join(formats)}"
+        bare = isinstance(source, str) and isinstance(plain, bytes) and not source.startswith("data:")
+        missing = "no such file, and if it is base64 " if bare else ""
+        reason = f"{missing}cut off, or in none of the formats {', '.join(formats)}"
     except Exception as error:  # decoders of damaged files raise whatever they like; all of it is reported by name
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise BrokenImageError(name, f"not a readable image ({reason})")
@@ -180,12 +186,51 @@ def read_header(source: Any, formats: Sequence[str] = FORMATS) -> Header:
     """The header of what `load_image` has read before; of arrays and PIL images "" for the format."""
     if isinstance(source, Mapping):
         source = source["bytes"] if source.get("bytes") is not None else source["path"]
-    if isinstance(source, np.ndarray):
-        source = _array_to_pil(source)
+    source = _plain(source)
     if isinstance(source, Image.Image):
         return Header(*source.size, source.mode, source.format or "")
     with Image.open(_stream(source), formats=tuple(formats)) as image:
         return Header(*image.size, image.mode, image.format or "")
+
+
+def _said(text: str) -> str:
+    """A path, or the beginning of what is as long as a picture in base64."""
+    return text if len(text) <= LONGEST_NAME or os.path.lexists(text) else f"{text[:40]}... ({len(text)} characters)"
+
+
+def _plain(source: Any) -> Any:
+    """Arrays and tensors as PIL images, base64 as bytes; any other source as it is."""
+    if isinstance(source, str):
+        return _from_base64(source)
+    if isinstance(source, Tensor):
+        return _tensor_to_pil(source)
+    return _array_to_pil(source) if isinstance(source, np.ndarray) else source
+
+
+def _from_base64(text: str) -> str | bytes:
+    """The bytes of a "data:" URL, or of a text that is base64 and no file's name; any other text as it is.
+
+    Raises:
+        ValueError: a "data:" URL that is not base64.
+    """
+    if os.path.lexists(text):
+        return text
+    if text.startswith("data:"):
+        about, _, content = text.partition(",")
+        if not about.lower().endswith(";base64"):
+            raise ValueError("a data: URL; allowed is data:image/KIND;base64,CONTENT")
+        try:
+            return _decoded(content)
+        except ValueError as error:
+            raise ValueError(f"a data: URL whose base64 is damaged: {error}") from error
+    try:
+        return _decoded(text) if len(text) >= SHORTEST_BASE64 else text
+    except ValueError:
+        return text
+
+
+def _decoded(text: str) -> bytes:
+    return base64.b64decode("".join(text.split()), validate=True)
 
 
 def _stream(source: Any) -> Any:
@@ -199,8 +244,10 @@ def _stream(source: Any) -> Any:
             kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe, socket or device"
             raise ValueError(f"{kind}, not a file")
         content, size = source, about.st_size
+    elif isinstance(source, Mapping):
+        raise ValueError(f"a row with {', '.join(map(str, source))} given; give the picture in it")
     else:
-        raise ValueError(f"{type(source).__name__} given; allowed are a path, bytes, a PIL image and an array")
+        raise ValueError(f"{type(source).__name__} given; allowed are {ALLOWED}")
     if not size:
         raise ValueError("empty, 0 bytes")
     return content
@@ -244,7 +291,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _array_to_pil(array: np.ndarray) -> Image.Image:
+def _tensor_to_pil(tensor: Tensor) -> Image.Image:
+    """Channels first, as torchvision has them: arrays have them last, so a tensor's shape is never guessed at."""
+    if tensor.ndim not in (2, 3) or (tensor.ndim == 3 and tensor.shape[0] not in (1, 3, 4)):
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)}; allowed are (H, W), (1, H, W), (3, H, W) and (4, H, W); of a "
+            "batch give a list of its pictures"
+        )
+    if tensor.is_floating_point():
+        tensor = tensor.float()  # NumPy knows no bfloat16
+    array = tensor.detach().cpu().numpy()
+    return _array_to_pil(array if array.ndim == 2 else np.moveaxis(array, 0, -1), "a tensor")
+
+
+def _array_to_pil(array: np.ndarray, kind: str = "an array") -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
@@ -254,10 +314,10 @@ def _array_to_pil(array: np.ndarray) -> Image.Image:
         array = (array / 257).round().astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # so written, NaN fails, too
-            raise ValueError("a float array must lie in [0, 1]")
+            raise ValueError(f"{kind} of floats must lie in [0, 1]")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise ValueError(f"an array of {array.dtype}; allowed are uint8, uint16 and floats in [0, 1]")
+        raise ValueError(f"{kind} of {array.dtype}; allowed are uint8, uint16 and floats in [0, 1]")
     return Image.fromarray(array)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast, get_args
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.dataclasses import strict
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from ordinalclip.backbones import Backbone, load_backbone
 from ordinalclip.backbones.layers import LayerFeatures, TokenFeatures
@@ -61,6 +63,7 @@ from ordinalclip.weights import (
     read_safetensors,
 )
 
+logger = logging.getLogger(__name__)
 Form = Literal["deployed", "trainable"]
 Reader = LayerFeatures | TokenFeatures
 
@@ -161,6 +164,9 @@ class OrdinalConfig(PreTrainedConfig):
         """
         if (kind := config_dict.get("model_type")) != cls.model_type:
             raise ValueError(f"model_type is {kind!r}; models of this package are {cls.model_type!r}")
+        if "attn_implementation" in config_dict:
+            raise ValueError("OrdinalConfig has no field attn_implementation: it is said by who loads a model")
+        _check_attention(kwargs.get("attn_implementation"), config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -189,8 +195,8 @@ class OrdinalConfig(PreTrainedConfig):
 
 
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-# Beside the fields, in any model's config; use_cache is set by transformers' Trainer.
-KNOWN_KEYS = ("model_type", "torch_dtype", "num_labels", "name_or_path", "use_cache")
+# Beside the fields, in any model's config, or said by who loads it; use_cache is set by transformers' Trainer.
+KNOWN_KEYS = ("model_type", "torch_dtype", "num_labels", "name_or_path", "attn_implementation", "use_cache")
 
 
 def own_fields() -> dict[str, Any]:
@@ -218,6 +224,8 @@ class OrdinalModel(PreTrainedModel):
 
     Attributes:
         reference: what it remembers of its training data, to tell other data from it; None: nothing.
+        card: the content of README.md, the model card that lay beside the weights; it is written again where the model
+            is saved or pushed. None: there was none, or set so because it no longer tells the truth.
     """
 
     config_class = OrdinalConfig
@@ -237,6 +245,7 @@ class OrdinalModel(PreTrainedModel):
             encoder, head, tokenizer = _rebuild(config)
         self.encoder, self.head, self.tokenizer = encoder, head, tokenizer
         self.reference: Reference | None = None
+        self.card: bytes | None = None
         self.all_tied_weights_keys: dict[str, str] = {}
 
     @classmethod
@@ -342,9 +351,9 @@ class OrdinalModel(PreTrainedModel):
                 raise TypeError(
                     f"{type(self.head).__name__}.deploy: {config.method} takes other features: {head.reads}"
                 )
-        served = OrdinalModel(config, self.encoder, head).eval()
-        served.reference = self.reference
-        return served
+        model = OrdinalModel(config, self.encoder, head).eval()
+        model.reference, model.card = self.reference, self.card
+        return model
 
     @property
     def image_processor(self) -> OrdinalImageProcessor:
@@ -352,7 +361,8 @@ class OrdinalModel(PreTrainedModel):
         return OrdinalImageProcessor.from_spec(self.config.pixel_spec)
 
     def save_pretrained(self, save_directory: str | Path, form: Form = "deployed", **kwargs: Any) -> None:
-        """Write config.json, model.safetensors, preprocessor_config.json, and reference.safetensors if there is one.
+        """Write config.json, model.safetensors, preprocessor_config.json and, where there are, the model card and
+        reference.safetensors.
 
         The trainable form of a model whose text tower has a tokenizer of its own (SigLIP, Hugging Face CLIP) gets
         that tokenizer's files too, in the folder tokenizer/, and needs no hub to be restored.
@@ -363,8 +373,13 @@ class OrdinalModel(PreTrainedModel):
             form: "deployed" (image encoder and what the head needs to answer) or "trainable" (all of it).
 
         Raises:
-            ValueError: an unknown form, or weights that are not finite; nothing is written.
+            ValueError: an unknown form, or weights that are not finite; NotADirectoryError: a file is in the place;
+                nothing is written.
         """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub=True: save_pretrained writes a folder; model.push_to_hub(NAME) pushes it")
+        if Path(save_directory).is_file():
+            raise NotADirectoryError(f"{save_directory} is a file; a model is saved as a folder")
         if form not in ("deployed", "trainable"):
             raise ValueError(f"form {form!r} is unknown; choices: deployed, trainable")
         model = self.deploy() if form == "deployed" else self
@@ -380,6 +395,60 @@ class OrdinalModel(PreTrainedModel):
             self.reference.save(Path(save_directory) / REFERENCE)
         if form == "trainable" and self.tokenizer is not None:
             save_tokenizer(self.tokenizer, Path(save_directory) / TOKENIZER_FOLDER)
+        if self.card is not None:
+            (Path(save_directory) / CARD).write_bytes(self.card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        form: Form = "deployed",
+        tags: Sequence[str] = (),
+        commit_message: str = "Upload model",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> Any:
+        """Upload what `save_pretrained` writes. A model without a card leaves the one that is there.
+
+        Transformers' own would put a card of its template in the place of the model's.
+
+        Args:
+            repo_id: OWNER/NAME; made if need be.
+            form: see `save_pretrained`.
+            tags: to be added to those of the card.
+            commit_message, commit_description, private, token, revision, create_pr: see `huggingface_hub.HfApi`.
+
+        Returns:
+            huggingface_hub's `CommitInfo`.
+
+        Raises:
+            ValueError: see `save_pretrained`; tags for a model without a card.
+        """
+        if isinstance(tags, str):
+            raise ValueError(f"tags must be a list, got {tags!r}")
+        if tags and self.card is None:
+            raise ValueError(f"tags {', '.join(tags)}: this model has no card that they could stand in")
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, form)
+            if tags:
+                card = ModelCard.load(Path(folder) / CARD)
+                card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+                card.save(Path(folder) / CARD)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/pr"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> OrdinalModel:
@@ -392,14 +461,22 @@ class OrdinalModel(PreTrainedModel):
         that an installed package registers, or one whose module the program has imported itself
         (`heads.names_from_a_file`).
 
+        Args:
+            cache_dir, force_download, local_files_only, token, revision, subfolder: of the hub.
+            dtype: of the weights, e.g. "bfloat16"; default and "auto": as they were saved.
+            device_map: "auto" (the accelerator, if there is one), a device or {"": device}; a model is not divided.
+            attn_implementation: "eager" or "sdpa", for encoders of transformers (`hf:`), which have the choice.
+
         Raises:
             OSError: no such folder or files; ValueError: damaged files, parts that contradict each other, weights that
-                are not finite or do not fit the configuration, a head of another package that is not known.
+                are not finite or do not fit the configuration, a head of another package that is not known, an option
+                with another value; TypeError: another option.
         """
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         config = kwargs.pop("config", None)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        device = kwargs.pop("device_map", None)
+        device = _one_device(kwargs.pop("device_map", None))
+        attention = kwargs.pop("attn_implementation", None) or getattr(config, "_attn_implementation", None)
         for ignored in (
             "trust_remote_code",
             "_from_pipeline",
@@ -420,6 +497,7 @@ class OrdinalModel(PreTrainedModel):
             raise ValueError(f"{said}: {first_line(error)}") from error
         file = find_file(name, WEIGHTS, hub)
         tensors, metadata = read_safetensors(file)
+        _check_attention(attention, config.to_dict())
         _check_signature(said, config, metadata)
         _check_ranks(file, config, tensors)
         limit = MEMORY_FACTOR * file.stat().st_size + (1 << 30)
@@ -434,23 +512,78 @@ class OrdinalModel(PreTrainedModel):
             model.load_state_dict(tensors, strict=True)
         except RuntimeError as error:  # torch lists every tensor that does not fit
             raise ValueError(f"{file}: does not fit {said}: {' '.join(str(error).split())}") from error
-        if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, dtype)
-        if isinstance(dtype, torch.dtype):
-            model.to(dtype)
+        if dtype not in (None, "auto"):
+            if str(dtype).removeprefix("torch.") not in DTYPES:
+                raise ValueError(f"dtype {dtype!r} is unknown; choices: {', '.join(DTYPES)}")
+            model.to(getattr(torch, str(dtype).removeprefix("torch.")))
         if device is not None:
-            model.to(device["" if "" in device else next(iter(device))] if isinstance(device, dict) else device)
-        model.name_or_path = name
+            model.to(device)
+        for tower in model.modules():
+            if attention is not None and isinstance(tower, PreTrainedModel) and tower is not model:
+                tower.set_attn_implementation(attention)
+        model.name_or_path, model.card = name, _read_card(name, hub)
         with suppress(FileNotFoundError):  # models have it that were trained by this package, and not long ago
             model.reference = Reference.load(find_file(name, REFERENCE, hub), len(config.label_space))
         return model.eval()
 
 
+ATTENTION = ("eager", "sdpa")
+CARD = "README.md"
+LARGEST_CARD = 1 << 22  # bytes
 TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS = "model.safetensors"
 REFERENCE = "reference.safetensors"
 SIGNATURE = "ordinalclip"  # key of the metadata that the configuration is noted under
 MEMORY_FACTOR = 8  # of the weights' size: a text tower comes with an image tower that is not kept
+
+
+def _one_device(given: Any) -> torch.device | None:
+    """The device that `device_map` means.
+
+    Raises:
+        ValueError: it divides the model, or names no device.
+    """
+    if isinstance(given, dict) and given.keys() == {""}:
+        given = given[""]
+    if given is None:
+        return None
+    if given == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        allowed = "'auto', a device such as 'cpu' or 'cuda:0', or {'': DEVICE}"
+        raise ValueError(f"device_map must be {allowed}: the model goes to one device; got {given!r}") from error
+
+
+def _check_attention(given: Any, config: Mapping[str, Any]) -> None:
+    """Of `attn_implementation`: whether a model has the choice.
+
+    Raises:
+        ValueError: another choice, such as code of the hub; no tower of the model is one of transformers.
+    """
+    if given is None:
+        return
+    if given not in ATTENTION:
+        raise ValueError(f"attn_implementation {given!r} is unknown; choices: {', '.join(ATTENTION)}")
+    towers = [str(config[key]) for key in ("backbone", "text") if config.get(key)]
+    if not any(tower.startswith(("hf:", "minilm")) for tower in towers):
+        raise ValueError(
+            f"attn_implementation={given!r}: this model ({' and '.join(towers)}) has no choice of attention; hf: has"
+        )
+
+
+def _read_card(name: str, hub: dict[str, Any]) -> bytes | None:
+    """README.md beside a model, if there is one."""
+    found = cached_file(
+        name, CARD, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub
+    )
+    if found is None:
+        return None
+    if (size := Path(found).stat().st_size) > LARGEST_CARD:
+        logger.warning("%s: a model card of %d MB is left out", found, size >> 20)
+        return None
+    return Path(found).read_bytes()
 
 
 def _infinities(content: Any) -> Any:

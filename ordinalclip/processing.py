@@ -61,7 +61,7 @@ def find_file(name: str, file: str, hub: dict[str, Any]) -> Path:
 class OrdinalImageProcessor(BaseImageProcessor):
     """The same decoding, resizing and normalising as in training (`ordinalclip.images.prepare`).
 
-    Takes one image or a list of paths, PIL images, arrays or bytes; gives `pixel_values` (B, 3, size, size).
+    Takes one image or a list of whatever `load_image` reads; gives `pixel_values` (B, 3, size, size).
 
     Raises:
         ValueError: a size, statistics or rule that no encoder has, or another option.

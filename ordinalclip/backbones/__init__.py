@@ -8,6 +8,7 @@ package registers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,9 +20,19 @@ from ordinalclip.backbones.open_clip_models import TINY_FOLDER
 from ordinalclip.tokenization import TextPooling
 from ordinalclip.weights import LARGEST_LOGIT_SCALE, fault, limited_memory
 
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 MOST_MEMORY = 32 << 30  # bytes of an encoder and its text tower: eight billion weights
 
-__all__ = ["FAMILIES", "TINY_FOLDER", "Backbone", "Family", "Request", "available_families", "load_backbone"]
+__all__ = [
+    "FAMILIES",
+    "TINY_FOLDER",
+    "Backbone",
+    "Family",
+    "Request",
+    "available_families",
+    "hub_name",
+    "load_backbone",
+]
 
 
 class Family(NamedTuple):
@@ -103,6 +114,34 @@ def available_families() -> dict[str, Family]:
     for point in entry_points(group="ordinalclip.backbones"):
         families.update(point.load())
     return families
+
+
+def hub_name(spec: str) -> str:
+    """OWNER/NAME of the weights that a spec means on the Hugging Face hub; "" where they are not known to be there.
+
+    >>> hub_name("hf:openai/clip-vit-base-patch16"), hub_name("open_clip:hf-hub:timm/ViT-B-16-SigLIP"), hub_name("tiny")
+    ('openai/clip-vit-base-patch16', 'timm/ViT-B-16-SigLIP', '')
+    """
+    family, _, name = spec.partition(":")
+    first, _, second = name.partition("/")
+    if spec == "minilm":
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    if family == "open_clip" and name.startswith("hf-hub:"):
+        found = name.removeprefix("hf-hub:")
+    elif family == "hf":
+        found = "" if Path(name).exists() else name
+    elif family == "open_clip" and second and not Path(second).is_file():
+        import open_clip
+
+        found = open_clip.get_pretrained_cfg(first, second).get("hf_hub") or ""
+    elif family == "timm" and second == "pretrained":
+        import timm
+
+        found = getattr(timm.get_pretrained_cfg(first), "hf_hub_id", None) or ""
+    else:
+        return ""
+    owned = HUB_NAME.match(found)
+    return owned[0] if owned else ""
 
 
 def load_backbone(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ordinalclip.backbones import hub_name
 from ordinalclip.config import RunConfig
 from ordinalclip.files import write_text
 from ordinalclip.metrics import decodings
@@ -50,6 +52,7 @@ def model_card(record: RunRecord, remark: str = "") -> str:
             backbone_license=backbone_license(config.model.backbone),
             metrics=[each for each in record.shown_metrics if each.value is not None],
             decodings=decodings(),
+            versions=record.versions,
             remark=remark,
             people=about_people(config, ranks.unit),
         )
@@ -57,32 +60,51 @@ def model_card(record: RunRecord, remark: str = "") -> str:
 
 
 def front_matter(record: RunRecord) -> str:
-    """YAML for the hub: licence, task, tags and the metrics as a model index."""
-    config = record.config
+    """YAML for the hub: licence, task, tags, base models, data set, versions, and the metrics as a model index.
+
+    The hub knows no intervals: that of a metric is among its `args`.
+    """
+    config, data = record.config, record.config.data
     names = [name for name in record.scored if record.scores[name] is not None]
+    published = data.hub if data.source == "hub" and not Path(data.hub).exists() else ""
     results = [
         EvalResult(
             task_type=NEAREST_TASK,
             task_name="image-ordinal-regression",
-            dataset_type="ordinalclip",
-            dataset_name=printable(local(data_name(config.data))),
+            dataset_type=published or "ordinalclip",
+            dataset_name=printable(local(data_name(data))),
+            dataset_config=data.hub_config or None,
             dataset_split=record.part,
+            dataset_revision=data.hub_revision or None,
             metric_type=name,
             metric_name=record.scored[name].title,
             metric_value=record.scores[name],
+            metric_args=_interval(record, name),
         )
         for name in names
     ]
+    generated = data.source == "gauges" and config.model.backbone == "tiny"
     content: dict[str, Any] = {
-        "license": "apache-2.0" if config.data.source == "gauges" and config.model.backbone == "tiny" else "other",
+        "license": "apache-2.0" if generated else "other",
+        "license_name": None if generated else "that-of-data-and-backbone",
         "library_name": "ordinalclip",
         "pipeline_tag": NEAREST_TASK,
         "tags": ["image-ordinal-regression", "ordinal-regression", "ordinalclip", config.method],
+        "base_model": [name for spec in (config.model.backbone, config.model.text) if (name := hub_name(spec))] or None,
+        "datasets": [published] if published else None,
         "metrics": names,
+        "versions": record.versions or None,
     }
     if results:
         content.update(model_name=printable(f"{config.method}-{local(config.model.backbone)}"), eval_results=results)
     return ModelCardData(**content).to_yaml()
+
+
+def _interval(record: RunRecord, name: str) -> dict[str, Any] | None:
+    """The 95 % interval of a metric, as data; None where there is none."""
+    low, high = map(float, record.intervals[name])
+    known = math.isfinite(low) and math.isfinite(high)
+    return {"interval": [low, high], "level": 0.95, "method": "bootstrap over the images"} if known else None
 
 
 def about_people(config: RunConfig, unit: str) -> bool:

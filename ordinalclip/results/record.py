@@ -113,6 +113,13 @@ class RunRecord:
         wanted = {n: m for n, m in self._metrics.items() if n in self.scored or values[n] is not None}
         return show_metrics(wanted, values, self.intervals, self.ranks.unit)
 
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Of Python and the libraries that the run was done with; empty where it is not on record."""
+        before = self.folder.read_provenance()
+        found = {"python": before.get("python"), **(before.get("versions") or {})}
+        return {str(name): str(version) for name, version in found.items() if version is not None}
+
     @property
     def constant(self) -> dict[str, Any] | None:
         """What `metrics.against_constant` says of the part that is shown."""
