@@ -121,13 +121,13 @@ def chaos(rows: int, kills: int, block: int, seed: int) -> None:
         print(f"undisturbed: {took:.0f} s; {log.read_text().splitlines()[0]}", flush=True)
 
         number = -(-rows // block)
-        moments = sorted(rng.uniform(0, 0.95) for _ in range(kills))
+        moments = sorted(rng.uniform(0, 0.9) for _ in range(kills))
         for kill, moment in enumerate(moments, 1):
             before = parts_in(place / "killed")
             started = start([*common, "--out", str(place / "killed")], 2, log)
             while parts_in(place / "killed") < moment * number and all(each.poll() is None for each in started):
                 time.sleep(0.05)
-            time.sleep(rng.uniform(0, 3 * took / number))  # in the middle of a block, or in writing one
+            time.sleep(rng.uniform(0, 2 * took / number))  # in the middle of a block, or in writing one
             if all(each.poll() is None for each in started):
                 os.killpg(started[0].pid, signal.SIGKILL)
                 after = parts_in(place / "killed")
@@ -137,7 +137,7 @@ def chaos(rows: int, kills: int, block: int, seed: int) -> None:
             for each in started:
                 each.wait()
         finish(start([*common, "--out", str(place / "killed")], 2, log), log)
-        print(f"last: {[line for line in log.read_text().splitlines() if 'images/s' in line][-1]}", flush=True)
+        print(f"last: {log.read_text().splitlines()[-2]}", flush=True)
         whole, killed = (pq.read_table(place / name) for name in ("whole", "killed"))
         ids = [f"{row:07d}" for row in range(rows)]
         errors = rows - killed["error"].null_count

@@ -121,9 +121,9 @@ def _check(arguments: argparse.Namespace, out: Path | None) -> None:
     """Raises:
     ValueError: arguments that contradict each other; before anything is read."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if not arguments.data and not arguments.images:
+    if arguments.data is None and not arguments.images:
         raise ValueError("which pictures? give files or folders, or --data TABLE")
-    if not arguments.data and (arguments.image_column or arguments.root):
+    if arguments.data is None and (arguments.image_column or arguments.root):
         raise ValueError("--image-column and --root are of a table, which --data names")
     if out is None and (arguments.prefix or arguments.overwrite):
         raise ValueError("--prefix and --overwrite are of files, which --out names")
@@ -142,7 +142,7 @@ def _rows(arguments: argparse.Namespace) -> PictureRows:
 
     if arguments.data is None:
         return of_files(arguments.images, arguments.extra_formats)
-    if others := [word for word in arguments.images if not word.startswith("data.") or "=" not in word]:
+    if others := [word for word in arguments.images if "=" not in word]:
         raise ValueError(f"--data and images exclude each other: {others[0]} is no data.KEY=VALUE")
     overrides = list(arguments.images)
     for key, value in (("image_column", arguments.image_column), ("root", arguments.root)):

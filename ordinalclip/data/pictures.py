@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ordinalclip.config import DataConfig, read_overrides
+from ordinalclip.config import DataConfig, flat_keys, read_overrides
 from ordinalclip.data.labels import say
 from ordinalclip.data.loading import rows_of
 from ordinalclip.data.parts import leaves
@@ -239,14 +239,11 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: other keys.
     """
-    content = read_overrides(overrides)
-    flat = content.pop("data", {})
-    wrong = [*content, *(f"data.{key}" for key in flat if key not in KEYS)]
-    if wrong or not isinstance(flat, dict):
-        known = [f"data.{key}" for key in KEYS]
-        near = near_matches(wrong[0] if wrong else "data", known)
-        raise ValueError(f"{wrong[0] if wrong else 'data'} says nothing of pictures to predict; {near}")
-    return flat
+    given = flat_keys(read_overrides(overrides))
+    known = [f"data.{key}" for key in KEYS]
+    if wrong := [key for key in given if key not in known]:
+        raise ValueError(f"{wrong[0]} says nothing of pictures to predict; {near_matches(wrong[0], known)}")
+    return {key.removeprefix("data."): value for key, value in given.items()}
 
 
 def _config(given: dict[str, Any]) -> DataConfig:
