@@ -248,6 +248,8 @@ def _leaks(run: RunFolder | None, part: Part) -> list[str]:
     config = run.read_config()
     if config.data.source == "gauges":
         return []
+    if config.data.source == "memory":
+        return ["whether the model has learnt from some of these pictures is not known: its run got them in memory"]
     try:
         parts = load_parts(config.data, config.ranks, config.seed)
     except (OSError, ValueError) as error:

@@ -54,6 +54,8 @@ def test_the_first_model_is_made_as_the_page_says(tmp_path):
     for (language, text), (_, shown, printed) in zip(blocks(), outputs(tmp_path), strict=True):
         if language == "console":
             assert masked(shown) == masked(text)
+        elif "print(states" in text:
+            assert re.fullmatch(r" +value +name\n(\d +\d\.\d +\w+\n){3}\[0\.\d+, [01]\.\d+\]\n", printed), printed
         elif "print(" in text:
             assert printed.startswith("{'value':")
     errors = dict(
