@@ -129,8 +129,9 @@ def answer(
         prefetch: batches that each worker is ahead.
 
     Raises:
-        ValueError: another `errors`, or NoNumber: the model answers with what is not finite (under "keep" a row with
-            that error); BrokenImageError: see `errors`; ChildProcessError: a process that decodes was killed.
+        ValueError: another `errors`; NoNumber: the model answers every picture of a batch, or under "stop" one, with
+            what is not finite (else that is a row with its error); BrokenImageError: see `errors`; ChildProcessError: a
+            process that decodes was killed.
 
     >>> [len(batch) for batch in answer(model, ["a.png", "b.png", "c.png"], batch_size=2)]  # doctest: +SKIP
     [2, 1]
@@ -172,16 +173,17 @@ class _Pixels(Dataset):
 
 
 def _answered(model: OrdinalModel, pixels: Tensor, reasons: list[str | None], errors: Errors) -> Answers:
-    """One batch. Where all are broken the model answers a blank picture, by which it says whether it has probabilities;
-    one that has no number for that either is damaged, and raises."""
+    """One batch. Where all are broken the model answers a blank picture, by which it says whether it has probabilities.
+    Of a batch in which no picture has a number not the pictures are to blame, but the model."""
     good = np.flatnonzero([reason is None for reason in reasons])
     try:
         found = _predict(model, pixels[good] if len(good) else torch.zeros_like(pixels[:1]))
     except NoNumber:
-        if errors == "stop" or not len(good):
+        if errors == "stop" or len(good) < 2:
             raise
-        again = [reason or (NOT_FINITE if len(reasons) == 1 else None) for reason in reasons]
-        pieces = [_answered(model, pixels[[i]], [reason], errors) for i, reason in enumerate(again)]
+        pieces = [_alone(model, pixels[[index]], reason) for index, reason in enumerate(reasons)]
+        if all(pieces[index].errors[0] for index in good):
+            raise
         return Answers.joined(pieces)
     values, ranks = np.full(len(reasons), np.nan), np.full(len(reasons), -1, np.int64)
     probabilities = None
@@ -191,6 +193,13 @@ def _answered(model: OrdinalModel, pixels: Tensor, reasons: list[str | None], er
     values[good] = found.value[: len(good)].double().cpu().numpy()
     ranks[good] = found.rank[: len(good)].cpu().numpy()
     return Answers(values, ranks, probabilities, reasons)
+
+
+def _alone(model: OrdinalModel, pixels: Tensor, reason: str | None) -> Answers:
+    try:
+        return _answered(model, pixels, [reason], "keep")
+    except NoNumber:
+        return _answered(model, pixels, [NOT_FINITE], "keep")
 
 
 def _predict(model: OrdinalModel, pixels: Tensor) -> Prediction:

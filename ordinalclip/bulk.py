@@ -87,15 +87,15 @@ class Done:
     processes: int = 1
 
     def __str__(self) -> str:
-        broken = f"{self.errors:,} could not be read"
-        before = f"; {self.rows - self.now:,} were there already" if self.now < self.rows else ""
+        said = f"{self.rows:,} picture{'s' * (self.rows != 1)}, {self.errors:,} could not be read"
+        if self.now < self.rows:
+            said += f"; {self.rows - self.now:,} were there already"
         if not self.now:
-            return f"{self.rows:,} pictures, {broken}{before}"
-        processes = f"{self.processes} process{'es' if self.processes > 1 else ''}"
-        return (
-            f"{self.rows:,} pictures, {broken}{before}; {self.now / self.seconds:,.1f} images/s, "
-            f"{self.now / self.processor_seconds:,.1f} per processor second, {processes}"
+            return said
+        rates = (
+            f"{self.now / self.seconds:,.1f} images/s, {self.now / self.processor_seconds:,.1f} per processor second"
         )
+        return f"{said}; {rates}, {self.processes} process{'es' * (self.processes > 1)}"
 
 
 class Clock:

@@ -134,7 +134,9 @@ def test_a_picture_that_is_answered_with_no_number_is_a_row_and_the_others_are_a
     assert found.errors == [None, None, NOT_FINITE, None]
     np.testing.assert_allclose(found.values[[0, 1, 3]], plain.values, atol=1e-4)
     with pytest.raises(NoNumber):
-        next(answer(model, [white], errors="stop"))
+        next(answer(model, [*good, white], errors="stop"))
+    with pytest.raises(NoNumber):  # if no picture of a batch has a number, the model is damaged
+        next(answer(model, [white, white]))
 
     def damaged(self, pixels):
         raise NoNumber("not finite")

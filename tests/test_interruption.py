@@ -84,7 +84,7 @@ def signalled(monkeypatch, where, number):
             "ordinalclip.training.evaluation.Evaluator.outputs",
         ),
         (["check-data", "default"], "ordinalclip.data.load_parts"),
-        (["predict", "x.png", "--model", "run"], "ordinalclip.images.find_images"),
+        (["predict", "x.png", "--model", "run"], "ordinalclip.data.pictures.find_images"),
         (["make-gauges", "out"], "ordinalclip.gauges.drawn_gauges"),
         (["convert", "a.pt", "out"], "ordinalclip.convert.convert"),
         (["report", "run"], "ordinalclip.results.comparison.is_comparison"),

@@ -31,7 +31,7 @@ COMMANDS = {
     "methods": "List the methods, or one with its options.",
     "backbones": "List the image encoders and text towers that can be named.",
     "evaluate": "Score a run's model on its test part and print the metrics.",
-    "predict": "Predict images with a saved model; one line per image.",
+    "predict": "Predict images with a saved model: a line per image, or files for any number of them.",
     "explain": "Draw why a model answers what it answers about pictures: maps, distribution, training pictures.",
     "demo": "Open a page in the browser for a finished run: pictures and reasons, prompts to type and drag.",
     "check-data": "Read labels and decode every image of a configuration's data; list what is broken.",
