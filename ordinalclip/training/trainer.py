@@ -416,9 +416,10 @@ def _finish(
         folder.predictions.unlink(missing_ok=True)
         if predictions:
             folder.write_predictions(predictions)
-        folder.write_model(deployed)
         if prompts := model.head.learned_prompts():
             folder.write_prompts(prompts)
+            deployed.kept_prompts = model.prompts() if config.evaluation.prompts else None
+        folder.write_model(deployed)
         folder.write_metrics(metrics)
 
     begin()
