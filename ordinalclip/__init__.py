@@ -10,6 +10,7 @@ from ordinalclip import signals as signals  # first: what follows takes seconds
 
 if TYPE_CHECKING:
     from ordinalclip.heads import Prediction
+    from ordinalclip.learned import LearnedPrompts
     from ordinalclip.model import OrdinalConfig, OrdinalImageProcessor, OrdinalModel
     from ordinalclip.pipeline import OrdinalRegressionPipeline
     from ordinalclip.prompts import PromptLearner
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"  # pyproject.toml takes it from here
 __all__ = [
+    "LearnedPrompts",
     "OrdinalConfig",
     "OrdinalImageProcessor",
     "OrdinalModel",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LearnedPrompts": "learned",
     "OrdinalConfig": "model",
     "OrdinalImageProcessor": "processing",
     "OrdinalModel": "model",

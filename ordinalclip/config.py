@@ -417,6 +417,9 @@ class EvaluationConfig(Section):
     )
     test: bool = Field(True, description="read the test part at the end of training")
     report: bool = Field(True, description="write report.html and the model card at the end of training")
+    prompts: bool = Field(
+        False, description="keep learned prompts in model/, too, with their nearest words, for OrdinalModel.prompts()"
+    )
 
 
 class RunConfig(Section):

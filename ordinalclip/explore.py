@@ -35,6 +35,7 @@ from ordinalclip.explain import explain as explain
 from ordinalclip.heads import Decoding, Head, HeadContext, decode
 from ordinalclip.images import PixelSpec, find_images, load_image, prepare
 from ordinalclip.language import OrdinalCLIP, PromptHead, PrototypeHead, centre, sentence_prototypes
+from ordinalclip.learned import LearnedPrompts
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress
 from ordinalclip.prompts import Interpolation, RankPosition, weights_at
@@ -43,7 +44,7 @@ from ordinalclip.ranks import Ranks
 from ordinalclip.results import prompt_figures
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.text import TextTower
-from ordinalclip.tokenization import TextPooling, words_of
+from ordinalclip.tokenization import TextPooling
 from ordinalclip.weights import first_line
 
 DECADE = 10  # ranks
@@ -239,23 +240,15 @@ def nearest_words(prompts: Given, num: int = 5) -> pd.DataFrame:
     Raises:
         ValueError: written sentences, or a run whose prompts are not kept.
     """
-    given = _prompts(prompts)
-    head = _taken_apart(given)
-    vocabulary = normalize(head.text.token_embedding.weight.detach().float(), dim=-1)
-    context, ranks = head.learner.context.detach(), head.learner.rank_embeddings.detach()
-    context = context.flatten(0, -2)
-    titles = [f"context {number + 1}" for number in range(len(context))]
-    nearest = torch.linspace(0, len(given.ranks) - 1, len(ranks)).round().long()
-    used = head.learner.in_use[nearest]  # of each base, the tokens of the rank that it stands nearest to
-    for base, token in used.nonzero().tolist():
-        titles.append(f"near {given.ranks.name(int(nearest[base]))}" + (f", token {token + 1}" if token else ""))
-    tokens = normalize(torch.cat([context, ranks[used]]).float(), dim=-1)
-    found = (tokens @ vocabulary.T).topk(num, dim=1)
-    chance = torch.randn(256, vocabulary.shape[1], generator=torch.Generator().manual_seed(0))
-    baseline = (normalize(chance, dim=-1) @ vocabulary.T).amax(dim=1).mean().item()
-    words = [", ".join(words_of(head.text.tokenizer, ids)) for ids in found.indices.tolist()]
-    frame = pd.DataFrame({"token": titles, "words": words, "cosine": found.values[:, 0].numpy()})
-    frame["of a random vector"] = baseline
+    found = LearnedPrompts.of(_taken_apart(_prompts(prompts)), num)
+    frame = pd.DataFrame(
+        {
+            "token": list(found.words),
+            "words": [", ".join(word.text for word in words) for words in found.words.values()],
+            "cosine": np.array([words[0].cosine for words in found.words.values()], dtype=np.float32),
+        }
+    )
+    frame["of a random vector"] = found.chance
     frame.attrs["caveat"] = CAVEAT
     return frame.set_index("token")
 

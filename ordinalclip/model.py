@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +47,8 @@ from ordinalclip.heads import (
     names_from_a_file,
 )
 from ordinalclip.images import PixelSpec
+from ordinalclip.language import PromptHead
+from ordinalclip.learned import SAVED, LearnedPrompts
 from ordinalclip.processing import HUB_OPTIONS, OrdinalImageProcessor, find_file
 from ordinalclip.progress import without_bars
 from ordinalclip.ranks import Ranks
@@ -226,6 +227,7 @@ class OrdinalModel(PreTrainedModel):
         reference: what it remembers of its training data, to tell other data from it; None: nothing.
         card: the content of README.md, the model card that lay beside the weights; it is written again where the model
             is saved or pushed. None: there was none, or set so because it no longer tells the truth.
+        kept_prompts: likewise of prompts.safetensors, for `prompts`.
     """
 
     config_class = OrdinalConfig
@@ -246,6 +248,7 @@ class OrdinalModel(PreTrainedModel):
         self.encoder, self.head, self.tokenizer = encoder, head, tokenizer
         self.reference: Reference | None = None
         self.card: bytes | None = None
+        self.kept_prompts: LearnedPrompts | None = None
         self.all_tied_weights_keys: dict[str, str] = {}
 
     @classmethod
@@ -352,15 +355,61 @@ class OrdinalModel(PreTrainedModel):
                     f"{type(self.head).__name__}.deploy: {config.method} takes other features: {head.reads}"
                 )
         model = OrdinalModel(config, self.encoder, head).eval()
-        model.reference, model.card = self.reference, self.card
+        model.reference, model.card, model.kept_prompts = self.reference, self.card, self.kept_prompts
         return model
+
+    def prompts(self, num: int = 5) -> LearnedPrompts:
+        """The learned prompts: context, rank embeddings, and the words nearest to their tokens.
+
+        Of a trainable model they are those of its head, of a deployed one those that its folder keeps.
+
+        Args:
+            num: how many words; a folder keeps as many as it was written with.
+
+        Raises:
+            ValueError: the method learns no prompts, or the folder keeps none.
+        """
+        if isinstance(self.head, PromptHead) and self.head.learned_prompts():
+            return LearnedPrompts.of(self.head, num)
+        if self.kept_prompts is not None:
+            return self.kept_prompts
+        raise ValueError(
+            f"no learned prompts: method {self.config.method!r} has none, and no {SAVED} lay beside the model; "
+            "evaluation.prompts=true writes it at the end of a training of ordinalclip or coop, "
+            "save_pretrained(FOLDER, prompts=True) of a trainable model"
+        )
+
+    @classmethod
+    def from_prompts(
+        cls, backbone: str, ranks: Ranks | int, templates: str | Sequence[str], decoding: Decoding = "median"
+    ) -> OrdinalModel:
+        """Zero-shot CLIP: written sentences with the names of the ranks; nothing is trained.
+
+        >>> model = OrdinalModel.from_prompts("tiny", Ranks.linear(0, 100, 5), "a gauge at {name} percent")
+
+        Args:
+            backbone: spec of a CLIP, see `ordinalclip.backbones`.
+            ranks: the label space, or the number of ranks.
+            templates: sentences with {name} and, if wanted, {unit}; of several the text features are averaged.
+            decoding: how a distribution over the ranks becomes a value.
+
+        Raises:
+            ValueError: no sentence, one without {name} or with other braces, a backbone that is no CLIP.
+        """
+        listed = [templates] if isinstance(templates, str) else list(templates)
+        if not listed or not all(isinstance(each, str) for each in listed):
+            raise ValueError(f"templates must be a sentence with {{name}}, or a list of such, got {templates!r}")
+        head = {"templates": listed}
+        return cls.build(backbone, Ranks.of(ranks), "zero_shot", head, decoding=decoding).deploy()
 
     @property
     def image_processor(self) -> OrdinalImageProcessor:
         """The image processor that belongs to the encoder."""
         return OrdinalImageProcessor.from_spec(self.config.pixel_spec)
 
-    def save_pretrained(self, save_directory: str | Path, form: Form = "deployed", **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, form: Form = "deployed", prompts: bool = False, **kwargs: Any
+    ) -> None:
         """Write config.json, model.safetensors, preprocessor_config.json and, where there are, the model card and
         reference.safetensors.
 
@@ -371,10 +420,11 @@ class OrdinalModel(PreTrainedModel):
 
         Args:
             form: "deployed" (image encoder and what the head needs to answer) or "trainable" (all of it).
+            prompts: write prompts.safetensors, too, so that `prompts` gives the learned ones of the deployed form.
 
         Raises:
-            ValueError: an unknown form, or weights that are not finite; NotADirectoryError: a file is in the place;
-                nothing is written.
+            ValueError: an unknown form, weights that are not finite, no prompts to be written; NotADirectoryError: a
+                file is in the place; nothing is written.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub=True: save_pretrained writes a folder; model.push_to_hub(NAME) pushes it")
@@ -382,6 +432,7 @@ class OrdinalModel(PreTrainedModel):
             raise NotADirectoryError(f"{save_directory} is a file; a model is saved as a folder")
         if form not in ("deployed", "trainable"):
             raise ValueError(f"form {form!r} is unknown; choices: deployed, trainable")
+        learned = self.prompts() if prompts else self.kept_prompts
         model = self.deploy() if form == "deployed" else self
         if why := fault(model.state_dict()):
             raise ValueError(f"a model that is not to be saved: {why}")
@@ -397,6 +448,8 @@ class OrdinalModel(PreTrainedModel):
             save_tokenizer(self.tokenizer, Path(save_directory) / TOKENIZER_FOLDER)
         if self.card is not None:
             (Path(save_directory) / CARD).write_bytes(self.card)
+        if learned is not None:
+            learned.save(Path(save_directory) / SAVED)
 
     def push_to_hub(
         self,
@@ -521,9 +574,10 @@ class OrdinalModel(PreTrainedModel):
         for tower in model.modules():
             if attention is not None and isinstance(tower, PreTrainedModel) and tower is not model:
                 tower.set_attn_implementation(attention)
-        model.name_or_path, model.card = name, _read_card(name, hub)
-        with suppress(FileNotFoundError):  # models have it that were trained by this package, and not long ago
-            model.reference = Reference.load(find_file(name, REFERENCE, hub), len(config.label_space))
+        model.name_or_path, model.card, kept = name, _read_card(name, hub), _beside(name, SAVED, hub)
+        model.kept_prompts = None if kept is None else LearnedPrompts.load(kept)
+        if (known := _beside(name, REFERENCE, hub)) is not None:  # of models that were trained by this package
+            model.reference = Reference.load(known, len(config.label_space))
         return model.eval()
 
 
@@ -573,17 +627,21 @@ def _check_attention(given: Any, config: Mapping[str, Any]) -> None:
         )
 
 
+def _beside(name: str, file: str, hub: dict[str, Any]) -> Path | None:
+    """A file of a model that need not be there."""
+    found = cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub
+    )
+    return None if found is None else Path(found)
+
+
 def _read_card(name: str, hub: dict[str, Any]) -> bytes | None:
     """README.md beside a model, if there is one."""
-    found = cached_file(
-        name, CARD, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub
-    )
-    if found is None:
+    file = _beside(name, CARD, hub)
+    if file is not None and (size := file.stat().st_size) > LARGEST_CARD:
+        logger.warning("%s: a model card of %d MB is left out", file, size >> 20)
         return None
-    if (size := Path(found).stat().st_size) > LARGEST_CARD:
-        logger.warning("%s: a model card of %d MB is left out", found, size >> 20)
-        return None
-    return Path(found).read_bytes()
+    return None if file is None else file.read_bytes()
 
 
 def _infinities(content: Any) -> Any:

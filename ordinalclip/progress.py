@@ -71,6 +71,12 @@ class Progress(Generic[Item]):
         self.close()
 
 
+def say(text: str, quiet: bool = False) -> None:
+    """A line that stays, in a terminal and elsewhere."""
+    if not quiet:
+        print(printable(text), file=sys.stderr)
+
+
 @contextmanager
 def announced(title: str, quiet: bool = False) -> Iterator[None]:
     """For what a library does and shows its own bars for (loading, downloading): plain lines where no terminal is."""

@@ -13,8 +13,9 @@ from ordinalclip.data import Parts, load_parts
 from ordinalclip.heads import head_class
 from ordinalclip.provenance import fingerprints
 from ordinalclip.results.run_report import document_run
+from ordinalclip.results.tracking import track
 from ordinalclip.run_folder import RunFolder
-from ordinalclip.training.distributed import from_main, held, make_accelerator
+from ordinalclip.training.distributed import from_main, held, make_accelerator, tracked
 from ordinalclip.training.evaluation import Evaluator, metrics_of
 from ordinalclip.training.interruption import Watch, unwatched
 from ordinalclip.training.preparation import use_precision
@@ -63,10 +64,12 @@ def train_run(
     accelerator = make_accelerator(
         options.mixed_precision, options.trackers, config.output_dir, options.process_group_timeout
     )
-    with held(folder, accelerator):
+    with held(folder, accelerator), tracked(accelerator):
         finished = run_training(config, accelerator, folder, parts, quiet or not accelerator.is_main_process, watch)
         if config.evaluation.report:
             from_main(accelerator, lambda: document_run(folder, finished.parts, finished.model))
+        if accelerator.trackers:
+            from_main(accelerator, lambda: track(accelerator.trackers, folder, finished.parts, finished.model))
     return finished.metrics
 
 

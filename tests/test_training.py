@@ -328,17 +328,6 @@ def test_evaluate_run_adds_the_test_part_once(quick, tmp_path):
         evaluate_run(tmp_path, quiet=True)
 
 
-def test_trackers(quick):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = train(quick("train.trackers=[tensorboard]"), quiet=True)
-    (events,) = folder.rglob("events.out.tfevents.*.0")
-    reader = EventAccumulator(str(events)).Reload()
-    assert [event.value for event in reader.Scalars("loss")] == pytest.approx(losses_of(folder).tolist(), rel=1e-5)
-    with pytest.raises(ValueError, match=r"train\.trackers: tensorbord is unknown; choices: .*tensorboard"):
-        train(quick("train.trackers=[tensorbord]"), quiet=True)
-
-
 class Plain(Head):
     """A user's head that leaves everything to the trainer: an ordinary layer gives bfloat16 under autocast."""
 

@@ -85,10 +85,10 @@ def outline(probabilities: np.ndarray) -> str:
 
 
 @contextmanager
-def never_fatal(folder: Path) -> Iterator[None]:
+def never_fatal(folder: Path, what: str = "report or model card not written") -> Iterator[None]:
     """Turn whatever goes wrong into a warning: documents must not cost the results that they are about."""
     try:
         yield
     except Exception as error:
-        logger.warning("%s: report or model card not written: %s: %s", folder, type(error).__name__, error)
+        logger.warning("%s: %s: %s: %s", folder, what, type(error).__name__, error)
         logger.debug("where:", exc_info=True)

@@ -121,6 +121,13 @@ class RunRecord:
         return {str(name): str(version) for name, version in found.items() if version is not None}
 
     @property
+    def steps(self) -> str:
+        """The steps of the training in words: "40 steps", or "stopped at 12 of 40 steps" for want of patience."""
+        done = self.metrics["steps"]
+        planned = self.metrics.get("planned_steps", done)
+        return f"{done} steps" if done == planned else f"stopped at {done} of {planned} steps"
+
+    @property
     def constant(self) -> dict[str, Any] | None:
         """What `metrics.against_constant` says of the part that is shown."""
         return self.scores.get("constant")

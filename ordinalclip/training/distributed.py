@@ -9,6 +9,7 @@ summed over processes and averaged by DDP, is exactly the gradient of the single
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import warnings
@@ -25,15 +26,18 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 
+from ordinalclip.config import RunConfig, flat_keys
 from ordinalclip.heads import Outputs
 from ordinalclip.losses import at_least_float32
 from ordinalclip.memory import keep_freed_memory
-from ordinalclip.run_folder import RunFolder
+from ordinalclip.run_folder import HASHES, RunFolder
 from ordinalclip.training.sampling import SampleNoise
 from ordinalclip.workers import portable
 
 logger = logging.getLogger(__name__)
 PACKAGES = {"comet_ml": "comet-ml"}  # of trackers that are named otherwise
+PROJECT = "ordinalclip"  # what trackers call it; `RunFolder.trackers` is the folder of that name
+RUN_NAME = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}  # options of theirs
 BatchNorm = nn.modules.batchnorm._BatchNorm
 Result = TypeVar("Result")
 
@@ -100,6 +104,33 @@ def from_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig, folder: RunFolder) -> None:
+    """Begin to track a run that is claimed, under the name of its folder: the whole configuration by dotted keys, the
+    versions, and the fingerprints of the data."""
+    if not config.train.trackers:
+        return
+    about = {"run": folder.path.resolve().name, **flat_keys(config.model_dump(mode="json"))}
+    origin = folder.read_provenance()
+    about |= {f"versions.{name}": version for name, version in origin.get("versions", {}).items()}
+    for part, marks in origin.get("data", {}).items():
+        about |= {f"fingerprint.{part}.{name}": marks[name] for name in ("rows", *HASHES) if name in marks}
+    plain = {
+        key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in about.items()
+    }
+    names = {tracker: {RUN_NAME[tracker]: about["run"]} for tracker in config.train.trackers if tracker in RUN_NAME}
+    accelerator.init_trackers(PROJECT, plain, names)
+
+
+@contextmanager
+def tracked(accelerator: Accelerator) -> Iterator[None]:
+    """Trackers that are started within a `with` block end with it, whatever happens."""
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 @contextmanager

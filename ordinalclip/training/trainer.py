@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -23,12 +22,12 @@ from accelerate import Accelerator
 from ordinalclip.config import RunConfig
 from ordinalclip.data import Parts, load_parts
 from ordinalclip.model import OrdinalModel
-from ordinalclip.progress import Progress, announced
+from ordinalclip.progress import Progress, announced, say
 from ordinalclip.provenance import job, provenance
 from ordinalclip.run_folder import WAYS, RunFolder, changed_keys, described
 from ordinalclip.signals import Preempted
 from ordinalclip.training import checkpoint
-from ordinalclip.training.distributed import average_running_statistics, from_main
+from ordinalclip.training.distributed import average_running_statistics, from_main, start_trackers
 from ordinalclip.training.evaluation import Evaluator, metrics_of, model_metrics, train_counts
 from ordinalclip.training.interruption import Diverged, Interruption, Pruned, Watch, unwatched
 from ordinalclip.training.optimization import lr_factor
@@ -111,7 +110,11 @@ def run_training(
         trainer.select()
         return _finish(config, model, parts, evaluator, folder, trainer.summary())
     resumed = folder.is_finished and config.train.resume != "none"
-    begin = partial(claim, folder, config, parts, accelerator, resumed)
+
+    def begin() -> None:
+        claim(folder, config, parts, accelerator, resumed)
+        start_trackers(accelerator, config, folder)
+
     nothing = {"steps": 0, "best_step": None, "parameters": 0, "train_seconds": 0.0}
     return _finish(config, model, parts, evaluator, folder, nothing, begin)
 
@@ -231,8 +234,11 @@ class Trainer:
                 f"{self.folder.path}: told to stop after step {progression.step}; train.resume=auto goes on", told
             )
         progression.train_seconds += time.monotonic() - started
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        if self._is_stale() and progression.step < total:
+            say(
+                f"stopped at {progression.step} of {total} steps: no better MAE in {progression.stale} validations",
+                self.evaluator.quiet,
+            )
 
     def _check_weights(self) -> None:
         """Before weights are judged or saved: the check of every step sees an update's effect only in the next one.
@@ -249,9 +255,7 @@ class Trainer:
         """After the first step: what could be wrong with data or model has shown, and an old run may be replaced."""
         if not self.resumed:
             claim(self.folder, self.config, self.parts, self.accelerator, resumed=False)
-        if self.config.train.trackers:
-            names = {"method": self.config.method, "seed": self.config.seed}
-            self.accelerator.init_trackers("ordinalclip", names)
+        start_trackers(self.accelerator, self.config, self.folder)
 
     def _tell(self, number: int, value: float) -> None:
         """Tell who watches; before the checkpoint, so that a run that is resumed tells rather twice than never."""
@@ -365,6 +369,7 @@ class Trainer:
         """What metrics.json says of the training."""
         return {
             "steps": self.progression.step,
+            "planned_steps": self.learner.total,
             "best_step": self.progression.best_step,
             "parameters": sum(parameter.numel() for parameter in self.learner.parameters),
             "train_seconds": self.progression.train_seconds,
@@ -417,9 +422,10 @@ def _finish(
         folder.predictions.unlink(missing_ok=True)
         if predictions:
             folder.write_predictions(predictions)
-        folder.write_model(deployed)
         if prompts := model.head.learned_prompts():
             folder.write_prompts(prompts)
+            deployed.kept_prompts = model.prompts() if config.evaluation.prompts else None
+        folder.write_model(deployed)
         folder.write_metrics(metrics)
 
     begin()
