@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -222,3 +225,34 @@ def test_word_labels_folders_and_data_sets(tmp_path, image_folder):
     (tmp_path / "sorted" / "high").rename(wrong)
     with pytest.raises(ValueError, match=r"label 'hihg' is none of ranks.names; nearest: high"):
         evaluate_external(run, tmp_path / "sorted", overrides=["data.image_column=image", "data.label_column=label"])
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_does(here, tmp_path):
+    call = [
+        "-m",
+        "ordinalclip",
+        "evaluate",
+        str(here / "run"),
+        "--data",
+        str(here / "theirs" / "new.csv"),
+        "-q",
+        "--by",
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launcher, *call, "site", "--out", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("30 images of") == 1
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    one = evaluate_external(here / "run", here / "theirs" / "new.csv", by=["site"], quiet=True).to_dict()
+    for name, value in one["metrics"].items():
+        assert two["metrics"][name] == pytest.approx(value, abs=1e-4)
+    assert two["groups"]["site"]["north"]["num"] == 10
+    assert two["drift"]["features"]["size"] == pytest.approx(one["drift"]["features"]["size"], abs=1e-4)
