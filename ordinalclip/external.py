@@ -159,7 +159,7 @@ def _source(data: Any, root: str, said: Mapping[str, Any]) -> dict[str, str]:
         return {"source": "folder", "root": name}
     if path.is_file():
         return {"source": "table", "table": os.path.abspath(path), "root": root or str(path.parent)}
-    if path.suffix or len(path.parts) > 2 or name.startswith((".", "/", "~")):
+    if not path.is_dir() and (path.suffix or len(path.parts) > 2 or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"{name}: no such table or folder")
     return {"source": "hub", "hub": name}
 

@@ -221,6 +221,9 @@ def test_word_labels_folders_and_data_sets(tmp_path, image_folder):
     )
     held = evaluate_external(run, rows, overrides=["data.image_column=image", "data.label_column=label"], quiet=True)
     assert held.score.metrics["mae"] == pytest.approx(table.score.metrics["mae"])
+    keys = ["data.source=hub", "data.image_column=image", "data.label_column=label"]
+    named = evaluate_external(run, tmp_path / "sorted", overrides=keys, quiet=True)
+    assert named.score.metrics["mae"] == pytest.approx(table.score.metrics["mae"])
     wrong = tmp_path / "sorted" / "hihg"
     (tmp_path / "sorted" / "high").rename(wrong)
     with pytest.raises(ValueError, match=r"label 'hihg' is none of ranks.names; nearest: high"):
