@@ -68,7 +68,7 @@ def train_run(
         finished = run_training(config, accelerator, folder, parts, quiet or not accelerator.is_main_process, watch)
         if config.evaluation.report:
             from_main(accelerator, lambda: document_run(folder, finished.parts, finished.model))
-        if accelerator.trackers:
+        if options.trackers:  # of which the main process alone has any
             from_main(accelerator, lambda: track(accelerator.trackers, folder, finished.parts, finished.model))
     return finished.metrics
 

@@ -63,6 +63,19 @@ def test_a_run_keeps_its_prompts_in_its_model(runs, tmp_path, method):
     equal(OrdinalModel.from_pretrained(tmp_path / "again").prompts(), found)
 
 
+def test_prompts_of_a_run_that_is_done(runs, tmp_path):
+    """Where nobody has asked for them before: from the run's own files."""
+    shutil.copytree(runs["coop"], tmp_path / "run")
+    file = tmp_path / "run" / "model" / "prompts.safetensors"
+    before = LearnedPrompts.load(file)
+    file.unlink()
+    LearnedPrompts.of(explore.learned(tmp_path / "run").head).save(file)
+    after = OrdinalModel.from_pretrained(file.parent).prompts()
+    assert torch.equal(after.context, before.context)
+    assert torch.equal(after.rank_embeddings, before.rank_embeddings)
+    assert (after.names, after.words) == (before.names, before.words)
+
+
 def test_a_method_without_prompts_keeps_none(runs):
     assert not (runs["l1"] / "model" / "prompts.safetensors").exists()
     with pytest.raises(ValueError, match=r"method 'l1' has none, .*; evaluation\.prompts=true writes it at the end"):

@@ -1,10 +1,14 @@
 """What trackers get of a run, read back from TensorBoard's own files and by a tracker of our own; early stopping."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from accelerate.tracking import GeneralTracker
-from conftest import log_of, losses_of
+from conftest import QUICK, log_of, losses_of
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -38,8 +42,6 @@ def events_of(folder):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    from conftest import QUICK
-
     folder = tmp_path_factory.mktemp("tracked") / "mine"
     return train(load_config(None, [f"output_dir={folder}", *QUICK, *TRACKED]), quiet=True)
 
@@ -150,6 +152,21 @@ def test_trackers_are_refused_by_name(quick):
         train(quick("train.trackers=[tensorbord]"), quiet=True)
     with pytest.raises(ValueError, match=r"train\.trackers: aim is not installed; pip install aim"):
         train(quick("train.trackers=[aim]"), quiet=True)
+
+
+@pytest.mark.slow
+def test_two_processes_are_tracked_once(tmp_path):
+    keys = [f"output_dir={tmp_path}/run", *QUICK, *TRACKED, "train.patience=1", "train.eval_every=1", "train.lr=1e-9"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ordinalclip", "train"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*words, "default", *keys], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("stopped at 2 of 4 steps") == 1
+    scalars, _, images, settings = events_of(tmp_path / "run")
+    assert len(scalars["loss"]) == 2
+    assert list(scalars["test/mae"]) == [2]
+    assert images
+    assert settings["train.patience"] == 1
 
 
 def test_early_stopping_says_where(quick, capsys):

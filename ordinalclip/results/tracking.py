@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,15 @@ TEXT = "card"  # what trackers call the model card
 
 
 def track(
-    trackers: Iterable[GeneralTracker], folder: RunFolder, parts: Parts | None = None, model: OrdinalModel | None = None
+    trackers: Sequence[GeneralTracker], folder: RunFolder, parts: Parts | None = None, model: OrdinalModel | None = None
 ) -> None:
     """Log a finished run at its last step; a failure is a warning.
 
     Metrics and the card as Accelerate's `log` takes them; figures where a tracker has `log_images`, the report where it
     has `log_artifact`. The last three only where the run has a report (`evaluation.report`).
     """
+    if not trackers:  # no step was left to do
+        return
     with never_fatal(folder.path, "the end of the run not tracked"):
         metrics = folder.read_metrics()
         step, values = metrics.get("steps", 0), tracked_metrics(metrics)
