@@ -30,7 +30,7 @@ def track(
     """Log a finished run at its last step; a failure is a warning.
 
     Metrics and the card as Accelerate's `log` takes them; figures where a tracker has `log_images`, the report where it
-    has `log_artifact`. The last three only where the run has a report (`evaluation.report`).
+    has `log_artifact`, and W&B, which shows pages. The last three only where the run has a report (`evaluation.report`).
     """
     if not trackers:  # no step was left to do
         return
@@ -48,6 +48,10 @@ def track(
                 tracker.log_images(images, step=step, **layout)
             if record is not None and hasattr(tracker, "log_artifact"):
                 tracker.log_artifact(str(folder.report))
+            elif record is not None and tracker.name == "wandb":
+                import wandb
+
+                tracker.log({"report": wandb.Html(str(folder.report))}, step=step)
 
 
 def tracked_metrics(metrics: dict[str, Any]) -> dict[str, float]:
