@@ -177,7 +177,8 @@ def _answered(model: OrdinalModel, pixels: Tensor, reasons: list[str | None], er
     Of a batch in which no picture has a number not the pictures are to blame, but the model."""
     good = np.flatnonzero([reason is None for reason in reasons])
     try:
-        found = _predict(model, pixels[good] if len(good) else torch.zeros_like(pixels[:1]))
+        readable = pixels if len(good) == len(pixels) else pixels[good]  # most batches need no copy
+        found = _predict(model, readable if len(good) else torch.zeros_like(pixels[:1]))
     except NoNumber:
         if errors == "stop" or len(good) < 2:
             raise

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -344,8 +345,14 @@ def crop(image: Image.Image, size: int, x: float = 0.5, y: float = 0.5) -> Image
 
 def normalise(image: Image.Image, spec: PixelSpec) -> Tensor:
     """RGB image -> (3, H, W) float32, standardised by the encoder's pixel statistics."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
+    mean, std = _statistics(spec)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    return pixels.div_(255).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _statistics(spec: PixelSpec) -> tuple[Tensor, Tensor]:
+    return torch.tensor(spec.mean)[:, None, None], torch.tensor(spec.std)[:, None, None]
 
 
 def prepare(image: Image.Image, spec: PixelSpec) -> Tensor:
