@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from safetensors.torch import save
-from scipy import stats
 from torch import Tensor
 
 from ordinalclip.files import whole
@@ -28,8 +27,7 @@ class Reference:
 
     Attributes:
         counts: (R,) number of training labels of each rank.
-        num: N >= 2, pictures that the features are of: held out from training where there was a validation part; 0: of
-            none.
+        num: N >= 2, pictures that the features are of, held out from training; 0: of none.
         mean, variance: (E,) of each dimension of the space that answers are read from (`Head.space`), over them.
     """
 
@@ -105,6 +103,8 @@ def label_drift(counts: ArrayLike, label_ranks: ArrayLike, ranks: Ranks) -> Drif
         counts: (R,) number of training labels of each rank.
         label_ranks: (N,) ranks of the other labels.
     """
+    from scipy import stats  # here, or who loads a model would wait for it
+
     values, trained = np.asarray(ranks.values), np.asarray(counts)
     before, now = np.repeat(np.arange(len(values)), trained), np.asarray(label_ranks)
     p = float(stats.ks_2samp(before, now, method="asymp").pvalue)
@@ -142,7 +142,7 @@ def feature_drift(reference: Reference, points: Tensor) -> Drift:
     error = np.sqrt(variance / reference.num + spread / len(flat))
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(error > 0, np.abs(now - mean) / error, 0.0)
-    p = 2 * stats.norm.sf(z)
+    p = torch.special.erfc(torch.from_numpy(z) / 2**0.5).numpy()  # two-sided
     scale = np.sqrt(np.where(variance > 0, variance, spread))
     with np.errstate(divide="ignore", invalid="ignore"):
         apart = np.where(scale > 0, (now - mean) / scale, 0.0)

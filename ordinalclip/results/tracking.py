@@ -30,7 +30,7 @@ def track(
     """Log a finished run at its last step; a failure is a warning.
 
     Metrics and the card as Accelerate's `log` takes them; figures where a tracker has `log_images`, the report where it
-    has `log_artifact`, and W&B, which shows pages. The last three only where the run has a report (`evaluation.report`).
+    has `log_artifact`, and in W&B, which shows pages. The last three only where there is one (`evaluation.report`).
     """
     if not trackers:  # no step was left to do
         return

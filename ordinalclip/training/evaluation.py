@@ -101,8 +101,9 @@ class Evaluator:
 
     def remembered(self, model: OrdinalModel, parts: Parts, seed: int) -> Reference:
         """What a model is to remember of its data: labels of the training part, and features of at most `SAMPLE`
-        pictures of the validation part, or of the training part where there is none; every process computes them."""
-        return Reference.of(train_counts(parts), self.sampled(model, parts.validation or parts.train, seed))
+        pictures of the validation part, if there is one; every process computes them."""
+        held_out = parts.validation
+        return Reference.of(train_counts(parts), None if held_out is None else self.sampled(model, held_out, seed))
 
     @torch.no_grad()
     def sampled(self, model: OrdinalModel, part: Part, seed: int = 0) -> Tensor:
