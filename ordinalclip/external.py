@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,26 +16,32 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from ordinalclip.config import DataConfig, EvaluationConfig, flat_keys, merge, parse_config, read_overrides
 from ordinalclip.data import Part, load_parts, load_whole, make_whole
-from ordinalclip.data.duplicates import copies, repeated
+from ordinalclip.data.duplicates import MOST_HASHED, copies, repeated
 from ordinalclip.data.labels import arrow_column
+from ordinalclip.data.pictures import KEYS, kind_of
 from ordinalclip.drift import Drift, feature_drift, label_drift
 from ordinalclip.files import content_digest
 from ordinalclip.heads import head_class
 from ordinalclip.metrics import against_constant, constant_answer, metrics_with
 from ordinalclip.model import WEIGHTS, OrdinalModel
 from ordinalclip.predictions import Predictions
-from ordinalclip.provenance import fingerprint, versions
-from ordinalclip.results.external_report import ExternalEvaluation, Score
+from ordinalclip.provenance import fingerprint, fingerprints, versions
+from ordinalclip.results.external_report import OURS, ExternalEvaluation, Score
 from ordinalclip.run_folder import RunFolder, find_model
+from ordinalclip.suggestions import near_matches
 from ordinalclip.training.distributed import from_main, make_accelerator
 from ordinalclip.training.evaluation import Evaluator, predictions_of
 
 logger = logging.getLogger(__name__)
 CARRIED = ("image_column", "label_column", "suffix", "extra_formats")  # keys of data that a run's new data shares
-ALLOWED = ("data.", "evaluation.batch_size", "evaluation.cs")
+READ = (*KEYS, "label_column", "decimal", "missing", "cache_mb")  # keys of data by which other data is read
+ALLOWED = (*(f"data.{key}" for key in READ), "evaluation.batch_size", "evaluation.cs")
 MOST_GROUPS = 50  # values of a column by which it makes sense to group
 MISSING = "(missing)"
 
@@ -57,7 +64,8 @@ def evaluate_external(
             called as in the model's run, if its folder is there, else `image` and `label`; overrides say others.
         root: folder that paths of pictures start from; default: that of the table.
         by: columns whose every value is a group with metrics of its own.
-        overrides: keys of `data`, `evaluation.batch_size` and `evaluation.cs`: dotted "key=value", or nested.
+        overrides: keys of `data` by which rows are read (`READ`), `evaluation.batch_size` and `evaluation.cs`: dotted
+            "key=value", or nested.
         out: folder to write evaluation.json, predictions.parquet, groups.csv and report.html to.
         overwrite: replace an evaluation that is there.
 
@@ -66,34 +74,44 @@ def evaluate_external(
         ValueError: what `data.load_whole` refuses, labels outside the model's ranks, columns that are not there.
     """
     folder = None if out is None else Path(out)
+    by = [by] if isinstance(by, str) else by
+    accelerator = _accelerator()
     if folder is not None:
-        _check_free(folder, overwrite)
-    loaded, name, run = _model(model)
+        from_main(accelerator, lambda: _check_free(folder, overwrite))
+    loaded, name, run = _in_memory(model) if isinstance(model, OrdinalModel) else served(model)
     config, options = _configured(data, root, overrides, run)
     ranks = loaded.head.ranks
     in_memory = isinstance(data, pd.DataFrame | datasets.Dataset)
     part = make_whole(data, config, ranks) if in_memory else load_whole(config, ranks)
     members = {column: _members(part, column) for column in dict.fromkeys(by)}  # refused before anything is computed
 
-    accelerator = make_accelerator("no")
-    loaded = loaded.to(accelerator.device)
     evaluator = Evaluator(accelerator, options.batch_size, config.workers, quiet or not accelerator.is_main_process)
-    predictions = predictions_of(loaded, part, evaluator.outputs(loaded, part, "evaluating"))
-    reference = loaded.reference
+    reference, points = loaded.reference, None
+    with _lent(loaded, accelerator.device):
+        predictions = predictions_of(loaded, part, evaluator.outputs(loaded, part, "evaluating"))
+        if reference is not None and reference.num and len(part) > 1:
+            points = evaluator.sampled(loaded, part)
+    if len(wrong := np.flatnonzero(~np.isfinite(predictions.values))):
+        raise ValueError(f"{part.place(int(wrong[0]))}: the model answers with a number that is not finite")
     counts = None if reference is None else reference.counts.tolist()
     if counts is None and run is not None:
         counts = run.read_metrics()["train_counts"]
     drift, notes = [], []
+    if config.missing == "drop":
+        notes.append("rows without a label are left out, where there are any (data.missing=drop)")
     if counts is not None:
         drift.append(label_drift(counts, part.ranks, ranks))
     else:
         notes.append("labels: not compared with those of the training, which the model does not remember")
-    if reference is not None and reference.num and len(part) > 1:
-        drift.append(feature_drift(reference, evaluator.sampled(loaded, part)))
+    if reference is not None and points is not None:
+        drift.append(feature_drift(reference, points))
+    elif reference is not None and reference.num:
+        notes.append("features: not compared, one picture is too few")
     else:
-        notes.append("features: not compared with those of the training pictures, which the model does not remember")
+        why = "its run had no validation part" if reference is not None else "it was saved without"
+        notes.append(f"features: not compared, the model does not remember those of its data ({why})")
     evaluation = _assembled(loaded, name, part, predictions, options, members, counts, drift)
-    notes += [*_repeats(part), *_leaks(run, part)]
+    notes += [*_repeats(part), *from_main(accelerator, lambda: _leaks(run, part))]
     evaluation = replace(evaluation, notes=notes, record=_record(name, run, part))
     if folder is not None:
         from_main(accelerator, lambda: evaluation.write(folder))
@@ -107,22 +125,44 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder}: a file, where a folder for the evaluation is wanted")
-    ours = {"evaluation.json", "predictions.parquet", "groups.csv", "report.html"}
     found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if found and not ("evaluation.json" in found and set(found) <= ours):
+    if found and not ("evaluation.json" in found and set(found) <= set(OURS)):
         raise FileExistsError(f"{folder}: holds {found[0]}, which is of no evaluation; choose another folder")
     if found and not overwrite:
-        raise FileExistsError(
-            f"{folder}: holds an evaluation already; --overwrite replaces it, or choose another folder"
-        )
-    for name in found:
-        (folder / name).unlink()
+        raise FileExistsError(f"{folder}: holds an evaluation already; overwrite replaces it, or choose another folder")
 
 
-def _model(model: str | Path | OrdinalModel) -> tuple[OrdinalModel, str, RunFolder | None]:
-    if isinstance(model, OrdinalModel):
-        place = str(getattr(model, "name_or_path", ""))
-        return model.deploy(), place or "a model in memory", find_model(place)[1] if place else None
+def _accelerator() -> Accelerator:
+    """As the processes are; a precision that a training on several of them has set stays."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    kept = AcceleratorState().mixed_precision if started and AcceleratorState._shared_state else "no"
+    return make_accelerator(kept)
+
+
+@contextmanager
+def _lent(model: OrdinalModel, device: torch.device) -> Iterator[None]:
+    """A model on a device and in evaluation mode; afterwards it is as it was, its parts being those of another one."""
+    modules = [*model.modules()]
+    modes, before = [module.training for module in modules], model.device
+    try:
+        model.to(device).eval()
+        yield
+    finally:
+        model.to(before)
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _in_memory(model: OrdinalModel) -> tuple[OrdinalModel, str, RunFolder | None]:
+    place, modes = str(getattr(model, "name_or_path", "")), [(each, each.training) for each in model.modules()]
+    deployed = model.deploy()
+    for module, mode in modes:
+        module.training = mode
+    return deployed, place or "a model in memory", find_model(place)[1] if place else None
+
+
+def served(model: str | Path) -> tuple[OrdinalModel, str, RunFolder | None]:
+    """The model of a run folder, a model folder or a name on the hub; its folder or name; its run, if it is here."""
     name, run = find_model(str(model))
     if run is not None:
         head_class(run.read_config().method)  # a method of one's own, which a model's files may not import
@@ -134,15 +174,18 @@ def _configured(
 ) -> tuple[DataConfig, EvaluationConfig]:
     """Where the rows are and how they are read: as the run's, where it says so, and as the overrides say."""
     said = dict(overrides) if isinstance(overrides, Mapping) else read_overrides(overrides)
-    if idle := [key for key in flat_keys(said) if not key.startswith(ALLOWED)]:
-        raise ValueError(f"{idle[0]}: of no effect here; allowed are data.*, {', '.join(ALLOWED[1:])}")
+    if idle := [key for key in flat_keys(said) if key not in ALLOWED]:
+        raise ValueError(f"{idle[0]}: of no effect here; {near_matches(idle[0], ALLOWED)}")
     content: dict[str, Any] = {"data": {"root": str(root)} if root else {}}
     if run is not None:
         before = run.read_config()
         content["evaluation"] = {"batch_size": before.evaluation.batch_size, "cs": before.evaluation.cs}
         if before.data.source != "gauges":
             content["data"] |= {key: getattr(before.data, key) for key in CARRIED}
-    content["data"] |= _source(data, str(root), said.get("data", {}))
+    found = _source(data, str(root), said.get("data", {}))
+    if found["source"] == "folder":
+        content["data"].pop("suffix", None)  # of a table that names files without
+    content["data"] |= found
     config = parse_config(merge(content, said), "the evaluation")
     return config.data, config.evaluation
 
@@ -152,15 +195,12 @@ def _source(data: Any, root: str, said: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(data, pd.DataFrame | datasets.Dataset):
         return {"source": "memory"}
     name = str(data)
-    path = Path(name)
-    if path.is_dir() and str(said.get("source", "folder")) == "folder":
+    if os.path.isdir(name) and str(said.get("source", "folder")) == "folder":
         if root:
-            raise ValueError(f"--root is for tables; {name} is a folder with a folder for every label")
+            raise ValueError(f"root is for tables; {name} is a folder with a folder for every label")
         return {"source": "folder", "root": name}
-    if path.is_file():
-        return {"source": "table", "table": os.path.abspath(path), "root": root or str(path.parent)}
-    if not path.is_dir() and (path.suffix or len(path.parts) > 2 or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"{name}: no such table or folder")
+    if not os.path.isdir(name) and kind_of(name) == "table":
+        return {"source": "table", "table": os.path.abspath(name)}
     return {"source": "hub", "hub": name}
 
 
@@ -170,7 +210,7 @@ def _members(part: Part, column: str) -> dict[str, np.ndarray]:
     Raises:
         ValueError: no such column, one of pictures, or one of too many values.
     """
-    where = f"{part.source}: column {column!r} (--by)"
+    where = f"{part.source}: column {column!r} (by)"
     if column not in part.rows.column_names:
         raise ValueError(f"{where} is missing; it has {', '.join(map(repr, part.rows.column_names))}")
     cells = arrow_column(part.rows, column)
@@ -181,6 +221,8 @@ def _members(part: Part, column: str) -> dict[str, np.ndarray]:
     if isinstance(feature, datasets.ClassLabel):
         texts = [None if cell is None or cell < 0 else feature.names[cell] for cell in cells.to_pylist()]
     else:
+        if pa.types.is_floating(kind):
+            cells = pc.if_else(pc.is_nan(cells), pa.scalar(None, kind), cells)
         texts = pc.utf8_trim_whitespace(cells.cast(pa.string())).to_pylist()
     named = np.asarray([text if text else MISSING for text in texts], dtype=object)
     values = sorted(set(named.tolist()), key=lambda text: (text == MISSING, _number(text), text))
@@ -193,9 +235,10 @@ def _members(part: Part, column: str) -> dict[str, np.ndarray]:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return float("inf")
+    return number if number == number else float("inf")
 
 
 def _assembled(
@@ -233,7 +276,7 @@ def _assembled(
 
 def _repeats(part: Part) -> list[str]:
     """Pictures that count more than once."""
-    ids = copies([part])
+    ids = copies([part])  # of more than `MOST_HASHED` by their paths
     if not (again := len(ids) - len(np.unique(ids))):
         return []
     two = sum(each.labels_differ for each in repeated([part], ids))
@@ -252,14 +295,16 @@ def _leaks(run: RunFolder | None, part: Part) -> list[str]:
         return ["whether the model has learnt from some of these pictures is not known: its run got them in memory"]
     try:
         parts = load_parts(config.data, config.ranks, config.seed)
-    except (OSError, ValueError) as error:
+        if changed := run.data_difference(fingerprints(parts)):
+            return [f"whether the model has learnt from some of these pictures is not known: {changed}"]
+        seen = [each for each in (parts.train, parts.validation) if each is not None]
+        ids, begin = copies([*seen, part]), sum(map(len, seen))
+    except (OSError, ValueError, ImportError) as error:
         return [f"whether the model has learnt from some of these pictures is not known: {error}"]
-    seen = [each for each in (parts.train, parts.validation) if each is not None]
-    ids = copies([*seen, part])
-    begin = sum(map(len, seen))
     known = int(np.isin(ids[begin:], ids[:begin]).sum())
     if not known:
-        return []
+        few = len(ids) <= MOST_HASHED
+        return [] if few else ["pictures that the model has learnt from were looked for by their paths alone"]
     return [f"WARNING: {known} of these {len(part)} pictures are in the run's training or validation part"]
 
 

@@ -91,12 +91,16 @@ class Predictions:
         return {**headline, **by_decoding}
 
     def intervals(self, metrics: Mapping[str, Metric], ranks: Ranks) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap interval over the images of every metric that can be computed; NaN where nothing bounds it.
+        """95 % bootstrap interval over the images of every metric that can be computed; NaN where nothing bounds it. Of
+        a single image there is none.
 
         Args:
             metrics: see `metrics_with`; those of prototypes and of the feature space are left out.
         """
-        resamples, found = 1000 if len(self.labels) <= 10_000 else 200, {}  # seconds, not minutes, for a large part
+        resamples = 1000 if len(self.labels) <= 10_000 else 200  # seconds, not minutes, for a large part
+        found: dict[str, tuple[float, float]] = {}
+        if len(self.labels) < 2:
+            return found
         for name, metric in metrics.items():
             columns = self.columns(metric.decoding or "median", ranks)
             given = [columns[column] for column in metric.of if columns.get(column) is not None]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from ordinalclip.answers import Answers, Errors, answer, load_model
+from ordinalclip.answers import Answers, Errors, answer
 from ordinalclip.config import (
     DataConfig,
     EvaluationConfig,
@@ -31,11 +32,13 @@ from ordinalclip.config import (
     parse_config,
 )
 from ordinalclip.data import Parts, make_parts
-from ordinalclip.data.pictures import PictureRows, of_rows, read_pictures
-from ordinalclip.external import evaluate_external
+from ordinalclip.data.pictures import FILE, KEYS, PictureRows, of_rows, read_pictures
+from ordinalclip.external import READ, evaluate_external, served
 from ordinalclip.heads import head_options
+from ordinalclip.metrics import r2_score
 from ordinalclip.model import OrdinalModel
-from ordinalclip.run_folder import RunFolder, find_model
+from ordinalclip.results.external_report import ExternalEvaluation
+from ordinalclip.run_folder import RunFolder
 from ordinalclip.runs import train
 from ordinalclip.sections import Section
 from ordinalclip.suggestions import near_matches
@@ -45,6 +48,11 @@ Rows: TypeAlias = pd.DataFrame | datasets.Dataset | str | Path | Sequence[Any] |
 Call = TypeVar("Call", bound=Callable[..., Any])
 OWN = "OrdinalRegressor"
 SECTIONS = ("head", "data", "ranks", "model", "train", "evaluation")
+ARGUMENTS = [("model", "text"), ("ranks", "unit"), ("ranks", "names")]  # keys of sections that are arguments, too
+ARGUMENTS += [("train", key) for key in ("lr", "max_steps", "epochs", "batch_size")]
+DIVIDING = {"split", "split_column", "folds", "train_table", "validation_table", "test_table"}
+# Keys of a run's data that say where its own rows are and how they are read: other rows lie elsewhere.
+OF_ITS_DATA = {*READ, *DIVIDING, "table", "hub", "group", "stratify"}
 RUNS = Path("runs")  # where run folders without a name of their own are made
 
 
@@ -169,7 +177,7 @@ class OrdinalRegressor(BaseEstimator):
             "model.backbone": self.backbone,
             "model.text": self.text,
             "ranks.unit": self.unit,
-            "ranks.names": None if self.names is None else [str(name) for name in self.names],
+            "ranks.names": self.names if self.names is None or isinstance(self.names, str) else list(self.names),
             "train.lr": self.lr,
             "train.max_steps": self.max_steps,
             "train.epochs": self.epochs,
@@ -181,7 +189,7 @@ class OrdinalRegressor(BaseEstimator):
             **self._prompt(),
             **{f"data.{key}": value for key, value in data.items()},
         }
-        said = nested({key: value for key, value in given.items() if value is not None})
+        said = nested({key: _plain(value) for key, value in given.items() if value is not None})
         for name, section in said.items():
             if isinstance(section, dict):
                 _refuse_twice(name, content.get(name, {}), section)
@@ -209,8 +217,8 @@ class OrdinalRegressor(BaseEstimator):
         label: str | None = None,
         group: str | None = None,
         stratify: Sequence[str] | None = None,
-        validation: float | Rows = 0.15,
-        test: float | Rows = 0.0,
+        validation: float | Rows | None = None,
+        test: float | Rows | None = None,
     ) -> OrdinalRegressor:
         """Train, choose the step by the validation part, and write a run folder.
 
@@ -221,34 +229,38 @@ class OrdinalRegressor(BaseEstimator):
             y: (N,) labels, where `X` has none.
             image, label: columns of the pictures and of the labels; default: "image" and "label".
             group: column (subject, patient) whose equal rows stay in one part.
-            stratify: columns whose every combination is split in the same shares.
-            validation, test: their shares of `X`, or rows of their own; 0: none.
+            stratify: column, or columns, whose every combination is split in the same shares.
+            validation, test: their shares of `X`, or rows of their own in memory; 0: none. Default: 0.15 and 0, or what
+                the section data says.
 
         Raises:
             ValueError: what a configuration or the data has wrong, see `ordinalclip.data.make_parts`; FolderOccupied:
                 `output_dir` holds a run.
         """
         own = {"validation": validation, "test": test}
-        apart = {name: rows for name, rows in own.items() if not isinstance(rows, int | float)}
-        shares = {name: float(rows) for name, rows in own.items() if isinstance(rows, int | float)}
+        apart = {name: rows for name, rows in own.items() if not isinstance(rows, Real | None)}
+        shares = {"validation": 0.0 if apart else 0.15, "test": 0.0}
+        shares |= {name: float(rows) for name, rows in own.items() if isinstance(rows, Real)}
         for name, share in shares.items():
             if not 0 <= share < 1:
                 raise ValueError(f"{OWN}.fit: {name} is a share from 0 to below 1, or rows, got {share:g}")
         keys: dict[str, Any] = {"image_column": image, "label_column": label, "group": group}
-        keys |= {"stratify": None if stratify is None else list(stratify)}
+        keys |= {"stratify": [stratify] if isinstance(stratify, str) else stratify and list(stratify)}
         if not apart:
             split = (1 - shares["validation"] - shares["test"], shares["validation"], shares["test"])
             if split[0] <= 0:
                 raise ValueError(f"{OWN}.fit: validation and test leave nothing to train on")
-            section = _section("data", self.data)
-            if not {"split", "split_column", "folds", "train_table"} & section.keys():
+            divided = sorted(DIVIDING & _section("data", self.data).keys())
+            if not divided:
                 keys["split"] = split
+            elif twice := [name for name, rows in own.items() if rows is not None]:
+                raise ValueError(f"{OWN}.fit: {twice[0]} is given, and data.{divided[0]}, which divides the rows, too")
         elif unequal := next((name for name, share in shares.items() if share), None):
             other = next(iter(apart))
             raise ValueError(f"{OWN}.fit: {other} has rows of its own: {unequal} needs rows, too, or 0")
         path = _path(X)
         if path is not None and not apart and y is None:
-            config = self.run_config(**keys, **_source(path, _section("data", self.data)))
+            config = self.run_config(**keys, **_source(path))
             parts = None
         else:
             config = self.run_config(**keys, source="memory")
@@ -271,9 +283,8 @@ class OrdinalRegressor(BaseEstimator):
         self.image_, self.label_ = config.data.image_column, config.data.label_column
 
     def _new_folder(self) -> str:
-        RUNS.mkdir(exist_ok=True)
-        name = f"{self.method.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}-"
-        return tempfile.mkdtemp(prefix=name, dir=RUNS)
+        name = f"{self.method.rpartition(':')[2]}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        return str(RUNS / name)
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "model_")
@@ -288,7 +299,8 @@ class OrdinalRegressor(BaseEstimator):
         workers: int = 0,
         errors: Errors = "stop",
     ) -> pd.DataFrame:
-        """Answers to pictures, a row each, with the index of a frame that was given.
+        """Answers to pictures, a row each, with the index of the frame or series that was given, or of the files of a
+        folder.
 
         Args:
             X: see `fit`; a folder is searched for pictures, whatever they lie in.
@@ -307,19 +319,23 @@ class OrdinalRegressor(BaseEstimator):
         rows = self._pictures(X, image)
         pieces = answer(self.model_, rows, batch_size, workers, rows.formats, errors, rows.places)
         frame = Answers.joined(pieces).to_frame(self.model_.head.ranks)
-        if isinstance(X, pd.DataFrame):
+        if isinstance(X, pd.DataFrame | pd.Series):
             frame.index = X.index
+        elif rows.table is None:
+            frame.index = pd.Index(rows.files, name=FILE)
         return frame
 
     def _pictures(self, X: Rows, image: str | None) -> PictureRows:
         column = image or self.image_
-        section = {key: value for key, value in _section("data", self.data).items() if key in READ}
+        section = {key: value for key, value in _section("data", self.data).items() if key in KEYS}
         if (path := _path(X)) is not None:
-            said = [f"data.{key}={value}" for key, value in section.items() if isinstance(value, str)]
-            is_table = os.path.isfile(path)
-            return read_pictures(path, [*said, f"data.image_column={column}"] if is_table else said)
+            section = {key: value for key, value in section.items() if key not in ("source", "image_column")}
+            return read_pictures(path, {"data": section | ({"image_column": column} if os.path.isfile(path) else {})})
         config = parse_config({"data": {**section, "source": "memory", "image_column": column}}, OWN)
-        return of_rows(_frame(X, None, config), config.data)
+        frame = _frame(X, None, config)
+        if isinstance(frame, pd.DataFrame) and column in frame.columns:
+            frame = frame[[column]]  # what stands beside is of no concern
+        return of_rows(frame, config.data)
 
     @names_nearest
     def evaluate(
@@ -331,6 +347,7 @@ class OrdinalRegressor(BaseEstimator):
         label: str | None = None,
         by: Sequence[str] = (),
         out: str | Path | None = None,
+        overwrite: bool = False,
     ) -> dict[str, Any]:
         """Score every row of other data: see `ordinalclip.external.evaluate_external`.
 
@@ -338,27 +355,41 @@ class OrdinalRegressor(BaseEstimator):
             X, y, image, label: see `fit`; columns default to those of `fit`.
             by: columns whose every value is a group with metrics of its own.
             out: folder for numbers, answers and a report.
+            overwrite: replace an evaluation that is there.
 
         Returns:
             num; metrics by name; intervals, [low, high] by name; groups by column and value; drift from the training
             data; notes.
         """
+        by = [by] if isinstance(by, str) else list(by)
+        return self._evaluated(X, y, image, label, by, out, overwrite).to_dict()
+
+    def _evaluated(
+        self,
+        X: Rows,
+        y: ArrayLike | None = None,
+        image: str | None = None,
+        label: str | None = None,
+        by: Sequence[str] = (),
+        out: str | Path | None = None,
+        overwrite: bool = False,
+    ) -> ExternalEvaluation:
         check_is_fitted(self)
         keys: dict[str, Any] = {key: value for key, value in _section("data", self.data).items() if key in READ}
+        keys.pop("source", None)
         keys |= {"image_column": image or self.image_, "label_column": label or self.label_}
-        path = _path(X)
-        rows: Any = path if path is not None and y is None else X
-        if rows is X:
-            config = parse_config({"data": {**keys, "source": "memory"}}, OWN)
-            rows = _frame(X, y, config)
+        rows: Any = _path(X)
+        if rows is None or y is not None:
+            rows = _frame(X, y, parse_config({"data": {**keys, "source": "memory"}}, OWN))
         root = str(keys.pop("root", "") or "")
-        found = evaluate_external(self.model_, rows, root, list(by), {"data": keys}, out, quiet=self.quiet)
-        return found.to_dict()
+        if isinstance(rows, str) and os.path.isdir(rows):
+            root = ""  # a folder lies where it lies
+        return evaluate_external(self.model_, rows, root, by, {"data": keys}, out, overwrite, self.quiet)
 
     def score(self, X: Rows, y: ArrayLike | None = None) -> float:
-        """R² of the values, as scikit-learn's regressors have it; `evaluate` says more."""
-        value = self.evaluate(X, y)["metrics"]["r2"]
-        return float("nan") if value is None else value
+        """R² of the values that `predict` gives, as scikit-learn's regressors have it; `evaluate` says more."""
+        found = self._evaluated(X, y)
+        return r2_score(found.answers, found.predictions.labels)
 
     # ---- models
 
@@ -379,29 +410,29 @@ class OrdinalRegressor(BaseEstimator):
         Args:
             image, label: columns of pictures and labels, where no run says them.
         """
-        model, run = find_model(str(name))
-        loaded = load_model(model)
+        loaded, _, run = served(name)
         config = loaded.config
         regressor = cls(config.backbone, method=config.method, unit=loaded.head.ranks.unit or None)
         if run is not None:
             saved = run.read_config()
+            sections = {name: getattr(saved, name).model_dump(exclude_defaults=True) for name in SECTIONS[1:]}
+            given = {argument: sections[section].pop(argument, None) for section, argument in ARGUMENTS}
+            sections["model"].pop("backbone", None)
+            sections["data"] = {key: value for key, value in sections["data"].items() if key not in OF_ITS_DATA}
             regressor = cls(
                 saved.model.backbone,
-                text=saved.model.text or None,
                 method=saved.method,
                 head=saved.head,
                 output_dir=str(run.path),
                 seed=saved.seed,
-                **{name: getattr(saved, name).model_dump(exclude_defaults=True) for name in SECTIONS[1:]},
+                **given,
+                **{name: section for name, section in sections.items() if section},
             )
             image, label = saved.data.image_column, saved.data.label_column
             regressor.metrics_ = run.read_metrics()
         regressor.model_, regressor.run_folder_ = loaded, None if run is None else run.path
         regressor.image_, regressor.label_ = image, label
         return regressor
-
-
-READ = ("root", "outside_root", "separator", "encoding", "sheet", "suffix", "extra_formats", "decimal", "missing")
 
 
 def _section(name: str, given: Any) -> dict[str, Any]:
@@ -411,8 +442,19 @@ def _section(name: str, given: Any) -> dict[str, Any]:
     if isinstance(given, Section):
         return given.model_dump(exclude_unset=True)
     if isinstance(given, Mapping):
-        return dict(given)
+        return _plain(given)
     raise ValueError(f"{OWN}: {name} is a dict or a section of ordinalclip.config, got {type(given).__name__}")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays, and paths, as a configuration has them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _refuse_twice(name: str, section: Mapping[str, Any], said: Mapping[str, Any]) -> None:
@@ -421,6 +463,9 @@ def _refuse_twice(name: str, section: Mapping[str, Any], said: Mapping[str, Any]
     for key, value in said.items():
         if key in section and section[key] != value and not (name == "data" and key == "source"):
             raise ValueError(f"{OWN}: {name}.{key} is given twice, as {section[key]!r} and as {value!r}")
+    steps = {"max_steps", "epochs"}
+    if name == "train" and said.keys() & steps and len({*section, *said} & steps) == 2:
+        raise ValueError(f"{OWN}: train.max_steps and train.epochs are both given; one of them says how long")
 
 
 def _path(X: Any) -> str | None:
@@ -428,7 +473,7 @@ def _path(X: Any) -> str | None:
     return str(X) if isinstance(X, str | Path) else None
 
 
-def _source(path: str, section: Mapping[str, Any]) -> dict[str, Any]:
+def _source(path: str) -> dict[str, Any]:
     """Keys of data that name a table or a folder.
 
     Raises:
@@ -438,8 +483,7 @@ def _source(path: str, section: Mapping[str, Any]) -> dict[str, Any]:
         return {"source": "folder", "root": path}
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such table or folder")
-    root = str(section.get("root", "") or os.path.dirname(path) or ".")
-    return {"source": "table", "table": os.path.abspath(path), "root": root}
+    return {"source": "table", "table": os.path.abspath(path)}
 
 
 def _frame(X: Any, y: Any, config: RunConfig) -> pd.DataFrame | datasets.Dataset:
@@ -457,6 +501,11 @@ def _frame(X: Any, y: Any, config: RunConfig) -> pd.DataFrame | datasets.Dataset
         return X
     if isinstance(X, pd.DataFrame):
         frame = X
+    elif not isinstance(X, list | tuple | pd.Series | np.ndarray) or getattr(X, "ndim", 1) not in (1, 4):
+        raise ValueError(
+            f"{OWN}: rows are a pandas frame, a datasets.Dataset, a table or folder, or pictures as a list or an "
+            f"(N, H, W, 3) array; got a {type(X).__name__}"
+        )
     else:
         pictures = list(X.to_numpy() if isinstance(X, pd.Series) else X)
         frame = pd.DataFrame({image: pd.Series(pictures, dtype=object)})

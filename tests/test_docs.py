@@ -50,6 +50,7 @@ def masked(text):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_first_model_is_made_as_the_page_says(tmp_path):
     for (language, text), (_, shown, printed) in zip(blocks(), outputs(tmp_path), strict=True):
         if language == "console":

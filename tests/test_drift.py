@@ -39,17 +39,24 @@ def test_one_dimension_of_many_is_enough():
     assert "1 dimensions by more than chance" in drift.text
 
 
-def test_dimensions_that_never_move_say_nothing_but_one_that_begins_to_does():
-    still = points(SAMPLE)
-    still[:, 0] = 3
-    same = points(300, seed=1)
-    same[:, 0] = 3
+@pytest.mark.parametrize("number", [3, 5, 10, 30])
+def test_few_pictures_of_the_same_kind_are_rarely_told_apart(number):
+    found = sum(
+        feature_drift(Reference.of([1, 1], points(SAMPLE, 512, 2 * seed)), points(number, 512, 2 * seed + 1)).p < 0.05
+        for seed in range(60)
+    )
+    assert stats.binomtest(found, 60, 0.05, alternative="greater").pvalue > 0.001
+
+
+def test_dimensions_that_never_move_say_nothing_but_another_value_of_theirs_does():
+    still, same = points(SAMPLE), points(300, seed=1)
+    still[:, 0] = same[:, 0] = 3
     reference = Reference.of([1, 1], still)
     assert not feature_drift(reference, same).found
-    assert "39 dimensions" in feature_drift(reference, same).text
+    same[:, 0] = 3 + 1e-6  # rounding, on another machine
+    assert not feature_drift(reference, same).found
     same[:, 0] = 4
-    assert feature_drift(reference, same).text.startswith("features")
-    assert np.isfinite(feature_drift(reference, same).size)
+    assert feature_drift(reference, same).found
 
 
 def test_points_of_another_space_are_refused():
@@ -70,7 +77,7 @@ def test_labels_are_compared_with_their_counts():
     assert other.found
     assert other.p < LEVEL
     assert other.size == pytest.approx(13)  # mean 48 against 35, all moved upwards
-    assert "mean 48 years here, 35 in training" in other.text
+    assert "mean rank 48 years here, 35 in training" in other.text
     assert (
         "5 labels are of 1 ranks that no training label had"
         in label_drift([1, 1, 1, 0], [0, 1, 3, 3, 3, 3, 3], AGES).text

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import load_dataset
 
 from ordinalclip.cli import main
@@ -19,6 +20,7 @@ from ordinalclip.external import evaluate_external
 from ordinalclip.metrics import bootstrap_interval, macro_mae, mean_absolute_error
 from ordinalclip.model import OrdinalModel
 from ordinalclip.pipeline import load_pipeline
+from ordinalclip.run_folder import RunFolder
 from ordinalclip.runs import train
 
 STEPS = ("train.max_steps=6", "train.batch_size=8", "train.lr=1e-3", "evaluation.report=false")
@@ -85,7 +87,7 @@ def test_every_row_is_scored_as_the_pipeline_answers_and_the_run_stays_as_it_is(
     assert {"mae", "mae_low", "mae_high"} <= set(groups)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "By site" in page
-    assert "30 images, every row of the data" in page
+    assert "30 images, every row that has a label" in page
 
 
 def test_a_model_folder_alone_and_rows_in_memory_give_the_same(here, tmp_path):
@@ -143,10 +145,11 @@ def test_a_picture_that_is_there_twice_with_two_labels_is_said(here, tmp_path):
         (
             {},
             ("train.lr=1",),
-            r"train.lr: of no effect here; allowed are data.\*, evaluation.batch_size, evaluation.cs",
+            r"train.lr: of no effect here; choices: data.source",
         ),
+        ({}, ("data.split_column=site",), r"data.split_column: of no effect here"),
         ({}, ("evaluation.decoding=argmax",), r"evaluation.decoding: of no effect here"),
-        ({}, ("data.colour=1",), r"data.colour is not a key"),
+        ({}, ("data.sufix=1",), r"data.sufix: of no effect here; nearest: data.suffix"),
     ],
 )
 def test_bad_rows_and_keys_are_one_clear_error(here, tmp_path, change, options, message):
@@ -172,12 +175,10 @@ def test_groups(here, tmp_path):
 
 def test_columns_that_make_no_groups_are_refused(here, monkeypatch):
     arguments = here / "run", here / "theirs" / "new.csv"
-    with pytest.raises(
-        ValueError, match=r"column 'sex' \(--by\) is missing; it has 'patient', 'site', 'image', 'label'"
-    ):
+    with pytest.raises(ValueError, match=r"column 'sex' \(by\) is missing; it has 'patient', 'site', 'image', 'label'"):
         evaluate_external(*arguments, by=["sex"], quiet=True)
     monkeypatch.setattr("ordinalclip.external.MOST_GROUPS", 29)
-    with pytest.raises(ValueError, match=r"column 'patient' \(--by\) has 30 values, at most 29 make groups"):
+    with pytest.raises(ValueError, match=r"column 'patient' \(by\) has 30 values, at most 29 make groups"):
         evaluate_external(*arguments, by=["patient"], quiet=True)
 
 
@@ -189,7 +190,7 @@ def test_nothing_is_overwritten_but_an_evaluation_that_is_to_be(here, tmp_path, 
     assert "MAE" in said
     assert "validation" not in said
     assert main([*call, str(tmp_path / "out")]) == 2
-    assert "holds an evaluation already; --overwrite replaces it" in capsys.readouterr().err
+    assert "holds an evaluation already; overwrite replaces it" in capsys.readouterr().err
     assert main([*call, str(tmp_path / "out"), "--overwrite"]) == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
@@ -259,3 +260,62 @@ def test_two_processes_score_what_one_does(here, tmp_path):
         assert two["metrics"][name] == pytest.approx(value, abs=1e-4)
     assert two["groups"]["site"]["north"]["num"] == 10
     assert two["drift"]["features"]["size"] == pytest.approx(one["drift"]["features"]["size"], abs=1e-4)
+
+
+def test_an_evaluation_that_fails_loses_none_that_is_there(here, tmp_path):
+    evaluate_external(here / "run", here / "theirs" / "new.csv", out=tmp_path / "out", quiet=True)
+    before = content_of(tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        evaluate_external(here / "run", here / "theirs" / "mew.csv", out=tmp_path / "out", overwrite=True, quiet=True)
+    assert content_of(tmp_path / "out") == before
+
+
+def test_paths_of_a_table_may_lead_anywhere_unless_a_root_is_given(here, tmp_path):
+    rows = list(csv.DictReader((here / "theirs" / "new.csv").open()))
+    table = write_table(tmp_path / "new.csv", [{**row, "image": str(here / "theirs" / row["image"])} for row in rows])
+    whole = evaluate_external(here / "run", here / "theirs" / "new.csv", quiet=True)
+    assert evaluate_external(here / "run", table, quiet=True).score.metrics == whole.score.metrics
+    with pytest.raises(ValueError, match=r"leaves data.root="):
+        evaluate_external(here / "run", table, tmp_path, quiet=True)
+
+
+def test_a_model_in_memory_is_left_as_it_was(here):
+    model = RunFolder(here / "run").read_model()
+    model.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    evaluate_external(model, here / "theirs" / "new.csv", quiet=True)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert any(modes.values())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name])
+
+
+def test_answers_that_are_no_numbers_are_an_error(here, monkeypatch):
+    model = RunFolder(here / "run").read_model()
+    with torch.no_grad():
+        model.head.prototypes[0] = torch.nan
+    with pytest.raises(ValueError, match=r"new.csv, row 1 .*: the model answers with a number that is not finite"):
+        evaluate_external(model, here / "theirs" / "new.csv", quiet=True)
+
+
+def test_other_data_than_the_run_had_is_not_compared_with(here, tmp_path):
+    shutil.copytree(here / "ours", tmp_path / "ours")
+    shutil.copytree(here / "run", tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace(f"{here}/ours", f"{tmp_path}/ours"))
+    table = here / "ours" / "labels.csv"
+    assert any("are in the run's" in note for note in evaluate_external(tmp_path / "run", table, quiet=True).notes)
+    labels = tmp_path / "ours" / "labels.csv"
+    labels.write_text("".join(labels.read_text().splitlines(keepends=True)[:40]))
+    notes = evaluate_external(tmp_path / "run", table, quiet=True).notes
+    assert any("is not known: the train part has changed" in note for note in notes)
+
+
+def test_no_rows_and_words_that_the_ranks_do_not_have(here, tmp_path):
+    frame = pd.read_csv(here / "theirs" / "new.csv")
+    with pytest.raises(ValueError, match="data: has no rows"):
+        evaluate_external(here / "run", frame[:0], quiet=True)
+    frame["image"] = [str(here / "theirs" / name) for name in frame["image"]]
+    with pytest.raises(ValueError, match=r"are words: .*; the model's ranks are numbers, 0 to 100"):
+        evaluate_external(here / "run", frame.assign(label=["low", "high"] * 15), quiet=True)

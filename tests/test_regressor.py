@@ -17,6 +17,7 @@ from datasets import load_dataset
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils import estimator_checks
 
@@ -116,7 +117,10 @@ def test_every_kind_of_rows_gives_the_same_answers(fitted, gauges, frame, tmp_pa
     for kind, rows in kinds.items():
         np.testing.assert_allclose(fitted.predict(rows)["value"], expected, atol=1e-5, err_msg=kind)
     folder = fitted.predict(str(gauges))
-    np.testing.assert_allclose(folder["value"], expected[np.argsort(frame["path"])], atol=1e-5)
+    names = [Path(path).name for path in frame["path"]]
+    np.testing.assert_allclose(folder["value"][names], expected, atol=1e-5)
+    some = frame["path"][[9, 4]]
+    assert fitted.predict(some).index.tolist() == [9, 4]
 
 
 def test_all_ways_to_hand_over_training_rows_train_the_same_model(gauges, frame):
@@ -172,17 +176,46 @@ def test_a_model_comes_back_by_its_run_its_folder_and_what_it_saves(fitted, fram
     expected = fitted.predict(frame)
     fitted.save_pretrained(tmp_path / "saved")
     run = OrdinalRegressor.from_pretrained(fitted.run_folder_)
-    assert run.get_params()["lr"] is None
-    assert run.train == {"max_steps": 4, "batch_size": 8, "lr": 1e-3}
+    assert (run.lr, run.max_steps, run.unit, run.train, run.data) == (1e-3, 4, "%", None, None)
     folder = OrdinalRegressor.from_pretrained(tmp_path / "saved", image="path")
     for again in (run, folder):
         pd.testing.assert_frame_equal(again.predict(frame), expected)
-    once_more = (
-        clone(run).set_params(output_dir=tmp_path / "again").fit(frame, image="path", label="age", validation=0.2)
-    )
+    once_more = clone(run).set_params(output_dir=tmp_path / "again")
+    once_more.fit(frame, image="path", label="age", group="patient", validation=0.2)
     assert RunFolder(once_more.run_folder_).read_log()[0]["loss"] == RunFolder(fitted.run_folder_).read_log()[0]["loss"]
     with pytest.raises(FileNotFoundError, match="no such folder"):
         OrdinalRegressor.from_pretrained(tmp_path / "nothing")
+
+
+def test_a_run_of_a_table_reads_other_tables_from_where_they_lie(gauges, tmp_path):
+    keys = {"root": str(gauges), "missing": "drop"}
+    run = OrdinalRegressor(**SMALL, data=keys).fit(gauges / "labels.csv", image="path", label="age")
+    (tmp_path / "other").mkdir()
+    rows = pd.read_csv(gauges / "labels.csv")[:6]
+    for name, source in zip(rows["path"], rows["path"][::-1], strict=True):  # other pictures of the same names
+        (tmp_path / "other" / name).write_bytes((gauges / source).read_bytes())
+    rows.to_csv(tmp_path / "other" / "new.csv", index=False)
+    again = OrdinalRegressor.from_pretrained(run.run_folder_)
+    there = again.predict(tmp_path / "other" / "new.csv")["value"].to_numpy()
+    here = again.predict(gauges / "labels.csv")["value"].to_numpy()[:6]
+    np.testing.assert_allclose(there, here[::-1], atol=1e-5)
+    assert again.evaluate(tmp_path / "other" / "new.csv")["metrics"]["mae"] == pytest.approx(
+        np.abs(there - rows["age"]).mean(), abs=1e-5
+    )
+
+
+def test_score_is_of_what_predict_answers(frame):
+    options = {**SMALL, "evaluation": {"report": False, "decoding": "expectation"}}
+    run = OrdinalRegressor(**options).fit(frame, image="path", label="age")
+    answers = run.predict(frame)["value"]
+    assert run.score(frame) == pytest.approx(r2_score(frame["age"], answers), abs=1e-5)
+    assert answers.nunique() > 3
+
+
+def test_numbers_of_numpy_and_paths_are_taken(frame, gauges):
+    options = {**SMALL, "max_steps": np.int64(2), "lr": np.float64(1e-3), "data": {"root": gauges}, "seed": np.int64(2)}
+    run = OrdinalRegressor(**options).fit(frame, image="path", label="age", validation=np.float32(0.25))
+    assert run.metrics_["num_train"] == 30
 
 
 def test_runs_are_resumed_and_never_replaced_unasked(fitted, frame):
@@ -205,6 +238,9 @@ def test_runs_are_resumed_and_never_replaced_unasked(fitted, frame):
         ({"train": {"lrr": 3}}, ValueError, r"train.lrr is not a key; nearest: train.lr"),
         ({"lr": -1.0}, ValueError, r"train.lr: .*greater than 0, got -1"),
         ({"lr": 1e-3, "train": {"lr": 3e-3}}, ValueError, r"train.lr is given twice, as 0.003 and as 0.001"),
+        ({"epochs": 2, "max_steps": 3}, ValueError, r"train.max_steps and train.epochs are both given"),
+        ({"epochs": 2, "train": {"max_steps": 3}}, ValueError, r"train.max_steps and train.epochs are both given"),
+        ({"names": "low"}, ValueError, r"ranks.names: .*list, got 'low'"),
         ({"train": 3}, ValueError, r"train is a dict or a section of ordinalclip.config, got int"),
         ({"method": "l1", "prompt": "it shows"}, ValueError, r"prompt: method l1 has no prompts"),
         ({"head": {"promt": "it shows"}}, ValueError, r"head.promt.*nearest: .*prompt"),
@@ -229,6 +265,12 @@ def test_wrong_rows_are_one_clear_error(fitted, frame, tmp_path):
         new.fit(frame, frame["age"], image="path", label="age")
     with pytest.raises(ValueError, match=r"validation is a share from 0 to below 1, or rows, got 20"):
         new.fit(frame, image="path", label="age", validation=20)
+    divided = OrdinalRegressor(**SMALL, data={"split": (0.5, 0.25, 0.25)})
+    with pytest.raises(ValueError, match=r"validation is given, and data.split, which divides the rows, too"):
+        divided.fit(frame, image="path", label="age", validation=0.4)
+    for rows in ({"train": frame}, Image.new("RGB", (8, 8)), np.zeros((8, 8, 3), np.uint8), None):
+        with pytest.raises(ValueError, match=r"rows are a pandas frame, a datasets.Dataset, .* got a"):
+            new.fit(rows)
     with pytest.raises(NotFittedError):
         new.predict(frame)
     with pytest.raises(FileNotFoundError, match=r"nowhere.csv: no such table or folder"):

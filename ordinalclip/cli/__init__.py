@@ -30,7 +30,7 @@ COMMANDS = {
     "configs": "List the configurations that come with the package, or print one to copy.",
     "methods": "List the methods, or one with its options.",
     "backbones": "List the image encoders and text towers that can be named.",
-    "evaluate": "Score a run's model on its test part and print the metrics.",
+    "evaluate": "Score a run on its test part, or any model on every row of other data.",
     "predict": "Predict images with a saved model: a line per image, or files for any number of them.",
     "explain": "Draw why a model answers what it answers about pictures: maps, distribution, training pictures.",
     "demo": "Open a page in the browser for a finished run: pictures and reasons, prompts to type and drag.",

@@ -92,8 +92,18 @@ def make_whole(rows: datasets.Dataset | pd.DataFrame, config: DataConfig, ranks:
 
 
 def _whole(table: Table, config: DataConfig, ranks: Ranks) -> Part:
+    if not len(table.rows):
+        raise ValueError(f"{table.source}: has no rows")
     space = RanksConfig(values=list(ranks.values), names=list(ranks.names or ()) if ranks.worded else None)
-    tables, values, _ = read_labels({"all": table}, config, space)
+    try:
+        tables, values, _ = read_labels({"all": table}, config, space)
+    except ValueError as error:
+        if ranks.worded or "ranks.names" not in str(error):
+            raise
+        raise ValueError(
+            f"{str(error).partition('. Their order')[0]}; the model's ranks are numbers, {ranks.values[0]:g} to "
+            f"{ranks.values[-1]:g}"
+        ) from None
     part = _part(tables["all"], values["all"], config, root_of(config))
     return replace(part, ranks=ranks.rank_of(part.values, part.row_names()).numpy())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -197,19 +197,19 @@ def of_rows(rows: datasets.Dataset | pd.DataFrame, config: DataConfig) -> Pictur
     return PictureRows("data", config, table, table.column(config.image_column, "image"), root=config.root)
 
 
-def read_pictures(data: str, overrides: Sequence[str] = ()) -> PictureRows:
+def read_pictures(data: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> PictureRows:
     """The rows of a table, a folder or a data set.
 
     Args:
         data: a table; a folder of pictures with all below it, or one that `datasets` reads; or a name on the hub.
-        overrides: `data.KEY=VALUE` of `KEYS`; `data.source` says what it is where it may be several.
+        overrides: `data.KEY=VALUE` of `KEYS`, or nested; `data.source` says what it is where it may be several.
 
     Raises:
         FileNotFoundError: it is not there; ValueError: another key, no column of pictures or several, or what
             `read_table` and `read_tables` refuse.
     """
     given = _given(overrides)
-    kind = str(given.pop("source", "") or _kind(data))
+    kind = str(given.pop("source", "") or kind_of(data))
     chosen = bool(given.get("image_column"))
     if kind == "folder":
         config = _config({**given, "source": "memory"})
@@ -233,13 +233,13 @@ def read_pictures(data: str, overrides: Sequence[str] = ()) -> PictureRows:
     return PictureRows(data, config, table, _column(table, config.image_column, chosen), root=root)
 
 
-def _given(overrides: Sequence[str]) -> dict[str, Any]:
+def _given(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """What overrides say of the data.
 
     Raises:
         ValueError: other keys.
     """
-    given = flat_keys(read_overrides(overrides))
+    given = flat_keys(dict(overrides) if isinstance(overrides, Mapping) else read_overrides(overrides))
     known = [f"data.{key}" for key in KEYS]
     if wrong := [key for key in given if key not in known]:
         raise ValueError(f"{wrong[0]} says nothing of pictures to predict; {near_matches(wrong[0], known)}")
@@ -250,7 +250,7 @@ def _config(given: dict[str, Any]) -> DataConfig:
     return parse_section(given, DataConfig, "pictures to predict", "data.")
 
 
-def _kind(data: str) -> str:
+def kind_of(data: str) -> str:
     """What is named: a file is a table, a folder one of pictures, or of a data set where it holds none."""
     if not data:
         raise ValueError("data without a name was given: is a variable of the shell empty?")

@@ -28,6 +28,7 @@ from ordinalclip.results.run_report import extremes, prediction_figures
 from ordinalclip.run_folder import local
 
 GIVEN = "given "  # before the name of a column of the data that is called like one of ours
+OURS = ("evaluation.json", "predictions.parquet", "groups.csv", "report.html")
 FEW = 30  # pictures of a group, below which its interval says little
 
 
@@ -107,7 +108,8 @@ class ExternalEvaluation:
     @property
     def warnings(self) -> list[str]:
         """What is said aloud: no success, and drift that is more than chance."""
-        return [*([self.doubt] if self.doubt else []), *(each.text for each in self.drift if each.found)]
+        unlike = [f"the {each.what} are unlike those of the training, see below" for each in self.drift if each.found]
+        return [*([self.doubt] if self.doubt else []), *unlike]
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, as JSON data."""
@@ -137,7 +139,8 @@ class ExternalEvaluation:
             lines.append(f"MAE{unit and f' ({self.ranks.unit})'} by {column}:")
             for value, score in each.items():
                 mae = next(shown for shown in self._shown(score) if shown.name == "mae")
-                lines.append(f"  {value} ({len(score.rows)} images): {_number(mae)}")
+                few = ", few" if len(score.rows) < FEW else ""
+                lines.append(f"  {value} ({len(score.rows)} images{few}): {_number(mae)}")
         lines += [f"{'WARNING: ' * each.found}{each.text}" for each in self.drift]
         lines += [f"WARNING: {self.doubt}"] if self.doubt else []
         return [*lines, *self.notes]
@@ -145,8 +148,10 @@ class ExternalEvaluation:
     def write(self, folder: Path) -> None:
         """Write predictions.parquet, groups.csv, report.html and, last, evaluation.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / "predictions.parquet") as aside:
-            pq.write_table(self.table(), aside)
+        for name in OURS:
+            (folder / name).unlink(missing_ok=True)
+        with whole(folder / "predictions.parquet") as aside, aside.open("wb") as file:
+            pq.write_table(self.table(), file)
         if self.groups:
             write_csv(folder / "groups.csv", self.group_rows())
         with never_fatal(folder):
@@ -158,10 +163,15 @@ class ExternalEvaluation:
         ours = self.predictions.table("").drop_columns("part")
         given = self.images.rows.with_format("arrow")[:]
         for name, feature in self.images.rows.features.items():
-            if isinstance(feature, datasets.Image | dict) or (name == self.images.image_column and name not in ours):
+            is_path = isinstance(feature, datasets.Value) and "string" in feature.dtype
+            if isinstance(feature, datasets.Image) or (name == self.images.image_column and not is_path):
                 given = given.drop_columns(name)
-        renamed = [GIVEN + name if name in ours.column_names else name for name in given.column_names]
-        given = given.rename_columns(renamed)
+        taken = set(ours.column_names)
+        for place, name in enumerate(given.column_names):
+            while name in taken:
+                name = GIVEN + name
+            taken.add(name)
+            given = given.rename_columns([*given.column_names[:place], name, *given.column_names[place + 1 :]])
         for name in ours.column_names:
             given = given.append_column(name, ours[name])
         return given

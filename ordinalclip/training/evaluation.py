@@ -107,14 +107,14 @@ class Evaluator:
 
     @torch.no_grad()
     def sampled(self, model: OrdinalModel, part: Part, seed: int = 0) -> Tensor:
-        """(N, E) points, in the space that answers are read from, of at most `SAMPLE` random pictures of a part."""
+        """(N, E) points, in the space that answers are read from, of at most `SAMPLE` random pictures of a part.
+        Without autocast: they are compared with those of other jobs."""
         rows = np.sort(np.random.default_rng(seed).permutation(len(part))[:SAMPLE]).tolist()
         batches = [rows[begin : begin + self.batch_size] for begin in range(0, len(rows), self.batch_size)]
         points = []
         with self._inputs(model, part, batches) as inputs:
             for batch in inputs:
-                with self.accelerator.autocast():
-                    points.append(model.head.space(batch if self.features else model.encoder(batch)).cpu())
+                points.append(model.head.space(batch if self.features else model.encoder(batch)).cpu())
         return torch.cat(points)
 
     def start(self, model: OrdinalModel, parts: Parts) -> None:
