@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from safetensors.torch import save
 from torch import Tensor
 
-from ordinalclip.files import whole
 from ordinalclip.ranks import Ranks
-from ordinalclip.weights import read_safetensors
+from ordinalclip.weights import read_safetensors, write_safetensors
 
 SAMPLE = 500  # pictures whose features are remembered: their means are known to 0.045 standard deviations
 STILL = 1e-8  # share of the mean variance, below which a dimension moves by rounding alone
@@ -24,7 +22,7 @@ LEVEL = 0.001  # of the tests: among thousands of pictures everything differs a 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model remembers of the data it has learnt from; no picture can be made from it.
+    """What a model remembers of the data it has learnt from: counts, and moments over all pictures together.
 
     Attributes:
         counts: (R,) number of training labels of each rank.
@@ -49,8 +47,7 @@ class Reference:
     def save(self, path: Path) -> None:
         """Write it as safetensors."""
         tensors = {"counts": self.counts, "num": torch.tensor(self.num), "mean": self.mean, "variance": self.variance}
-        with whole(path) as aside:
-            aside.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        write_safetensors(path, tensors)
 
     @classmethod
     def load(cls, path: Path, num_ranks: int) -> Reference:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,7 @@ from ordinalclip.data import Part, load_parts, load_whole, make_whole
 from ordinalclip.data.duplicates import MOST_HASHED, copies, repeated
 from ordinalclip.data.labels import arrow_column
 from ordinalclip.data.pictures import KEYS, kind_of
-from ordinalclip.drift import Drift, feature_drift, label_drift
+from ordinalclip.drift import feature_drift, label_drift
 from ordinalclip.files import content_digest
 from ordinalclip.heads import head_class
 from ordinalclip.metrics import against_constant, constant_answer, metrics_with
@@ -38,7 +37,6 @@ from ordinalclip.suggestions import near_matches
 from ordinalclip.training.distributed import from_main, make_accelerator
 from ordinalclip.training.evaluation import Evaluator, predictions_of
 
-logger = logging.getLogger(__name__)
 CARRIED = ("image_column", "label_column", "suffix", "extra_formats")  # keys of data that a run's new data shares
 READ = (*KEYS, "label_column", "decimal", "missing", "cache_mb")  # keys of data by which other data is read
 ALLOWED = (*(f"data.{key}" for key in READ), "evaluation.batch_size", "evaluation.cs")
@@ -85,12 +83,12 @@ def evaluate_external(
     part = make_whole(data, config, ranks) if in_memory else load_whole(config, ranks)
     members = {column: _members(part, column) for column in dict.fromkeys(by)}  # refused before anything is computed
 
+    loaded.to(accelerator.device)
     evaluator = Evaluator(accelerator, options.batch_size, config.workers, quiet or not accelerator.is_main_process)
     reference, points = loaded.reference, None
-    with _lent(loaded, accelerator.device):
-        predictions = predictions_of(loaded, part, evaluator.outputs(loaded, part, "evaluating"))
-        if reference is not None and reference.num and len(part) > 1:
-            points = evaluator.sampled(loaded, part)
+    predictions = predictions_of(loaded, part, evaluator.outputs(loaded, part, "evaluating"))
+    if reference is not None and reference.num and len(part) > 1:
+        points = evaluator.sampled(loaded, part)
     if len(wrong := np.flatnonzero(~np.isfinite(predictions.values))):
         raise ValueError(f"{part.place(int(wrong[0]))}: the model answers with a number that is not finite")
     counts = None if reference is None else reference.counts.tolist()
@@ -110,9 +108,14 @@ def evaluate_external(
     else:
         why = "its run had no validation part" if reference is not None else "it was saved without"
         notes.append(f"features: not compared, the model does not remember those of its data ({why})")
-    evaluation = _assembled(loaded, name, part, predictions, options, members, counts, drift)
     notes += [*_repeats(part), *from_main(accelerator, lambda: _leaks(run, part))]
-    evaluation = replace(evaluation, notes=notes, record=_record(name, run, part))
+    evaluation = replace(
+        _scored(loaded, part, predictions, options, members, counts),
+        name=name,
+        drift=drift,
+        notes=notes,
+        record=_record(name, run, part),
+    )
     if folder is not None:
         from_main(accelerator, lambda: evaluation.write(folder))
     return evaluation
@@ -139,26 +142,10 @@ def _accelerator() -> Accelerator:
     return make_accelerator(kept)
 
 
-@contextmanager
-def _lent(model: OrdinalModel, device: torch.device) -> Iterator[None]:
-    """A model on a device and in evaluation mode; afterwards it is as it was, its parts being those of another one."""
-    modules = [*model.modules()]
-    modes, before = [module.training for module in modules], model.device
-    try:
-        model.to(device).eval()
-        yield
-    finally:
-        model.to(before)
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-
-
 def _in_memory(model: OrdinalModel) -> tuple[OrdinalModel, str, RunFolder | None]:
-    place, modes = str(getattr(model, "name_or_path", "")), [(each, each.training) for each in model.modules()]
-    deployed = model.deploy()
-    for module, mode in modes:
-        module.training = mode
-    return deployed, place or "a model in memory", find_model(place)[1] if place else None
+    """A copy as it is served, so that the model itself stays where and as it is."""
+    place = str(getattr(model, "name_or_path", ""))
+    return deepcopy(model).deploy(), place or "a model in memory", find_model(place)[1] if place else None
 
 
 def served(model: str | Path) -> tuple[OrdinalModel, str, RunFolder | None]:
@@ -241,16 +228,15 @@ def _number(text: str) -> float:
     return number if number == number else float("inf")
 
 
-def _assembled(
+def _scored(
     model: OrdinalModel,
-    name: str,
     part: Part,
     predictions: Predictions,
     options: EvaluationConfig,
     members: Mapping[str, Mapping[str, np.ndarray]],
     counts: Sequence[int] | None,
-    drift: Sequence[Drift],
 ) -> ExternalEvaluation:
+    """All rows and all groups, scored; what is to be said of the data is still missing."""
     ranks = model.head.ranks
     known = {
         name: metric
@@ -267,11 +253,11 @@ def _assembled(
         return Score(rows, metrics, chosen.intervals(defined, ranks))
 
     constant = None
-    if counts is not None and np.isfinite(predictions.values).all():
+    if counts is not None:
         constant = against_constant(predictions.values, predictions.labels, constant_answer(counts, ranks.values))
     groups = {column: {value: scored(rows) for value, rows in each.items()} for column, each in members.items()}
     score = scored(np.arange(len(part)))
-    return ExternalEvaluation(model, name, part, predictions, known, score, groups, counts, constant, drift, (), {})
+    return ExternalEvaluation(model, "", part, predictions, known, score, groups, counts, constant, (), (), {})
 
 
 def _repeats(part: Part) -> list[str]:

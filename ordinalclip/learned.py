@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ordinalclip.files import whole
 from ordinalclip.language import PromptHead
 from ordinalclip.tokenization import words_of
-from ordinalclip.weights import fault, read_safetensors
+from ordinalclip.weights import fault, read_safetensors, write_safetensors
 
 SAVED = "prompts.safetensors"  # in the folder of a model
 SIGNATURE = "ordinalclip"  # key of the metadata that names and words are noted under
@@ -84,9 +82,8 @@ class LearnedPrompts:
     def save(self, file: str | Path) -> None:
         """A safetensors file: `context` and `rank_embeddings`; names and words are in its metadata."""
         about = {"names": self.names, "words": self.words, "chance": self.chance}
-        tensors = {"context": self.context.contiguous(), "rank_embeddings": self.rank_embeddings.contiguous()}
-        with whole(Path(file)) as aside:
-            aside.write_bytes(save(tensors, {SIGNATURE: json.dumps(about)}))
+        tensors = {"context": self.context, "rank_embeddings": self.rank_embeddings}
+        write_safetensors(Path(file), tensors, {SIGNATURE: json.dumps(about)})
 
     @classmethod
     def load(cls, file: str | Path) -> LearnedPrompts:

@@ -361,18 +361,10 @@ class OrdinalRegressor(BaseEstimator):
             num; metrics by name; intervals, [low, high] by name; groups by column and value; drift from the training
             data; notes.
         """
-        by = [by] if isinstance(by, str) else list(by)
-        return self._evaluated(X, y, image, label, by, out, overwrite).to_dict()
+        return self._evaluated(X, y, image, label, by=by, out=out, overwrite=overwrite).to_dict()
 
     def _evaluated(
-        self,
-        X: Rows,
-        y: ArrayLike | None = None,
-        image: str | None = None,
-        label: str | None = None,
-        by: Sequence[str] = (),
-        out: str | Path | None = None,
-        overwrite: bool = False,
+        self, X: Rows, y: ArrayLike | None, image: str | None = None, label: str | None = None, **options: Any
     ) -> ExternalEvaluation:
         check_is_fitted(self)
         keys: dict[str, Any] = {key: value for key, value in _section("data", self.data).items() if key in READ}
@@ -384,7 +376,7 @@ class OrdinalRegressor(BaseEstimator):
         root = str(keys.pop("root", "") or "")
         if isinstance(rows, str) and os.path.isdir(rows):
             root = ""  # a folder lies where it lies
-        return evaluate_external(self.model_, rows, root, by, {"data": keys}, out, overwrite, self.quiet)
+        return evaluate_external(self.model_, rows, root, overrides={"data": keys}, quiet=self.quiet, **options)
 
     def score(self, X: Rows, y: ArrayLike | None = None) -> float:
         """R² of the values that `predict` gives, as scikit-learn's regressors have it; `evaluate` says more."""
@@ -511,6 +503,8 @@ def _frame(X: Any, y: Any, config: RunConfig) -> pd.DataFrame | datasets.Dataset
         frame = pd.DataFrame({image: pd.Series(pictures, dtype=object)})
     if y is None:
         return frame
+    if isinstance(X, pd.DataFrame | pd.Series) and isinstance(y, pd.Series) and not X.index.equals(y.index):
+        raise ValueError(f"{OWN}: pictures and y have different indexes; y.to_numpy() takes labels by their places")
     labels = np.asarray(y)
     if labels.ndim != 1 or len(labels) != len(frame):
         raise ValueError(f"{OWN}: {len(frame)} pictures and labels of shape {labels.shape}; one label each is wanted")

@@ -31,13 +31,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save
 
 from ordinalclip.config import RunConfig, flat_keys, load_config, read_layers
 from ordinalclip.files import ASIDE, delete, lock, read_json, unwritten, whole, write_json, write_text
 from ordinalclip.model import OrdinalModel
 from ordinalclip.predictions import Predictions
-from ordinalclip.weights import read_safetensors
+from ordinalclip.weights import read_safetensors, write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -358,8 +357,7 @@ class RunFolder:
 
     def write_prompts(self, prompts: dict[str, torch.Tensor]) -> None:
         """prompts.safetensors, of a few tensors by name."""
-        with whole(self.prompts) as aside:
-            aside.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in prompts.items()}))
+        write_safetensors(self.prompts, prompts)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """metrics.json, whole or not at all."""

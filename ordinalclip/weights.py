@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from ordinalclip.files import whole
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SMALL = (torch.int8, torch.uint8, torch.int16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -86,6 +89,16 @@ def read_safetensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         why = str(error).strip().partition("\n")[0]
         raise ValueError(f"{file}: damaged or no safetensors file ({why})") from error
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file of a few tensors, whole or not at all.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with whole(file) as aside:
+        aside.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def add_metadata(file: Path, metadata: Mapping[str, str]) -> None:

@@ -261,6 +261,8 @@ def test_wrong_rows_are_one_clear_error(fitted, frame, tmp_path):
         new.fit(frame, image="path")
     with pytest.raises(ValueError, match=r"40 pictures and labels of shape \(39,\)"):
         new.fit(list(frame["path"]), frame["age"][:39])
+    with pytest.raises(ValueError, match="pictures and y have different indexes"):
+        new.fit(frame["path"], frame["age"][::-1])
     with pytest.raises(ValueError, match="y is given, and a column 'age' is there, too"):
         new.fit(frame, frame["age"], image="path", label="age")
     with pytest.raises(ValueError, match=r"validation is a share from 0 to below 1, or rows, got 20"):

@@ -87,14 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.answers import load_model
     from ordinalclip.bulk import Options, predict_to_file, predict_to_folder
-    from ordinalclip.run_folder import RunFolder
+    from ordinalclip.run_folder import find_model
     from ordinalclip.training.distributed import make_accelerator
 
     out = Path(arguments.out) if arguments.out else None
     _check(arguments, out)
     rows = _rows(arguments)
-    inside = RunFolder(arguments.model).model
-    name = str(inside if (inside / "config.json").is_file() else arguments.model)
+    name, _ = find_model(arguments.model)
     import_given(arguments)
     accelerator = make_accelerator("no", timeout=WAITS)
     model = load_model(name).to(accelerator.device)

@@ -192,7 +192,10 @@ class ExternalEvaluation:
         """Every figure, with the sentence below it."""
         drawn = prediction_figures(self.predictions, self.ranks, self.decoding, self.counts, width)
         for number, (column, each) in enumerate(self.groups.items()):
-            shown = {value: (score.metrics["mae"], score.intervals["mae"]) for value, score in each.items()}
+            unknown = (np.nan, np.nan)  # of a single picture
+            shown = {
+                value: (score.metrics["mae"], score.intervals.get("mae", unknown)) for value, score in each.items()
+            }
             overall = self.score.metrics["mae"]
             assert overall is not None
             drawn[f"groups_{number}"] = (
