@@ -1,0 +1,527 @@
+"""A finished model as a graph that other programs run without this package: ONNX, OpenVINO or torch.export.
+
+Pixels in, answers out: the encoder, the head and the decoding are all in the graph, the batch is of any size. Before it
+is written it has to answer a few pictures as the model does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor, nn
+
+from ordinalclip import __version__
+from ordinalclip.data import Part, load_parts
+from ordinalclip.external import served
+from ordinalclip.files import whole, write_json
+from ordinalclip.gauges import KINDS, drawn_gauges
+from ordinalclip.heads import Prediction, without_branches
+from ordinalclip.images import FORMATS, MAX_PIXELS, MAX_RATIO, PixelSpec, load_image, prepare, read_formats
+from ordinalclip.model import OrdinalModel
+from ordinalclip.progress import Progress, announced
+from ordinalclip.provenance import fingerprints
+from ordinalclip.ranks import Ranks
+from ordinalclip.run_folder import RunFolder
+from ordinalclip.weights import first_line
+
+Format = Literal["onnx", "torch-export", "openvino"]
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]  # (B, 3, size, size) float32 -> outputs by name
+
+GRAPHS = {"onnx": "model.onnx", "torch-export": "model.pt2", "openvino": "model.xml"}
+MARK = "export.json"
+OURS = (MARK, *GRAPHS.values(), "model.onnx.data", "model.bin", "preprocessing.json", "ranks.json", "predict.py")
+BATCHES = (1, 3, 7)  # in which a graph is tried
+TOLERANCE = 1e-4  # of values as a share of the range of the ranks, and of probabilities
+TIE = 1e-6  # so near to a boundary rounding decides which of two ranks is answered
+CALIBRATION = 200  # pictures for int8
+SCORED = 500  # pictures of the validation part by which its price is known
+QUANTISED = ("Conv", "MatMul", "Gemm")  # of the encoder; the head and the decoding stay in float32
+
+
+class Served(nn.Module):
+    """What is exported: (B, 3, size, size) pixels -> `value` (B,) in label units, `rank` (B,), and `probabilities`
+    (B, R) of heads that have them.
+
+    A value is NaN where anything is not finite that `check_numbers` would have refused.
+    """
+
+    def __init__(self, model: OrdinalModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        model = self.model
+        with without_branches() as unchecked:
+            prediction = model.head.predict(model.head(model.encoder(pixel_values)))
+        value = prediction.value
+        for each in unchecked:
+            value = torch.where(each.isfinite().reshape(each.shape[0], -1).all(dim=1), value, torch.nan)
+        found = {"value": value, "rank": prediction.rank, "probabilities": prediction.probabilities}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a graph's answers are from the model's.
+
+    Attributes:
+        pictures: how many were asked.
+        value: largest difference of values, as a share of the range of the ranks.
+        probability: largest difference of probabilities; None: the head has none.
+        ties: answers that lie within `TIE` of two ranks, and fell on the other one.
+    """
+
+    pictures: int
+    value: float
+    probability: float | None
+    ties: int
+
+    def __str__(self) -> str:
+        share = "" if self.probability is None else f", of probabilities {self.probability:.1g}"
+        ties = f"; {self.ties} of them on a tie between two ranks, where either may be answered" * (self.ties > 0)
+        return (
+            f"largest difference from the model on {self.pictures} pictures: of values {self.value:.1g} of the range of "
+            f"the ranks{share}{ties}"
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What int8 costs.
+
+    Attributes:
+        difference: mean absolute difference of values from those in float32, in label units.
+        before, after: mean absolute error in float32 and int8; None where there are no labels.
+        pictures: how many were asked.
+        where: whose they are.
+    """
+
+    difference: float
+    before: float | None
+    after: float | None
+    pictures: int
+    where: str
+
+    def __str__(self) -> str:
+        mae = "" if self.before is None else f"MAE {self.before:.4g} before, {self.after:.4g} after; "
+        return f"int8: {mae}answers move by {self.difference:.4g} on average ({self.pictures} {self.where})"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the folder, how well it agrees, and for int8 what that costs."""
+
+    folder: Path
+    agreement: Agreement
+    cost: Cost | None = None
+
+
+def export(
+    model: str | Path | OrdinalModel,
+    folder: str | Path,
+    format: Format = "onnx",
+    int8: bool = False,
+    pictures: Sequence[Any] | None = None,
+    calibration: int = CALIBRATION,
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> Exported:
+    """Write a model as a graph, with all that is needed to ask it: `predict.py`, `preprocessing.json`, `ranks.json`.
+
+    Args:
+        model: a run folder, a model folder, a name on the hub, or a model in memory, which stays as it is.
+        folder: to write.
+        format: "onnx" (model.onnx), "openvino" (model.xml, model.bin) or "torch-export" (model.pt2).
+        int8: weights and activations of the encoder in 8 bits, per channel, calibrated on pictures. ONNX alone.
+        pictures: what `load_image` takes; to calibrate on and to try the graph with. Default: of a run its training
+            part to calibrate on; drawn instruments to try.
+        calibration: how many pictures to calibrate on at most.
+        overwrite: replace an export that is in the folder.
+
+    Raises:
+        ImportError: a package that writes or runs the format is not installed; FileExistsError: the folder holds
+            something; FileNotFoundError: no such model; ValueError: an unknown format, a method or a backbone that
+            cannot be exported, a graph that does not answer as the model does, no pictures to calibrate on.
+    """
+    if format not in get_args(Format):
+        raise ValueError(f"format {format!r} is unknown; choices: {', '.join(get_args(Format))}")
+    if int8 and format != "onnx":
+        raise ValueError(f"int8 is for format onnx, not {format}; OpenVINO reads the int8 model.onnx, too")
+    folder = Path(folder)
+    _check_free(folder, overwrite)
+    _check_installed(format)
+    loaded, name, run = (model, str(model.name_or_path), None) if isinstance(model, OrdinalModel) else served(model)
+    deployed = deepcopy(loaded).deploy().float().cpu()
+    graph = Served(deployed).eval()
+    source = f"method {deployed.config.method!r} on backbone {deployed.config.backbone!r}"
+    calibrating = _calibration(run, pictures, calibration) if int8 else None
+    tried = _tried(deployed.config.pixel_spec, pictures)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with whole(folder) as aside:
+        aside.mkdir()
+        file = aside / GRAPHS[format]
+        with announced(f"exporting {name or source}", quiet), _explained(source, format):
+            _write_graph(graph, format, file)
+        ask = RUNNERS[format](file)
+        agreement = _compared(deployed, ask, tried, f"{source}, {format}")
+        cost = None
+        if calibrating is not None:
+            before = ask
+            with announced("quantising", quiet):
+                _quantise(file, _Batches(calibrating, deployed.config.pixel_spec, quiet))
+            cost = _cost(run, deployed, before, RUNNERS[format](file), calibrating, quiet)
+        _write_beside(aside, deployed, format, run)
+        written = {
+            "model": _source(name, deployed),
+            "format": format,
+            "int8": int8,
+            "agreement": asdict(agreement),
+            "cost": None if cost is None else asdict(cost),
+            "versions": {"ordinalclip": __version__, "torch": torch.__version__} | _versions(format),
+        }
+        write_json(aside / MARK, written)
+    return Exported(folder, agreement, cost)
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    """Raises:
+    FileExistsError: the folder holds something that is not to be replaced."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder}: a file, where a folder for the export is wanted")
+    found = sorted(path.name for path in folder.iterdir() if path.name != "__pycache__")
+    if found and (MARK not in found or set(found) - set(OURS)):
+        other = min(set(found) - set(OURS), default=found[0])
+        raise FileExistsError(f"{folder}: holds {other}, which is of no export; choose another folder")
+    if found and not overwrite:
+        raise FileExistsError(f"{folder}: holds an export already; overwrite replaces it, or choose another folder")
+
+
+NEEDED = {
+    "onnx": {"onnx": "export", "onnxscript": "export", "onnxruntime": "export"},
+    "openvino": {"openvino": "openvino"},
+    "torch-export": {},
+}
+
+
+def _check_installed(format: Format) -> None:
+    for package, extra in NEEDED[format].items():
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(f"format {format} needs {package}: pip install 'ordinalclip[{extra}]' ({error})") from error
+
+
+def _versions(format: Format) -> dict[str, str]:
+    return {package: str(importlib.import_module(package).__version__) for package in NEEDED[format]}
+
+
+def _source(name: str, model: OrdinalModel) -> dict[str, str]:
+    """What was exported, without where it lay."""
+    return {
+        "folder": Path(name).name if name else "",
+        "method": model.config.method,
+        "backbone": model.config.backbone.partition(":")[0],
+    }
+
+
+@contextlib.contextmanager
+def _explained(source: str, format: Format) -> Iterator[None]:
+    """What the libraries raise, in one line.
+
+    Raises:
+        ValueError: it cannot be exported.
+    """
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever they are made of
+        raise ValueError(f"{source} cannot be exported to {format}: {_innermost(error)}") from error
+
+
+def _innermost(error: BaseException) -> str:
+    """What went wrong at first, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _write_graph(graph: Served, format: Format, file: Path) -> None:
+    """The graph as a file of a format."""
+    size = graph.model.config.pixel_spec.size
+    batch = {"pixel_values": {0: torch.export.Dim("batch")}}
+    with torch.no_grad():
+        program = torch.export.export(graph, (torch.zeros(2, 3, size, size),), dynamic_shapes=batch, strict=False)
+    for module in program.graph_module.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            node.meta.pop("stack_trace", None)  # which tells where this machine keeps its files
+    if format == "torch-export":
+        torch.export.save(program, file)
+    elif format == "openvino":
+        import openvino
+
+        converted = openvino.convert_model(program)
+        for output, name in zip(converted.outputs, _outputs(graph), strict=True):
+            output.get_tensor().set_names({name})
+        converted.inputs[0].get_tensor().set_names({"pixel_values"})
+        openvino.save_model(converted, file, compress_to_fp16=False)
+    else:
+        options: Any = {"input_names": ["pixel_values"], "output_names": _outputs(graph), "verbose": False}
+        exported = torch.onnx.export(program, (), dynamo=True, optimize=True, **options)
+        assert exported is not None
+        exported.save(file)
+
+
+def _outputs(graph: Served) -> list[str]:
+    """Names of what a graph gives."""
+    size = graph.model.config.pixel_spec.size
+    with torch.no_grad():
+        return list(graph(torch.zeros(1, 3, size, size)))
+
+
+def _ask_onnx(file: Path, threads: int = 0) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda pixels: dict(zip(names, session.run(None, {"pixel_values": pixels}), strict=True))
+
+
+def _ask_openvino(file: Path, threads: int = 0) -> Run:
+    import openvino
+
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}  # or processors that know bfloat16 compute in it
+    if threads:
+        options |= {"INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(file, "CPU", options)
+    return lambda pixels: {output.any_name: array for output, array in compiled({"pixel_values": pixels}).items()}
+
+
+def _ask_torch(file: Path, threads: int = 0) -> Run:
+    module = torch.export.load(file).module()
+
+    def ask(pixels: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            return {name: tensor.numpy() for name, tensor in module(torch.from_numpy(pixels)).items()}
+
+    return ask
+
+
+RUNNERS: dict[str, Callable[..., Run]] = {"onnx": _ask_onnx, "openvino": _ask_openvino, "torch-export": _ask_torch}
+
+
+def _tried(spec: PixelSpec, pictures: Sequence[Any] | None) -> Tensor:
+    """Pixels of as many pictures as all `BATCHES` take: of those that are given, or drawn instruments."""
+    count = sum(BATCHES)
+    if pictures is not None and len(pictures):
+        rows = np.linspace(0, len(pictures) - 1, count).round().astype(int).tolist()
+        return torch.stack([prepare(load_image(pictures[row], f"picture {row + 1}"), spec) for row in rows])
+    drawn = [each for kind in KINDS for each, _ in drawn_gauges(kind, -(-count // len(KINDS)), 7)]
+    return torch.stack([prepare(each, spec) for each in drawn[:count]])
+
+
+def _compared(model: OrdinalModel, ask: Run, pixels: Tensor, where: str) -> Agreement:
+    """Ask the graph in all `BATCHES`.
+
+    Raises:
+        ValueError: it answers otherwise than the model.
+    """
+    values, shares, ties, begin = [0.0], [0.0], 0, 0
+    for size in BATCHES:
+        batch = pixels[begin : begin + size]
+        begin += size
+        expected, found = model.predict(batch), ask(batch.numpy())
+        tied = on_a_tie(expected, model.head.ranks, model.config.decoding).numpy()
+        same = found["rank"] == expected.rank.numpy()
+        ties += int((tied & ~same).sum())
+        value, share = differences(expected, found, model.head.ranks, same | ~tied)
+        values.append(value)
+        shares.append(share or 0.0)
+        if not (tied | same).all() or not (value <= TOLERANCE and shares[-1] <= TOLERANCE):
+            raise ValueError(
+                f"{where}: the graph does not answer as the model does: values differ by {value:.2g} of the range of "
+                f"the ranks, probabilities by {shares[-1]:.2g}, {int((~same & ~tied).sum())} of {size} ranks; allowed "
+                f"is {TOLERANCE:g}, and no other rank"
+            )
+    return Agreement(sum(BATCHES), max(values), None if expected.probabilities is None else max(shares), ties)
+
+
+def differences(
+    expected: Prediction, found: dict[str, np.ndarray], ranks: Ranks, counted: np.ndarray
+) -> tuple[float, float | None]:
+    """Largest difference of the values of the rows that count, as a share of the range of the ranks, and of all
+    probabilities; infinite where one is not finite."""
+    moved = np.abs(found["value"] - expected.value.numpy())[counted] / (ranks.values[-1] - ranks.values[0])
+    value = float(np.nan_to_num(moved, nan=np.inf).max(initial=0.0))
+    if expected.probabilities is None:
+        return value, None
+    shares = np.abs(found["probabilities"] - expected.probabilities.numpy())
+    return value, float(np.nan_to_num(shares, nan=np.inf).max())
+
+
+def on_a_tie(prediction: Prediction, ranks: Ranks, decoding: str) -> Tensor:
+    """(B,) whether an answer lies within `TIE` of two ranks."""
+    if prediction.probabilities is None or decoding == "expectation":
+        values = prediction.value.double()
+        inner = torch.tensor(ranks.values, dtype=torch.float64).unfold(0, 2, 1).mean(dim=1)
+        if ranks.edges is not None:
+            edges = ranks.edges[1:-1] if len(ranks.edges) == len(ranks) + 1 else ranks.edges
+            inner = torch.tensor(edges, dtype=torch.float64)
+        return (values[:, None] - inner).abs().amin(dim=1) <= TIE * (ranks.values[-1] - ranks.values[0])
+    if decoding == "median":
+        return (prediction.probabilities.cumsum(dim=1) - 0.5).abs().amin(dim=1) <= TIE
+    first, second = prediction.probabilities.topk(2, dim=1).values.unbind(dim=1)
+    return first - second <= TIE
+
+
+class _Pictures(Sequence[Any]):
+    """Some rows of a part, spread over its labels."""
+
+    def __init__(self, part: Part, count: int):
+        order = np.argsort(part.values, kind="stable")
+        self.part, self.rows = part, order[np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.part.image(int(self.rows[index]))
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.part.values[self.rows]
+
+
+def _parts_of(run: RunFolder) -> Any:
+    """The run's data, as it was.
+
+    Raises:
+        ValueError: it is not there any more, or another.
+    """
+    config = run.read_config()
+    elsewhere = "name pictures to calibrate on (--data)"
+    if config.data.source == "memory":
+        raise ValueError(f"{run.path}: the run got its data in memory; {elsewhere}")
+    try:
+        parts = load_parts(config.data, config.ranks, config.seed)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run.path}: the run's data cannot be read ({first_line(error)}); {elsewhere}") from error
+    if changed := run.data_difference(fingerprints(parts)):
+        raise ValueError(f"{run.path}: {changed}; {elsewhere}")
+    return parts
+
+
+def _calibration(run: RunFolder | None, pictures: Sequence[Any] | None, count: int) -> Sequence[Any]:
+    """Pictures to calibrate on."""
+    if count < 1:
+        raise ValueError(f"calibration must be 1 or more pictures, got {count}")
+    if pictures is not None:
+        if not len(pictures):
+            raise ValueError("no pictures to calibrate on")
+        rows = np.unique(np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int)).tolist()
+        return [pictures[row] for row in rows]
+    if run is None:
+        raise ValueError("int8 needs pictures to calibrate on: the model is of no run that is here; name some (--data)")
+    return _Pictures(_parts_of(run).train, count)
+
+
+class _Batches:
+    """Calibration pictures one by one, as onnxruntime asks for them."""
+
+    def __init__(self, pictures: Sequence[Any], spec: PixelSpec, quiet: bool):
+        self.pictures, self.spec = pictures, spec
+        self.rows = iter(Progress(range(len(pictures)), "calibrating", unit="images", quiet=quiet))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        row = next(self.rows, None)
+        if row is None:
+            return None
+        return {"pixel_values": prepare(load_image(self.pictures[row], f"picture {row + 1}"), self.spec)[None].numpy()}
+
+
+def _quantise(file: Path, batches: _Batches) -> None:
+    """model.onnx in 8 bits, in its place."""
+    import onnx
+    from onnxruntime.quantization import QuantFormat, quantize_static
+
+    graph = onnx.load(file).graph
+    head = [node.name for node in graph.node if not _of_encoder(node)]
+    small = file.with_name("int8.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize_static(
+            file,
+            small,
+            batches,
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=QUANTISED,
+            per_channel=True,
+            nodes_to_exclude=head,
+        )
+    small.replace(file)
+
+
+def _of_encoder(node: Any) -> bool:
+    scopes = next((each.value for each in node.metadata_props if each.key == "namespace"), "")
+    return "model.encoder" in scopes
+
+
+def _cost(
+    run: RunFolder | None, model: OrdinalModel, before: Run, after: Run, pictures: Sequence[Any], quiet: bool
+) -> Cost:
+    """What int8 costs: on the validation part of a run, else on the pictures that it was calibrated on."""
+    labels, where = None, "pictures that it was calibrated on"
+    if isinstance(pictures, _Pictures) and run is not None and (held := _parts_of(run).validation) is not None:
+        pictures = _Pictures(held, SCORED)
+        labels, where = pictures.labels, "pictures of the validation part"
+    spec, values = model.config.pixel_spec, []
+    for row in Progress(range(len(pictures)), "comparing", unit="images", quiet=quiet):
+        pixels = prepare(load_image(pictures[row], f"picture {row + 1}"), spec)[None].numpy()
+        values.append([float(ask(pixels)["value"][0]) for ask in (before, after)])
+    found = np.array(values)
+    if not np.isfinite(found).all():
+        raise ValueError("int8: the model answers with numbers that are not finite")
+    errors = [None, None] if labels is None else np.abs(found - labels[:, None]).mean(axis=0).tolist()
+    return Cost(float(np.abs(found[:, 1] - found[:, 0]).mean()), *errors, len(pictures), where)
+
+
+def _write_beside(folder: Path, model: OrdinalModel, format: Format, run: RunFolder | None) -> None:
+    """What is needed to ask the graph: how pixels are prepared, the ranks, and a program that does it."""
+    spec, ranks = model.config.pixel_spec, model.head.ranks
+    formats = FORMATS if run is None else read_formats(run.read_config().data.extra_formats)
+    limits = {"max_pixels": MAX_PIXELS, "max_ratio": MAX_RATIO}
+    write_json(
+        folder / "preprocessing.json", asdict(spec) | {"scaled_size": spec.scaled_size, "formats": formats} | limits
+    )
+    write_json(folder / "ranks.json", {"values": ranks.values, "names": ranks.names, "unit": ranks.unit})
+    package = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch"}[format]
+    environment = Environment(
+        loader=PackageLoader("ordinalclip", "assets/export"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    title = f"Answers of an ordinal regression model ({GRAPHS[format]}) to pictures, as a table."
+    text = environment.get_template("predict.py.jinja").render(title=title, format=format, package=package, level=None)
+    (folder / "predict.py").write_text(text, encoding="utf-8")
