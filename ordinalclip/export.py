@@ -258,10 +258,10 @@ def _explained(source: str, format: Format) -> Iterator[None]:
 
 
 def _innermost(error: BaseException) -> str:
-    """What went wrong at first, in a line."""
+    """What went wrong at first, in a line of a size that can be read."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _write_graph(graph: Served, format: Format, file: Path) -> None:
@@ -269,7 +269,8 @@ def _write_graph(graph: Served, format: Format, file: Path) -> None:
     size = graph.model.config.pixel_spec.size
     batch = {"pixel_values": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
-        program = torch.export.export(graph, (torch.zeros(2, 3, size, size),), dynamic_shapes=batch, strict=False)
+        pixels = {"pixel_values": torch.zeros(2, 3, size, size)}
+        program = torch.export.export(graph, (), pixels, dynamic_shapes=batch, strict=False)
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
             node.meta.pop("stack_trace", None)  # which tells where this machine keeps its files
@@ -284,8 +285,8 @@ def _write_graph(graph: Served, format: Format, file: Path) -> None:
         converted.inputs[0].get_tensor().set_names({"pixel_values"})
         openvino.save_model(converted, file, compress_to_fp16=False)
     else:
-        options: Any = {"input_names": ["pixel_values"], "output_names": _outputs(graph), "verbose": False}
-        exported = torch.onnx.export(program, (), dynamo=True, optimize=True, **options)
+        named: Any = {"dynamic_shapes": {"pixel_values": {0: "batch"}}, "output_names": _outputs(graph)}
+        exported = torch.onnx.export(program, (), dynamo=True, verbose=False, **named)
         assert exported is not None
         exported.save(file)
 
@@ -322,7 +323,7 @@ def _ask_torch(file: Path, threads: int = 0) -> Run:
 
     def ask(pixels: np.ndarray) -> dict[str, np.ndarray]:
         with torch.no_grad():
-            return {name: tensor.numpy() for name, tensor in module(torch.from_numpy(pixels)).items()}
+            return {name: tensor.numpy() for name, tensor in module(pixel_values=torch.from_numpy(pixels)).items()}
 
     return ask
 
