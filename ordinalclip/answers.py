@@ -39,12 +39,14 @@ class Answers:
         ranks: (N,) int64; -1 for a broken picture.
         probabilities: (N, R) float32, NaN for a broken picture; None for heads without.
         errors: of each picture why it is broken, or None.
+        intervals: (N, 2) lower and upper ends in the label's unit, NaN for a broken picture; None: not asked for.
     """
 
     values: np.ndarray
     ranks: np.ndarray
     probabilities: np.ndarray | None
     errors: list[str | None]
+    intervals: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -60,16 +62,18 @@ class Answers:
         if not every:
             raise ValueError("no pictures, so there are no answers")
         found = [piece.probabilities for piece in every if piece.probabilities is not None]
+        ends = [piece.intervals for piece in every if piece.intervals is not None]
         return cls(
             np.concatenate([piece.values for piece in every]),
             np.concatenate([piece.ranks for piece in every]),
             np.concatenate(found) if found else None,
             [error for piece in every for error in piece.errors],
+            np.concatenate(ends) if ends else None,
         )
 
     def to_arrow(self, ranks: Ranks) -> pa.Table:
-        """A row per picture: value, rank, name, probabilities (of heads that have them), error; null where there is
-        none."""
+        """A row per picture: value, rank, name, low and high (where asked for), probabilities (of heads that have
+        them), error; null where there is none."""
         broken = self.ranks < 0
         rank = pa.array(self.ranks, mask=broken)
         columns = {
@@ -77,6 +81,8 @@ class Answers:
             "rank": rank,
             "name": pa.array(ranks.names, pa.string()).take(rank),
         }
+        if self.intervals is not None:
+            columns |= {name: pa.array(self.intervals[:, i], mask=broken) for i, name in enumerate(("low", "high"))}
         if self.probabilities is not None:
             ends = np.append(0, np.cumsum(np.where(broken, 0, self.probabilities.shape[1]))).astype(np.int32)
             likely = pa.array(self.probabilities[~broken].ravel(), pa.float32())
@@ -113,6 +119,7 @@ def answer(
     names: Sequence[str] | None = None,
     batches: Iterable[list[int]] | None = None,
     prefetch: int = 2,
+    interval: float | None = None,
 ) -> Generator[Answers, None, None]:
     """What a model answers, on its device and in its precision; a batch is decoded when it is asked for.
 
@@ -127,11 +134,12 @@ def answer(
         names: what to call pictures in the error that is raised; default: their paths, or "picture N", from 1.
         batches: indices of the pictures of each batch; default: all, in order.
         prefetch: batches that each worker is ahead.
+        interval: level of the intervals that are given, too, see `OrdinalModel.interval`.
 
     Raises:
-        ValueError: another `errors`; NoNumber: the model answers every picture of a batch, or under "stop" one, with
-            what is not finite (else that is a row with its error); BrokenImageError: see `errors`; ChildProcessError: a
-            process that decodes was killed.
+        ValueError: another `errors`, an interval that the model has not; NoNumber: the model answers every picture of a
+            batch, or under "stop" one, with what is not finite (else that is a row with its error); BrokenImageError:
+            see `errors`; ChildProcessError: a process that decodes was killed.
 
     >>> [len(batch) for batch in answer(model, ["a.png", "b.png", "c.png"], batch_size=2)]  # doctest: +SKIP
     [2, 1]
@@ -139,6 +147,8 @@ def answer(
     if errors not in get_args(Errors):
         raise ValueError(f"errors must be keep or stop, got {errors!r}")
     model.eval()
+    if interval is not None:
+        model.check_interval(interval)
     if batches is None:
         rows = range(len(pictures))
         batches = (list(rows[begin : begin + batch_size]) for begin in range(0, len(rows), batch_size))
@@ -146,7 +156,7 @@ def answer(
         _Pixels(pictures, model.config.pixel_spec, formats, errors, names), batches, workers, prefetch
     ) as loaded:
         for pixels, reasons in loaded:
-            yield _answered(model, pixels, [reason or None for reason in reasons], errors)
+            yield _answered(model, pixels, [reason or None for reason in reasons], errors, interval)
 
 
 class _Pixels(Dataset):
@@ -172,7 +182,9 @@ class _Pixels(Dataset):
             return torch.zeros(3, self.spec.size, self.spec.size), error.reason
 
 
-def _answered(model: OrdinalModel, pixels: Tensor, reasons: list[str | None], errors: Errors) -> Answers:
+def _answered(
+    model: OrdinalModel, pixels: Tensor, reasons: list[str | None], errors: Errors, interval: float | None
+) -> Answers:
     """One batch. Where all are broken the model answers a blank picture, by which it says whether it has probabilities.
     Of a batch in which no picture has a number not the pictures are to blame, but the model."""
     good = np.flatnonzero([reason is None for reason in reasons])
@@ -182,7 +194,7 @@ def _answered(model: OrdinalModel, pixels: Tensor, reasons: list[str | None], er
     except NoNumber:
         if errors == "stop" or len(good) < 2:
             raise
-        pieces = [_alone(model, pixels[[index]], reason) for index, reason in enumerate(reasons)]
+        pieces = [_alone(model, pixels[[index]], reason, interval) for index, reason in enumerate(reasons)]
         if all(pieces[index].errors[0] for index in good):
             raise
         return Answers.joined(pieces)
@@ -193,14 +205,18 @@ def _answered(model: OrdinalModel, pixels: Tensor, reasons: list[str | None], er
         probabilities[good] = found.probabilities[: len(good)].float().cpu().numpy()
     values[good] = found.value[: len(good)].double().cpu().numpy()
     ranks[good] = found.rank[: len(good)].cpu().numpy()
-    return Answers(values, ranks, probabilities, reasons)
+    ends = None
+    if interval is not None:
+        ends = np.full((len(reasons), 2), np.nan)
+        ends[good] = torch.stack(model.interval(found, interval), dim=1)[: len(good)].double().cpu().numpy()
+    return Answers(values, ranks, probabilities, reasons, ends)
 
 
-def _alone(model: OrdinalModel, pixels: Tensor, reason: str | None) -> Answers:
+def _alone(model: OrdinalModel, pixels: Tensor, reason: str | None, interval: float | None) -> Answers:
     try:
-        return _answered(model, pixels, [reason], "keep")
+        return _answered(model, pixels, [reason], "keep", interval)
     except NoNumber:
-        return _answered(model, pixels, [NOT_FINITE], "keep")
+        return _answered(model, pixels, [NOT_FINITE], "keep", interval)
 
 
 def _predict(model: OrdinalModel, pixels: Tensor) -> Prediction:

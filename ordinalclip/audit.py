@@ -22,7 +22,7 @@ import numpy as np
 
 from ordinalclip.compare.execution import Result, ended, forget_data, parts_of, train_one
 from ordinalclip.config import DataConfig, RunConfig, flat_keys, read_overrides
-from ordinalclip.data import PARTS, Part, Parts
+from ordinalclip.data import Part, Parts
 from ordinalclip.data.duplicates import MOST_COMPARED, MOST_SIMILAR, Similar, copies, similar, thumbnail
 from ordinalclip.data.parts import joined
 from ordinalclip.data.splits import cross_validated
@@ -81,9 +81,9 @@ class Pool:
 
     @classmethod
     def of(cls, parts: Parts) -> Pool:
-        given = {name: part for name in PARTS if (part := getattr(parts, name)) is not None}
+        given = parts.named
         origins = np.concatenate([np.full(len(part), name) for name, part in given.items()])
-        sizes = len(parts.train), 0 if parts.validation is None else len(parts.validation)
+        sizes = len(parts.train), sum(len(given.get(name, ())) for name in ("validation", "calibration"))
         return cls(joined(list(given.values())), origins, sizes, parts.ranks)
 
     def part(self, rows: np.ndarray) -> Part | None:

@@ -60,12 +60,14 @@ class Options:
         errors: see `answer`.
         block: rows of a part.
         prefix: begins the names of the columns that are added.
+        interval: level of the intervals that are given, too, see `OrdinalModel.interval`.
     """
 
     batch_size: int = 32
     errors: Errors = "keep"
     block: int = BLOCK
     prefix: str = ""
+    interval: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def answers_to(
         for begin in range(first, end, options.batch_size)
     )
     about = rows.config.workers, rows.formats, options.errors, rows.places
-    return answer(model, rows, options.batch_size, *about, batches=batches, prefetch=rows.config.prefetch)
+    ahead, level = rows.config.prefetch, options.interval
+    return answer(model, rows, options.batch_size, *about, batches=batches, prefetch=ahead, interval=level)
 
 
 def table_of(rows: PictureRows, begin: int, answers: Answers, ranks: Ranks, prefix: str = "") -> pa.Table:
@@ -147,11 +150,15 @@ def table_of(rows: PictureRows, begin: int, answers: Answers, ranks: Ranks, pref
     return table
 
 
-def check_columns(rows: PictureRows, ranks: Ranks, prefix: str) -> None:
+def check_options(rows: PictureRows, model: OrdinalModel, options: Options) -> None:
     """Raises:
-    ValueError: see `table_of`; before anything is computed."""
-    one = Answers(np.zeros(1), np.zeros(1, np.int64), np.zeros((1, len(ranks)), np.float32), [None])
-    table_of(rows, 0, one, ranks, prefix)
+    ValueError: see `table_of` and `OrdinalModel.interval`; before anything is computed."""
+    ranks, ends = model.config.label_space, None
+    if options.interval is not None:
+        model.check_interval(options.interval)
+        ends = np.zeros((1, 2))
+    one = Answers(np.zeros(1), np.zeros(1, np.int64), np.zeros((1, len(ranks)), np.float32), [None], ends)
+    table_of(rows, 0, one, ranks, options.prefix)
 
 
 def _bounds(rows: PictureRows, options: Options, block: int) -> tuple[int, int]:
@@ -188,7 +195,7 @@ def predict_to_folder(
     with ExitStack() as stack:
 
         def begin() -> tuple[str, list[int]]:
-            check_columns(rows, model.config.label_space, options.prefix)
+            check_options(rows, model, options)
             if out.exists() and not out.is_dir():
                 raise ValueError(
                     f"{out}: is a file, and no folder for parts; one file is called .parquet, .csv or .jsonl"
@@ -259,6 +266,7 @@ def manifest_of(name: str, model: OrdinalModel, rows: PictureRows, options: Opti
         "block": options.block,
         "options": {
             "prefix": options.prefix,
+            **({} if options.interval is None else {"interval": options.interval}),
             "root": rows.root and os.path.realpath(rows.root),
             **{key: getattr(config, key) for key in ("suffix", "extra_formats", "outside_root")},
         },
@@ -305,8 +313,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             found.append(
                 f"another {what}, {other}" if other != new[f"{what}.name"] else f"{what} {other} as it was before"
             )
-    rest = [key for key in new if "." not in key and old.get(key) != new[key]]
-    return found + [f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in rest]
+    rest = [key for key in {**old, **new} if "." not in key and old.get(key) != new.get(key)]
+    return found + [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in rest]
 
 
 def _number(rows: PictureRows, options: Options) -> int:
@@ -373,7 +381,7 @@ def predict_to_file(
         raise ValueError(f"{out}: is a folder")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: is there already; --overwrite replaces it")
-    check_columns(rows, model.config.label_space, options.prefix)
+    check_options(rows, model, options)
     clock = Clock()
     progress: Progress = Progress(None, "predicting", total=len(rows), unit="images", quiet=quiet)
     pieces: list[pa.Table] = []

@@ -196,6 +196,13 @@ class DataConfig(Section):
     fold: int = Field(0, ge=0, description="which fold is the test part, from 0")
     stratify: Patterns = Field([], description="columns whose every combination is split in the same shares")
     group: str = Field("", description="column (subject, patient) whose equal rows stay in one part")
+    calibration: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the validation part that is kept out of the choice of the step, to calibrate the "
+        "model's probabilities and intervals; 0: it keeps none",
+    )
     shots: Rows | None = Field(None, description="few-shot: this many random training images per rank")
     train_share: float = Field(
         1.0, gt=0, le=1, description="share of the training images of every rank that is kept, at least one"
@@ -414,6 +421,14 @@ class EvaluationConfig(Section):
     )
     space_ks: list[Annotated[int, Field(ge=2, le=MAX_BATCH)]] = Field(
         [5, 10, 20, 50], min_length=1, description="residual variance: sizes of the neighbourhood, the best counts"
+    )
+    intervals: Literal["auto", "rps", "aps", "shortest", "residual", "scaled"] = Field(
+        "auto",
+        description="scores that a calibrated model's intervals are made of (data.calibration); auto: the kind of the "
+        "smallest mean width on the validation part",
+    )
+    intervals_by_rank: bool = Field(
+        False, description="intervals that keep their promise for every rank, which takes more calibration pictures"
     )
     test: bool = Field(True, description="read the test part at the end of training")
     report: bool = Field(True, description="write report.html and the model card at the end of training")

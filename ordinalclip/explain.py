@@ -213,7 +213,7 @@ class Explainer:
         with torch.no_grad():
             features = model.encoder(pixels)
             outputs = model.head(features)
-            prediction = model.head.predict(outputs)
+            prediction = model.answer(outputs)
             expected = float(model.head.expected_value(outputs))
             point = model.head.space(features).flatten(1).double().cpu().numpy()
         missing: dict[str, str] = {}

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from ordinalclip.backbones import Backbone, load_backbone
 from ordinalclip.backbones.layers import LayerFeatures, TokenFeatures
+from ordinalclip.calibration import Calibration
 from ordinalclip.drift import Reference
 from ordinalclip.files import read_json_object
 from ordinalclip.heads import (
@@ -85,6 +86,7 @@ class OrdinalConfig(PreTrainedConfig):
         dropout, mirror: see `Encoder`.
         layer_dims: widths of the layers for heads that read layers, else None.
         num_tokens: number of the tokens for heads that read tokens, else None.
+        calibration: `Calibration.to_dict()`; None for a model that keeps none.
     """
 
     model_type = "ordinalclip"
@@ -108,6 +110,7 @@ class OrdinalConfig(PreTrainedConfig):
     mirror: list | None = None
     layer_dims: list | None = None
     num_tokens: int | None = None
+    calibration: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         foreign = sorted(key for key in kwargs if key not in KNOWN_KEYS and not key.startswith("_"))
@@ -154,7 +157,7 @@ class OrdinalConfig(PreTrainedConfig):
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout:g}")
         if self.decoding not in get_args(Decoding):
             raise ValueError(f"decoding {self.decoding!r} is unknown; choices: {', '.join(get_args(Decoding))}")
-        _ = self.label_space, self.pixels is None or self.pixel_spec
+        _ = Calibration.of(self.label_space, self.calibration), self.pixels is None or self.pixel_spec
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -224,6 +227,7 @@ class OrdinalModel(PreTrainedModel):
     `form="trainable"` everything. Both come back through `from_pretrained` (safetensors only).
 
     Attributes:
+        calibration: of its probabilities, and its intervals, see `OrdinalModel.interval`; None: it keeps none.
         reference: what it remembers of its training data, to tell other data from it; None: nothing.
         card: the content of README.md, the model card that lay beside the weights; it is written again where the model
             is saved or pushed. None: there was none, or set so because it no longer tells the truth.
@@ -246,6 +250,7 @@ class OrdinalModel(PreTrainedModel):
         if encoder is None or head is None:
             encoder, head, tokenizer = _rebuild(config)
         self.encoder, self.head, self.tokenizer = encoder, head, tokenizer
+        self.calibration = Calibration.of(config.label_space, config.calibration)
         self.reference: Reference | None = None
         self.card: bytes | None = None
         self.kept_prompts: LearnedPrompts | None = None
@@ -326,7 +331,7 @@ class OrdinalModel(PreTrainedModel):
             NoNumber: answers that are not finite.
         """
         outputs = self.head(self.encoder(pixel_values))
-        prediction = self._answers(outputs)
+        prediction = self.answer(outputs)
         loss = None
         if labels is not None:
             ranks = self.head.ranks.rank_of(labels).to(pixel_values.device)
@@ -336,12 +341,60 @@ class OrdinalModel(PreTrainedModel):
     def predict(self, pixel_values: Tensor) -> Prediction:
         """`forward` without gradient, as a `Prediction`."""
         with torch.no_grad():
-            return self._answers(self.head(self.encoder(pixel_values)))
+            return self.answer(self.head(self.encoder(pixel_values)))
 
-    def _answers(self, outputs: Any) -> Prediction:
+    def answer(self, outputs: Any) -> Prediction:
+        """What the head's outputs mean, with calibrated probabilities.
+
+        Raises:
+            NoNumber: answers that are not finite.
+        """
         prediction = self.head.predict(outputs)
+        if self.calibration is not None:
+            prediction = self.calibration.answer(prediction, self.head.decoding)
         check_numbers(prediction.value)
         return prediction
+
+    def interval(self, prediction: Prediction, level: float) -> tuple[Tensor, Tensor]:
+        """Where the truth lies, as often as `level` says, of pictures that are drawn like those of the calibration.
+
+        >>> low, high = model.interval(model.predict(pixel_values), 0.9)  # doctest: +SKIP
+
+        Args:
+            prediction: of `predict`.
+            level: 0.50, 0.51 ... 0.99.
+
+        Returns:
+            lower and upper ends (B,) in the label's unit, both included; see `Calibration.interval`.
+
+        Raises:
+            ValueError: the model keeps no calibration, another level, or one that takes more calibration pictures.
+        """
+        return self.check_interval(level).interval(prediction, level)
+
+    def check_interval(self, level: float) -> Calibration:
+        """The calibration that has an interval of this level.
+
+        Raises:
+            ValueError: see `interval`.
+        """
+        if self.calibration is None:
+            raise ValueError(
+                f"interval={level!r}: this model keeps no intervals; train it with data.calibration=0.5, or calibrate "
+                "it on labelled pictures that it has not seen: `ordinalclip calibrate`"
+            )
+        self.calibration.check_level(level)
+        return self.calibration
+
+    def calibrated(self, calibration: Calibration) -> OrdinalModel:
+        """This model with another calibration, its card and prompts unchanged; encoder and head are shared."""
+        config = deepcopy(self.config)
+        config.calibration = calibration.to_dict()
+        model = OrdinalModel(config, self.encoder, self.head, self.tokenizer)
+        model.calibration = calibration.to(self.device)
+        model.reference, model.card, model.kept_prompts = self.reference, self.card, self.kept_prompts
+        model.name_or_path = self.name_or_path
+        return model.train(self.training)
 
     def deploy(self) -> OrdinalModel:
         """The form that is served: this model's own encoder, not a copy, with a head that needs no text tower."""
@@ -355,6 +408,7 @@ class OrdinalModel(PreTrainedModel):
                     f"{type(self.head).__name__}.deploy: {config.method} takes other features: {head.reads}"
                 )
         model = OrdinalModel(config, self.encoder, head).eval()
+        model.calibration = self.calibration
         model.reference, model.card, model.kept_prompts = self.reference, self.card, self.kept_prompts
         return model
 

@@ -17,6 +17,7 @@ from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import KeyDataset
 
+from ordinalclip.heads import Prediction
 from ordinalclip.images import BrokenImageError, load_image
 from ordinalclip.model import OrdinalModel
 from ordinalclip.processing import OrdinalImageProcessor
@@ -42,6 +43,8 @@ class OrdinalRegressionPipeline(Pipeline):
     Args of a call, or of `pipeline(...)` for all calls:
         top_k: how many of the likeliest ranks to list (default 5); heads without probabilities list none.
         timeout: seconds that a URL may take (default 60).
+        interval: level, e.g. 0.9, of the interval that is given as `low` and `high`, of a model that is calibrated (see
+            `OrdinalModel.interval`); default: none.
         batch_size, num_workers: pictures that are encoded at once (default 1), and processes that decode (default 0).
     """
 
@@ -58,19 +61,22 @@ class OrdinalRegressionPipeline(Pipeline):
             raise ValueError(f"{TASK}: the image processor gives other pixels ({spec}) than the model wants")
 
     def _sanitize_parameters(
-        self, top_k: int | None = None, timeout: float | None = None, **kwargs: Any
+        self, top_k: int | None = None, timeout: float | None = None, interval: float | None = None, **kwargs: Any
     ) -> tuple[dict, dict, dict]:
         if kwargs:
             where = "; model_kwargs={...} takes options of the model" if "attn_implementation" in kwargs else ""
-            raise ValueError(f"{TASK} has no option {', '.join(kwargs)}; it takes top_k and timeout{where}")
+            raise ValueError(f"{TASK} has no option {', '.join(kwargs)}; it takes top_k, timeout and interval{where}")
         if top_k is not None and not (isinstance(top_k, int) and not isinstance(top_k, bool) and top_k >= 0):
             raise ValueError(f"top_k must be a whole number from 0, got {top_k!r}")
         if timeout is not None and not (
             isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 < timeout < math.inf
         ):
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        if interval is not None:
+            self.model.check_interval(interval)
         before = {} if timeout is None else {"timeout": timeout}
-        return before, {}, {} if top_k is None else {"top_k": top_k}
+        after = {"top_k": top_k, "interval": interval}
+        return before, {}, {name: value for name, value in after.items() if value is not None}
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """The answer for a picture, a list of them for a list or tuple; of other kinds one after the other, as asked.
@@ -109,10 +115,14 @@ class OrdinalRegressionPipeline(Pipeline):
                 raise failure
         return self.model(**model_inputs)
 
-    def postprocess(self, model_outputs: Any, top_k: int = 5) -> dict[str, Any]:
+    def postprocess(self, model_outputs: Any, top_k: int = 5, interval: float | None = None) -> dict[str, Any]:
         ranks = self.model.config.label_space
         rank = int(model_outputs.rank[0])
         answer = {"value": float(model_outputs.value[0]), "rank": rank, "name": ranks.name(rank), "unit": ranks.unit}
+        if interval is not None:
+            found = Prediction(model_outputs.value, model_outputs.rank, model_outputs.get("probabilities"))
+            low, high = self.model.interval(found, interval)
+            answer |= {"low": float(low[0]), "high": float(high[0])}
         top = []
         probabilities = model_outputs.get("probabilities")
         if probabilities is not None:

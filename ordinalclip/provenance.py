@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from ordinalclip.config import DataConfig, RunConfig
-from ordinalclip.data import PARTS, Part, Parts
+from ordinalclip.data import Part, Parts
 from ordinalclip.data.duplicates import MOST_HASHED
 
 LIBRARIES = (
@@ -72,7 +72,7 @@ def versions() -> dict[str, str]:
 
 def fingerprints(parts: Parts) -> dict[str, Any]:
     """`fingerprint` of every part that there is."""
-    return {name: fingerprint(part) for name in PARTS if (part := getattr(parts, name)) is not None}
+    return {name: fingerprint(part) for name, part in parts.named.items()}
 
 
 def fingerprint(part: Part) -> dict[str, Any]:

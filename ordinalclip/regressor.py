@@ -298,6 +298,7 @@ class OrdinalRegressor(BaseEstimator):
         batch_size: int = 32,
         workers: int = 0,
         errors: Errors = "stop",
+        interval: float | None = None,
     ) -> pd.DataFrame:
         """Answers to pictures, a row each, with the index of the frame or series that was given, or of the files of a
         folder.
@@ -305,11 +306,11 @@ class OrdinalRegressor(BaseEstimator):
         Args:
             X: see `fit`; a folder is searched for pictures, whatever they lie in.
             image: column of the pictures; default: that of `fit`.
-            batch_size, workers, errors: see `ordinalclip.answers.answer`.
+            batch_size, workers, errors, interval: see `ordinalclip.answers.answer`.
 
         Returns:
-            value, in the label's unit; rank; name; probabilities, a list over the ranks, of methods that have them;
-            error, missing where there is none.
+            value, in the label's unit; rank; name; with `interval` low and high; probabilities, a list over the ranks,
+            of methods that have them; error, missing where there is none.
 
         Raises:
             NotFittedError: there is no model yet; BrokenImageError: a picture that cannot be read, unless
@@ -317,7 +318,8 @@ class OrdinalRegressor(BaseEstimator):
         """
         check_is_fitted(self)
         rows = self._pictures(X, image)
-        pieces = answer(self.model_, rows, batch_size, workers, rows.formats, errors, rows.places)
+        about = self.model_, rows, batch_size, workers, rows.formats, errors, rows.places
+        pieces = answer(*about, interval=interval)
         frame = Answers.joined(pieces).to_frame(self.model_.head.ranks)
         if isinstance(X, pd.DataFrame | pd.Series):
             frame.index = X.index

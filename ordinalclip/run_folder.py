@@ -55,7 +55,8 @@ EXECUTION = {  # how a run is executed, not what it computes
     "train.process_group_timeout",
 }
 SPEC = re.compile(r"((?:open_clip|hf|timm):(?:(?!\.\.)[^/~][^/]*/)?)?(.*)", re.DOTALL)  # family and name, then a path
-CHOOSING = "evaluation.decoding"  # by which the best step is chosen; the rest of evaluation can be done again
+# By which the best step is chosen, and which are kept in the model; the rest of evaluation can be done again.
+KEPT = ("evaluation.decoding", "evaluation.intervals", "evaluation.intervals_by_rank")
 HASHES = ("sha256", "pictures")  # of a fingerprint
 ALWAYS = ("num_train", "train_counts", "best_step", "train_seconds")  # keys of metrics.json that every run has
 WAYS = "overwrite=true replaces it, another output_dir leaves it alone"
@@ -421,8 +422,7 @@ def find_model(name: str) -> tuple[str, RunFolder | None]:
 def changed_keys(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted keys in which two configurations are different experiments, with both values.
 
-    Keys of execution are left out, and those of evaluation, which can be done again; but not the decoding, by which
-    the best step is chosen.
+    Keys of execution are left out, and those of evaluation, which can be done again; but not those of `KEPT`.
 
     Args:
         saved, now: `RunConfig.model_dump(mode="json")`.
@@ -433,7 +433,7 @@ def changed_keys(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
         for key in {**before, **after}
         if before.get(key) != after.get(key)
         and key not in EXECUTION
-        and (key == CHOOSING or not key.startswith("evaluation."))
+        and (key in KEPT or not key.startswith("evaluation."))
     }
 
 

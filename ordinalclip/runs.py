@@ -16,7 +16,7 @@ from ordinalclip.results.run_report import document_run
 from ordinalclip.results.tracking import track
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.training.distributed import from_main, held, make_accelerator, tracked
-from ordinalclip.training.evaluation import Evaluator, metrics_of
+from ordinalclip.training.evaluation import Evaluator, coverage_of, metrics_of
 from ordinalclip.training.interruption import Watch, unwatched
 from ordinalclip.training.preparation import use_precision
 from ordinalclip.training.trainer import run_training
@@ -98,7 +98,8 @@ def evaluate_run(
     """
     run, kept = RunFolder(folder), not overrides
     run.require_finished()
-    if idle := [key for key in flat_keys(read_overrides(overrides)) if not key.startswith(EVALUATED)]:
+    given = flat_keys(read_overrides(overrides))
+    if idle := [key for key in given if not key.startswith(EVALUATED) or key.startswith("evaluation.intervals")]:
         other = "; --data scores other data" if idle[0].startswith("data.") else ""
         allowed = ", ".join(key + "*" * key.endswith(".") for key in EVALUATED)
         raise ValueError(f"{idle[0]}: of no effect on a run that is done; allowed are {allowed}{other}")
@@ -121,6 +122,8 @@ def evaluate_run(
         space_of, counts = "test" if config.evaluation.space else "", metrics["train_counts"]
         scores, predictions = evaluator.evaluate(model, {"test": parts.test}, metrics_of(config), counts, space_of)
         metrics |= scores
+        if covered := coverage_of(model, predictions["test"]):
+            metrics["calibration"] = {**metrics.get("calibration", {}), "test": covered}
 
         def write() -> None:
             run.write_predictions(predictions)

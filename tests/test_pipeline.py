@@ -353,7 +353,7 @@ def test_a_url_without_end_is_not_read_on(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"topk": 3}, "has no option topk; it takes top_k and timeout"),
+        ({"topk": 3}, "has no option topk; it takes top_k, timeout and interval"),
         ({"attn_implementation": "eager"}, r"no option attn_implementation; .*; model_kwargs=\{...\} takes"),
         ({"top_k": -1}, "top_k must be a whole number from 0, got -1"),
         ({"top_k": 2.0}, "top_k must be a whole number"),

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or .parquet; default: a line per image on the terminal",
     )
     parser.add_argument(
+        "--interval",
+        type=float,
+        metavar="LEVEL",
+        help="give the interval, too, in which the truth lies so often: 0.50 to 0.99, of a model that is calibrated",
+    )
+    parser.add_argument(
         "--errors",
         choices=("keep", "stop"),
         default="keep",
@@ -97,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     import_given(arguments)
     accelerator = make_accelerator("no", timeout=WAITS)
     model = load_model(name).to(accelerator.device)
-    options = Options(arguments.batch_size, arguments.errors, arguments.block, arguments.prefix)
+    options = Options(arguments.batch_size, arguments.errors, arguments.block, arguments.prefix, arguments.interval)
     warnings.filterwarnings("ignore", module=r"PIL\b")  # of what it reads all the same
     if out is None:
         return _to_terminal(model, rows, options, arguments)
@@ -187,13 +193,19 @@ def _answer(answers: Answers, index: int, ranks: Ranks, most: int, own: bool) ->
             if place < most or (own and each == rank):
                 entry = {"name": ranks.name(each), "value": ranks.values[each], "probability": float(likely[each])}
                 top.append(entry)
-    value = float(answers.values[index])
-    return {"value": value, "rank": rank, "name": ranks.name(rank), "unit": ranks.unit, "top": top}
+    answer = {"value": float(answers.values[index]), "rank": rank, "name": ranks.name(rank), "unit": ranks.unit}
+    if answers.intervals is not None:
+        low, high = answers.intervals[index].tolist()
+        answer |= {"low": low, "high": high}
+    return {**answer, "top": top}
 
 
 def _line(file: str, answer: dict[str, Any], ranks: Ranks) -> str:
-    """File, answer and likeliest ranks, between tabs."""
+    """File, answer, interval and likeliest ranks, between tabs."""
     if "error" in answer:
         return f"{printable(file)}\terror: {printable(answer['error'])}"
     top = ", ".join(f"{printable(entry['name'])} {entry['probability']:.0%}" for entry in answer["top"])
-    return f"{printable(file)}\t{printable(ranks.say(answer['value']))}" + (f"\t({top})" if top else "")
+    parts = [file, ranks.say(answer["value"])]
+    if "low" in answer:
+        parts.append(f"{ranks.say(answer['low'])} to {ranks.say(answer['high'])}")
+    return "\t".join(map(printable, parts)) + (f"\t({top})" if top else "")

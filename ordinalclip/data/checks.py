@@ -42,13 +42,13 @@ class Check(NamedTuple):
 
 def check(parts: Parts, config: RunConfig, quiet: bool = False) -> Check:
     """Decode and compare all pictures of a run's data."""
-    given: dict[str, Part] = {name: part for name in PARTS if (part := getattr(parts, name)) is not None}
+    given = parts.named
     lines: list[str] = []
     problems = 0
     thumbnails, headers, all_broken = [], {}, []
     found: list[Repeated] = []
     near: list[tuple[Place, Place]] | None = None
-    for name in PARTS:
+    for name in dict.fromkeys([*PARTS, *given]):
         if name not in given:
             lines.append(f"{name}: none")
             continue

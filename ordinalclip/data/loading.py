@@ -20,7 +20,7 @@ from ordinalclip.data.duplicates import copies, refuse_repeated
 from ordinalclip.data.labels import arrow_column, read_labels, say
 from ordinalclip.data.parts import PARTS, ImageCache, Part, Parts, RowNames, leaves
 from ordinalclip.data.sources import read_tables, root_of
-from ordinalclip.data.splits import check_groups, few_shot, group_names, label_shift, split_rows, thinned
+from ordinalclip.data.splits import check_groups, few_shot, group_names, kept_out, label_shift, split_rows, thinned
 from ordinalclip.data.tables import Table
 from ordinalclip.images import IMAGE_ENDINGS, load_image, read_formats
 from ordinalclip.ranks import Ranks
@@ -172,7 +172,18 @@ def _assemble(tables: dict[str, Table], config: DataConfig, ranks: RanksConfig, 
         named["train"] = thinned(named["train"], config.train_share, draw)
     if config.shift_ranks is not None:
         named["train"] = label_shift(named["train"], config.shift_ranks, config.shift_keep, draw)
-    return Parts(named["train"], named.get("validation"), named.get("test"), label_space)
+    parts = Parts(named["train"], named.get("validation"), named.get("test"), label_space)
+    if not config.calibration:
+        return parts
+    if parts.validation is None:
+        raise ValueError(f"data.calibration={config.calibration:g} is a share of the validation part: there is none")
+    choosing, held_out, groups = kept_out(parts.validation, config, seed)
+    return replace(
+        parts,
+        validation=parts.validation.select(choosing),
+        calibration=parts.validation.select(held_out),
+        calibration_groups=groups,
+    )
 
 
 def _divided(loose: dict[str, Part], tables: dict[str, Table], config: DataConfig, seed: int) -> dict[str, Part]:

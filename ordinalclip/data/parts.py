@@ -236,6 +236,8 @@ class Parts:
     """Training, validation and test part and their label space; validation and test may be absent.
 
     Attributes:
+        calibration: pictures that were taken out of the validation part, to calibrate the model; None: there are none.
+        calibration_groups: (N,) what of them belongs to the same group, if rows are grouped.
         in_memory: whether they were handed over in Python, so that no configuration finds them again.
     """
 
@@ -244,3 +246,16 @@ class Parts:
     test: Part | None
     ranks: Ranks
     in_memory: bool = False
+    calibration: Part | None = None
+    calibration_groups: np.ndarray | None = None
+
+    @property
+    def named(self) -> dict[str, Part]:
+        """The parts that there are, by name."""
+        every = {
+            "train": self.train,
+            "validation": self.validation,
+            "calibration": self.calibration,
+            "test": self.test,
+        }
+        return {name: part for name, part in every.items() if part is not None}

@@ -238,6 +238,26 @@ def _cut(rows: np.ndarray, shares: tuple[float, ...]) -> list[np.ndarray]:
     return np.split(rows, bounds)
 
 
+def kept_out(part: Part, config: DataConfig, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """What of the validation part chooses, what calibrates (`data.calibration`), and the groups of the latter, if rows
+    are grouped; drawn without regard to labels, on which the promise of conformal intervals rests.
+
+    Raises:
+        ValueError: one of both would be empty.
+    """
+    groups = group_names(Table(part.rows, part.source), config) if config.group else None
+    codes = None if groups is None else np.unique(groups, return_inverse=True)[1]
+    shares = (1 - config.calibration, config.calibration, 0.0)
+    choosing, held_out, _ = _shared(np.zeros(len(part), np.int64), codes, shares, seed, False)
+    if not len(choosing) or not len(held_out):
+        what = "rows" if codes is None else "groups"
+        raise ValueError(
+            f"data.calibration={config.calibration:g} of a validation part of {len(part)} rows: too few {what} to be "
+            "divided"
+        )
+    return choosing, held_out, None if groups is None else groups[held_out]
+
+
 def few_shot(part: Part, shots: int, seed: int) -> Part:
     """At most `shots` random rows of every rank, drawn by their own generator."""
     rng = np.random.default_rng([seed, 1])

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 
 from ordinalclip.config import RunConfig
-from ordinalclip.data import PARTS, Part, Parts
+from ordinalclip.data import Part, Parts
 from ordinalclip.data.checks import Check, Place
 from ordinalclip.files import write_text
 from ordinalclip.images import BrokenImageError
@@ -66,7 +66,7 @@ def check_place(path: str | Path, overwrite: bool) -> None:
 
 def write_data_report(parts: Parts, config: RunConfig, found: Check, path: str | Path) -> Path:
     """Write the page of what `check-data` has found."""
-    given: dict[str, Part] = {name: part for name in PARTS if (part := getattr(parts, name)) is not None}
+    given = parts.named
     ranks = parts.ranks
     counts = {name: np.bincount(part.ranks, minlength=len(ranks)).tolist() for name, part in given.items()}
     total = np.sum(list(counts.values()), axis=0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ordinalclip.config import RunConfig
+from ordinalclip.calibration import Answered, calibrate, coverage
+from ordinalclip.config import EvaluationConfig, RunConfig
 from ordinalclip.data import Part, Parts
 from ordinalclip.drift import SAMPLE, Reference
 from ordinalclip.heads import NoNumber, Outputs, Prediction, Targets, decode
 from ordinalclip.images import Augmentation
+from ordinalclip.intervals import TooFewError
 from ordinalclip.losses import at_least_float32
 from ordinalclip.metrics import Metric, metrics_with
 from ordinalclip.model import OrdinalModel
@@ -27,6 +31,9 @@ from ordinalclip.training.features import FeatureCache
 from ordinalclip.training.imbalance import Weighting, sample_weights
 from ordinalclip.training.sampling import ViewDataset, shares
 from ordinalclip.workers import decoded
+
+logger = logging.getLogger(__name__)
+TOLD = (0.5, 0.8, 0.9, 0.95, 0.99)  # levels whose coverage is told
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,31 @@ class Evaluator:
         targets = targets_of(train)._replace(weights=None if weights is None else torch.from_numpy(weights))
         return self.outputs(model, train), targets
 
+    def calibrated(
+        self, model: OrdinalModel, parts: Parts, options: EvaluationConfig
+    ) -> tuple[OrdinalModel, dict[str, Any] | None]:
+        """A deployed model with a calibration, and what is to be told of it; None where no pictures are kept for it,
+        or the model answers them with what is no number."""
+        if parts.calibration is None or parts.validation is None:
+            return model, None
+        try:
+            choosing, held_out = (self._answered(model, part) for part in (parts.validation, parts.calibration))
+        except NoNumber as error:
+            logger.warning("not calibrated: %s", error)
+            return model, None
+        kind, by_rank = options.intervals, options.intervals_by_rank
+        groups, decoding = parts.calibration_groups, model.head.decoding
+        found = calibrate(model.head.ranks, decoding, choosing, held_out, groups, kind, by_rank)
+        return model.calibrated(found.calibration), found.about
+
+    @torch.no_grad()
+    def _answered(self, model: OrdinalModel, part: Part) -> Answered:
+        outputs = {name: tensor.to(model.device) for name, tensor in self.outputs(model, part).items()}
+        value, rank, probabilities = model.head.predict(outputs)
+        likely = None if probabilities is None else probabilities.cpu()
+        targets = targets_of(part)
+        return Answered(Prediction(value.cpu(), rank.cpu(), likely), targets.values, targets.ranks)
+
     def evaluate(
         self,
         model: OrdinalModel,
@@ -176,7 +208,7 @@ def predictions_of(model: OrdinalModel, part: Part, outputs: Outputs) -> Predict
     """What a head answers to its outputs on a part, under every decoding; NaN throughout where one is no number."""
     head = model.head
     try:
-        prediction = head.predict({name: tensor.to(model.device) for name, tensor in outputs.items()})
+        prediction = model.answer({name: tensor.to(model.device) for name, tensor in outputs.items()})
     except NoNumber:
         lost = torch.full((len(part),), torch.nan)
         prediction = Prediction(lost, head.ranks.nearest(lost))
@@ -189,6 +221,28 @@ def predictions_of(model: OrdinalModel, part: Part, outputs: Outputs) -> Predict
     values = {how: each.value.numpy() for how, each in decoded.items()}
     ranks = decoded["argmax"].rank.numpy()
     return Predictions(part.names, part.values, part.ranks, values, ranks, probabilities.numpy())
+
+
+def coverage_of(model: OrdinalModel, predictions: Predictions) -> list[dict[str, Any]]:
+    """`calibration.coverage` of the model's intervals at those levels of `TOLD` that it has; nothing of a model without
+    a calibration, or whose answers are no numbers."""
+    kept = model.calibration
+    if kept is None or not np.isfinite(predictions.values).all():
+        return []
+    likely = predictions.probabilities
+    value = torch.from_numpy(predictions.decoded[model.head.decoding].astype(np.float32))
+    prediction = Prediction(
+        value, model.head.ranks.nearest(value), None if likely is None else torch.from_numpy(likely).float()
+    )
+    answered = Answered(prediction, torch.from_numpy(predictions.labels), torch.from_numpy(predictions.label_ranks))
+    kept = deepcopy(kept).cpu()
+    found = []
+    for level in TOLD:
+        try:
+            found.append(coverage(kept, answered, level))
+        except TooFewError:
+            break
+    return found
 
 
 def metrics_of(config: RunConfig) -> dict[str, Metric]:

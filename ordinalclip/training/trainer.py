@@ -28,7 +28,7 @@ from ordinalclip.run_folder import WAYS, RunFolder, changed_keys, described
 from ordinalclip.signals import Preempted
 from ordinalclip.training import checkpoint
 from ordinalclip.training.distributed import average_running_statistics, from_main, start_trackers
-from ordinalclip.training.evaluation import Evaluator, metrics_of, model_metrics, train_counts
+from ordinalclip.training.evaluation import Evaluator, coverage_of, metrics_of, model_metrics, train_counts
 from ordinalclip.training.interruption import Diverged, Interruption, Pruned, Watch, unwatched
 from ordinalclip.training.optimization import lr_factor
 from ordinalclip.training.preparation import build_model, merge_adapters, use_precision
@@ -402,6 +402,7 @@ def _finish(
     deployed = evaluator.deployed(model, parts)
     if why := fault(deployed.state_dict()):
         raise Diverged(f"the model of step {done['best_step'] or done['steps']}: {why}")
+    deployed, calibrated = evaluator.calibrated(deployed, parts, config.evaluation)
     wanted = {"validation": parts.validation, "test": parts.test if config.evaluation.test else None}
     present = {name: part for name, part in wanted.items() if part is not None}
     deployed.reference = evaluator.remembered(deployed, parts, config.seed)
@@ -417,6 +418,9 @@ def _finish(
         "train_counts": counts,
         **done,
     }
+    if calibrated is not None:
+        tested = coverage_of(deployed, predictions["test"]) if "test" in predictions else []
+        metrics["calibration"] = {**calibrated, **({"test": tested} if tested else {})}
 
     def write() -> None:
         folder.predictions.unlink(missing_ok=True)
