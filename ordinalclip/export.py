@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +22,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor, nn
 
 from ordinalclip import __version__
+from ordinalclip.calibration import LEVELS, OF_VALUES, Calibration
 from ordinalclip.data import Part, load_parts
 from ordinalclip.external import served
 from ordinalclip.files import whole, write_json
 from ordinalclip.gauges import KINDS, drawn_gauges
 from ordinalclip.heads import Prediction, without_branches
 from ordinalclip.images import FORMATS, MAX_PIXELS, MAX_RATIO, PixelSpec, load_image, prepare, read_formats
+from ordinalclip.intervals import TooFewError
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress, announced
 from ordinalclip.provenance import fingerprints
@@ -37,7 +38,8 @@ from ordinalclip.run_folder import RunFolder
 from ordinalclip.weights import first_line
 
 Format = Literal["onnx", "torch-export", "openvino"]
-Run = Callable[[np.ndarray], dict[str, np.ndarray]]  # (B, 3, size, size) float32 -> outputs by name
+Arrays = dict[str, np.ndarray]  # inputs or outputs of a graph by name
+Run = Callable[[Arrays], Arrays]
 
 GRAPHS = {"onnx": "model.onnx", "torch-export": "model.pt2", "openvino": "model.xml"}
 MARK = "export.json"
@@ -45,6 +47,7 @@ OURS = (MARK, *GRAPHS.values(), "model.onnx.data", "model.bin", "preprocessing.j
 BATCHES = (1, 3, 7)  # in which a graph is tried
 TOLERANCE = 1e-4  # of values as a share of the range of the ranks, and of probabilities
 TIE = 1e-6  # so near to a boundary rounding decides which of two ranks is answered
+USUAL_LEVEL = 0.9  # of intervals, where there were pictures enough for it
 CALIBRATION = 200  # pictures for int8
 SCORED = 500  # pictures of the validation part by which its price is known
 QUANTISED = ("Conv", "MatMul", "Gemm")  # of the encoder; the head and the decoding stay in float32
@@ -52,24 +55,57 @@ QUANTISED = ("Conv", "MatMul", "Gemm")  # of the encoder; the head and the decod
 
 class Served(nn.Module):
     """What is exported: (B, 3, size, size) pixels -> `value` (B,) in label units, `rank` (B,), and `probabilities`
-    (B, R) of heads that have them.
+    (B, R) of heads that have them. A value is NaN where anything is not finite that `check_numbers` would have refused.
 
-    A value is NaN where anything is not finite that `check_numbers` would have refused.
+    A model that keeps intervals takes a level () besides, and gives `low` and `high` (B,).
+
+    Attributes:
+        levels: those of its intervals, lowest, usual and highest; None: it keeps none.
     """
 
     def __init__(self, model: OrdinalModel):
         super().__init__()
-        self.model = model
+        self.model = model.eval()
+        self.levels: tuple[float, float, float] | None = None
+        if model.calibration is not None and (known := [level for level in LEVELS if _has(model.calibration, level)]):
+            self.levels = known[0], min(USUAL_LEVEL, known[-1]), known[-1]
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def forward(self, pixel_values: Tensor, level: Tensor | None = None) -> dict[str, Tensor]:
         model = self.model
         with without_branches() as unchecked:
-            prediction = model.head.predict(model.head(model.encoder(pixel_values)))
+            prediction = model.answer(model.head(model.encoder(pixel_values)))
         value = prediction.value
         for each in unchecked:
             value = torch.where(each.isfinite().reshape(each.shape[0], -1).all(dim=1), value, torch.nan)
-        found = {"value": value, "rank": prediction.rank, "probabilities": prediction.probabilities}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        found = {"value": value, "rank": prediction.rank}
+        if prediction.probabilities is not None:
+            found["probabilities"] = prediction.probabilities
+        if self.levels is not None:
+            assert model.calibration is not None
+            assert level is not None
+            found["low"], found["high"] = model.calibration.interval(prediction, level)
+        return found
+
+    def inputs(self, pixels: Tensor, level: float | None = None) -> dict[str, Tensor]:
+        """What `forward` takes, by name; the usual level where none is said."""
+        if self.levels is None:
+            return {"pixel_values": pixels}
+        return {"pixel_values": pixels, "level": torch.tensor(self.levels[1] if level is None else level)}
+
+    @property
+    def outputs(self) -> list[str]:
+        """The names of what `forward` gives."""
+        size = self.model.config.pixel_spec.size
+        with torch.no_grad():
+            return list(self(**self.inputs(torch.zeros(1, 3, size, size))))
+
+
+def _has(calibration: Calibration, level: float) -> bool:
+    try:
+        calibration.check_level(level)
+    except TooFewError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -80,20 +116,23 @@ class Agreement:
         pictures: how many were asked.
         value: largest difference of values, as a share of the range of the ranks.
         probability: largest difference of probabilities; None: the head has none.
-        ties: answers that lie within `TIE` of two ranks, and fell on the other one.
+        interval: largest difference of the ends of intervals, as that of values; None: the model keeps none.
+        ties: answers, or ends of intervals, that lie within `TIE` of two ranks, and fell on the other one.
     """
 
     pictures: int
     value: float
     probability: float | None
+    interval: float | None
     ties: int
 
     def __str__(self) -> str:
         share = "" if self.probability is None else f", of probabilities {self.probability:.1g}"
+        share += "" if self.interval is None else f", of ends of intervals {self.interval:.1g} of that range"
         ties = f"; {self.ties} of them on a tie between two ranks, where either may be answered" * (self.ties > 0)
         return (
-            f"largest difference from the model on {self.pictures} pictures: of values {self.value:.1g} of the range of "
-            f"the ranks{share}{ties}"
+            f"largest difference from the model on {self.pictures} pictures: of values {self.value:.1g} of the range of"
+            f" the ranks{share}{ties}"
         )
 
 
@@ -163,8 +202,8 @@ def export(
     _check_free(folder, overwrite)
     _check_installed(format)
     loaded, name, run = (model, str(model.name_or_path), None) if isinstance(model, OrdinalModel) else served(model)
-    deployed = deepcopy(loaded).deploy().float().cpu()
-    graph = Served(deployed).eval()
+    graph = Served(deepcopy(loaded).deploy().float().cpu())
+    deployed = graph.model
     source = f"method {deployed.config.method!r} on backbone {deployed.config.backbone!r}"
     calibrating = _calibration(run, pictures, calibration) if int8 else None
     tried = _tried(deployed.config.pixel_spec, pictures)
@@ -176,14 +215,14 @@ def export(
         with announced(f"exporting {name or source}", quiet), _explained(source, format):
             _write_graph(graph, format, file)
         ask = RUNNERS[format](file)
-        agreement = _compared(deployed, ask, tried, f"{source}, {format}")
+        agreement = _compared(graph, ask, tried, f"{source}, {format}")
         cost = None
         if calibrating is not None:
             before = ask
             with announced("quantising", quiet):
-                _quantise(file, _Batches(calibrating, deployed.config.pixel_spec, quiet))
-            cost = _cost(run, deployed, before, RUNNERS[format](file), calibrating, quiet)
-        _write_beside(aside, deployed, format, run)
+                _quantise(file, _Batches(graph, calibrating, quiet))
+            cost = _cost(run, graph, before, RUNNERS[format](file), calibrating, quiet)
+        _write_beside(aside, graph, format, run)
         written = {
             "model": _source(name, deployed),
             "format": format,
@@ -223,7 +262,9 @@ def _check_installed(format: Format) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ImportError(f"format {format} needs {package}: pip install 'ordinalclip[{extra}]' ({error})") from error
+            raise ImportError(
+                f"format {format} needs {package}: pip install 'ordinalclip[{extra}]' ({error})"
+            ) from error
 
 
 def _versions(format: Format) -> dict[str, str]:
@@ -267,10 +308,10 @@ def _innermost(error: BaseException) -> str:
 def _write_graph(graph: Served, format: Format, file: Path) -> None:
     """The graph as a file of a format."""
     size = graph.model.config.pixel_spec.size
-    batch = {"pixel_values": {0: torch.export.Dim("batch")}}
+    inputs = graph.inputs(torch.zeros(2, 3, size, size))
+    free: Any = dict.fromkeys(inputs) | {"pixel_values": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
-        pixels = {"pixel_values": torch.zeros(2, 3, size, size)}
-        program = torch.export.export(graph, (), pixels, dynamic_shapes=batch, strict=False)
+        program = torch.export.export(graph, (), inputs, dynamic_shapes=free, strict=False)
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
             node.meta.pop("stack_trace", None)  # which tells where this machine keeps its files
@@ -280,55 +321,53 @@ def _write_graph(graph: Served, format: Format, file: Path) -> None:
         import openvino
 
         converted = openvino.convert_model(program)
-        for output, name in zip(converted.outputs, _outputs(graph), strict=True):
-            output.get_tensor().set_names({name})
-        converted.inputs[0].get_tensor().set_names({"pixel_values"})
+        named = [*zip(converted.inputs, inputs, strict=True), *zip(converted.outputs, graph.outputs, strict=True)]
+        for port, name in named:
+            port.get_tensor().set_names({name})
         openvino.save_model(converted, file, compress_to_fp16=False)
     else:
-        named: Any = {"dynamic_shapes": {"pixel_values": {0: "batch"}}, "output_names": _outputs(graph)}
-        exported = torch.onnx.export(program, (), dynamo=True, verbose=False, **named)
+        free = dict.fromkeys(inputs) | {"pixel_values": {0: "batch"}}
+        options: Any = {"dynamic_shapes": free, "output_names": graph.outputs, "verbose": False}
+        exported = torch.onnx.export(program, (), dynamo=True, **options)
         assert exported is not None
         exported.save(file)
 
 
-def _outputs(graph: Served) -> list[str]:
-    """Names of what a graph gives."""
-    size = graph.model.config.pixel_spec.size
-    with torch.no_grad():
-        return list(graph(torch.zeros(1, 3, size, size)))
-
-
-def _ask_onnx(file: Path, threads: int = 0) -> Run:
+def run_onnx(file: Path, threads: int = 0) -> Run:
+    """Ask model.onnx; of 0 threads onnxruntime takes as many as there are cores."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return lambda pixels: dict(zip(names, session.run(None, {"pixel_values": pixels}), strict=True))
+    return lambda inputs: dict(zip(names, session.run(None, inputs), strict=True))
 
 
-def _ask_openvino(file: Path, threads: int = 0) -> Run:
+def run_openvino(file: Path, threads: int = 0) -> Run:
+    """Ask model.xml, or a model.onnx."""
     import openvino
 
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}  # or processors that know bfloat16 compute in it
     if threads:
         options |= {"INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(file, "CPU", options)
-    return lambda pixels: {output.any_name: array for output, array in compiled({"pixel_values": pixels}).items()}
+    return lambda inputs: {output.any_name: array for output, array in compiled(inputs).items()}
 
 
-def _ask_torch(file: Path, threads: int = 0) -> Run:
+def run_torch(file: Path) -> Run:
+    """Ask model.pt2."""
     module = torch.export.load(file).module()
 
-    def ask(pixels: np.ndarray) -> dict[str, np.ndarray]:
+    def run(inputs: Arrays) -> Arrays:
         with torch.no_grad():
-            return {name: tensor.numpy() for name, tensor in module(pixel_values=torch.from_numpy(pixels)).items()}
+            outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        return {name: tensor.numpy() for name, tensor in outputs.items()}
 
-    return ask
+    return run
 
 
-RUNNERS: dict[str, Callable[..., Run]] = {"onnx": _ask_onnx, "openvino": _ask_openvino, "torch-export": _ask_torch}
+RUNNERS: dict[str, Callable[..., Run]] = {"onnx": run_onnx, "openvino": run_openvino, "torch-export": run_torch}
 
 
 def _tried(spec: PixelSpec, pictures: Sequence[Any] | None) -> Tensor:
@@ -341,43 +380,81 @@ def _tried(spec: PixelSpec, pictures: Sequence[Any] | None) -> Tensor:
     return torch.stack([prepare(each, spec) for each in drawn[:count]])
 
 
-def _compared(model: OrdinalModel, ask: Run, pixels: Tensor, where: str) -> Agreement:
-    """Ask the graph in all `BATCHES`.
+def _compared(graph: Served, run: Run, pixels: Tensor, where: str) -> Agreement:
+    """Ask the graph in all `BATCHES`, and at all of `Served.levels`.
 
     Raises:
         ValueError: it answers otherwise than the model.
     """
-    values, shares, ties, begin = [0.0], [0.0], 0, 0
-    for size in BATCHES:
-        batch = pixels[begin : begin + size]
+    found, begin = [], 0
+    for size, level in zip(BATCHES, graph.levels or (None,) * len(BATCHES), strict=True):
+        found.append(agreement(graph, run, pixels[begin : begin + size], level, where))
         begin += size
-        expected, found = model.predict(batch), ask(batch.numpy())
-        tied = on_a_tie(expected, model.head.ranks, model.config.decoding).numpy()
-        same = found["rank"] == expected.rank.numpy()
-        ties += int((tied & ~same).sum())
-        value, share = differences(expected, found, model.head.ranks, same | ~tied)
-        values.append(value)
-        shares.append(share or 0.0)
-        if not (tied | same).all() or not (value <= TOLERANCE and shares[-1] <= TOLERANCE):
-            raise ValueError(
-                f"{where}: the graph does not answer as the model does: values differ by {value:.2g} of the range of "
-                f"the ranks, probabilities by {shares[-1]:.2g}, {int((~same & ~tied).sum())} of {size} ranks; allowed "
-                f"is {TOLERANCE:g}, and no other rank"
-            )
-    return Agreement(sum(BATCHES), max(values), None if expected.probabilities is None else max(shares), ties)
+
+    def largest(name: str) -> float | None:
+        values = [getattr(each, name) for each in found]
+        return None if values[0] is None else max(values)
+
+    value = largest("value")
+    assert value is not None
+    ties = sum(each.ties for each in found)
+    return Agreement(begin, value, largest("probability"), largest("interval"), ties)
 
 
-def differences(
-    expected: Prediction, found: dict[str, np.ndarray], ranks: Ranks, counted: np.ndarray
-) -> tuple[float, float | None]:
-    """Largest difference of the values of the rows that count, as a share of the range of the ranks, and of all
-    probabilities; infinite where one is not finite."""
-    moved = np.abs(found["value"] - expected.value.numpy())[counted] / (ranks.values[-1] - ranks.values[0])
-    value = float(np.nan_to_num(moved, nan=np.inf).max(initial=0.0))
-    if expected.probabilities is None:
-        return value, None
-    shares = np.abs(found["probabilities"] - expected.probabilities.numpy())
-    return value, float(np.nan_to_num(shares, nan=np.inf).max())
+def agreement(graph: Served, run: Run, pixels: Tensor, level: float | None = None, where: str = "") -> Agreement:
+    """How far the answers of a graph in a file are from the model's, for one batch.
+
+    Args:
+        graph: what it was exported from.
+        run: asks it.
+        pixels: (B, 3, size, size).
+        level: of intervals; None: the usual one.
+        where: begins the message of errors.
+
+    Raises:
+        ValueError: values, probabilities or ends of intervals differ by more than `TOLERANCE`, or ranks differ that are
+            on no tie.
+    """
+    model, ranks = graph.model, graph.model.head.ranks
+    inputs = {name: tensor.numpy() for name, tensor in graph.inputs(pixels, level).items()}
+    expected, found = model.predict(pixels), run(inputs)
+    wide = ranks.values[-1] - ranks.values[0]
+
+    def largest(moved: np.ndarray, share: float = 1.0) -> float:
+        return float(np.nan_to_num(np.abs(moved) / share, nan=np.inf).max(initial=0.0))
+
+    tied = on_a_tie(expected, ranks, model.config.decoding).numpy()
+    other = found["rank"] != expected.rank.numpy()
+    value = largest((found["value"] - expected.value.numpy())[~(tied & other)], wide)
+    share = interval = None
+    if expected.probabilities is not None:
+        share = largest(found["probabilities"] - expected.probabilities.numpy())
+    ties = tied & other
+    if graph.levels is not None:
+        assert model.calibration is not None
+        asked = float(inputs["level"])
+        ends = torch.stack(model.calibration.interval(expected, torch.tensor(asked)), dim=1).numpy()
+        moved = np.stack([found["low"], found["high"]], axis=1) - ends
+        on_edge = _ends_on_a_tie(model.calibration, expected, asked).numpy() | ties
+        far = ~(np.abs(moved) <= TOLERANCE * wide).all(axis=1)
+        ties |= on_edge & far
+        interval = largest(moved[~(on_edge & far)], wide)
+    strange = int((other & ~tied).sum())
+    if strange or not max(value, share or 0.0, interval or 0.0) <= TOLERANCE:
+        raise ValueError(
+            f"{where}: the graph does not answer as the model does: values differ by {value:.2g} of the range of the "
+            f"ranks, probabilities by {share or 0:.2g}, ends of intervals by {interval or 0:.2g}, {strange} of "
+            f"{len(pixels)} ranks; allowed is {TOLERANCE:g}, and no other rank"
+        )
+    return Agreement(len(pixels), value, share, interval, int(ties.sum()))
+
+
+def _ends_on_a_tie(calibration: Calibration, prediction: Prediction, level: float) -> Tensor:
+    """(B,) whether a rank's score lies so near to the threshold that rounding decides whether it is inside."""
+    if calibration.kind in OF_VALUES and not calibration.by_rank:
+        return torch.zeros(len(prediction.value), dtype=torch.bool)
+    threshold = calibration.thresholds[:, round(level * 100) - round(LEVELS[0] * 100)]
+    return ((calibration.scores(prediction) - threshold).abs() <= TIE * (1 + threshold.abs())).any(dim=1)
 
 
 def on_a_tie(prediction: Prediction, ranks: Ranks, decoding: str) -> Tensor:
@@ -449,15 +526,19 @@ def _calibration(run: RunFolder | None, pictures: Sequence[Any] | None, count: i
 class _Batches:
     """Calibration pictures one by one, as onnxruntime asks for them."""
 
-    def __init__(self, pictures: Sequence[Any], spec: PixelSpec, quiet: bool):
-        self.pictures, self.spec = pictures, spec
+    def __init__(self, graph: Served, pictures: Sequence[Any], quiet: bool):
+        self.graph, self.pictures = graph, pictures
         self.rows = iter(Progress(range(len(pictures)), "calibrating", unit="images", quiet=quiet))
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    def get_next(self) -> Arrays | None:
         row = next(self.rows, None)
-        if row is None:
-            return None
-        return {"pixel_values": prepare(load_image(self.pictures[row], f"picture {row + 1}"), self.spec)[None].numpy()}
+        return None if row is None else _inputs(self.graph, self.pictures, row)
+
+
+def _inputs(graph: Served, pictures: Sequence[Any], row: int) -> Arrays:
+    """One picture, as a graph takes it."""
+    pixels = prepare(load_image(pictures[row], f"picture {row + 1}"), graph.model.config.pixel_spec)
+    return {name: tensor.numpy() for name, tensor in graph.inputs(pixels[None]).items()}
 
 
 def _quantise(file: Path, batches: _Batches) -> None:
@@ -487,18 +568,16 @@ def _of_encoder(node: Any) -> bool:
     return "model.encoder" in scopes
 
 
-def _cost(
-    run: RunFolder | None, model: OrdinalModel, before: Run, after: Run, pictures: Sequence[Any], quiet: bool
-) -> Cost:
+def _cost(run: RunFolder | None, graph: Served, before: Run, after: Run, pictures: Sequence[Any], quiet: bool) -> Cost:
     """What int8 costs: on the validation part of a run, else on the pictures that it was calibrated on."""
     labels, where = None, "pictures that it was calibrated on"
     if isinstance(pictures, _Pictures) and run is not None and (held := _parts_of(run).validation) is not None:
         pictures = _Pictures(held, SCORED)
         labels, where = pictures.labels, "pictures of the validation part"
-    spec, values = model.config.pixel_spec, []
+    values = []
     for row in Progress(range(len(pictures)), "comparing", unit="images", quiet=quiet):
-        pixels = prepare(load_image(pictures[row], f"picture {row + 1}"), spec)[None].numpy()
-        values.append([float(ask(pixels)["value"][0]) for ask in (before, after)])
+        inputs = _inputs(graph, pictures, row)
+        values.append([float(ask(inputs)["value"][0]) for ask in (before, after)])
     found = np.array(values)
     if not np.isfinite(found).all():
         raise ValueError("int8: the model answers with numbers that are not finite")
@@ -506,8 +585,9 @@ def _cost(
     return Cost(float(np.abs(found[:, 1] - found[:, 0]).mean()), *errors, len(pictures), where)
 
 
-def _write_beside(folder: Path, model: OrdinalModel, format: Format, run: RunFolder | None) -> None:
+def _write_beside(folder: Path, graph: Served, format: Format, run: RunFolder | None) -> None:
     """What is needed to ask the graph: how pixels are prepared, the ranks, and a program that does it."""
+    model = graph.model
     spec, ranks = model.config.pixel_spec, model.head.ranks
     formats = FORMATS if run is None else read_formats(run.read_config().data.extra_formats)
     limits = {"max_pixels": MAX_PIXELS, "max_ratio": MAX_RATIO}
@@ -524,5 +604,7 @@ def _write_beside(folder: Path, model: OrdinalModel, format: Format, run: RunFol
         keep_trailing_newline=True,
     )
     title = f"Answers of an ordinal regression model ({GRAPHS[format]}) to pictures, as a table."
-    text = environment.get_template("predict.py.jinja").render(title=title, format=format, package=package, level=None)
+    text = environment.get_template("predict.py.jinja").render(
+        title=title, format=format, package=package, levels=graph.levels
+    )
     (folder / "predict.py").write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import FEW, random_model
 from families import FAMILIES, make_family
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -29,7 +30,7 @@ from ordinalclip.explain import (
     occlusion,
 )
 from ordinalclip.gauges import drawn_gauges, moving_parts
-from ordinalclip.heads import Targets, available_heads
+from ordinalclip.heads import available_heads
 from ordinalclip.images import prepare
 from ordinalclip.results.record import points_of
 from ordinalclip.training import train
