@@ -76,7 +76,7 @@ class Neighbors(nn.Module):
         if len(self.features) == 0:
             raise RuntimeError(f"{type(self).__name__}.predict needs a bank of training features: call fit first")
         if branchless():
-            return self._answer_at_once(check_numbers(at_least_float32(queries))).to(self.labels)
+            return self._answer_at_once(check_numbers(at_least_float32(torch.as_tensor(queries)))).to(self.labels)
         queries = _features(queries, "queries")
         _check_width(queries, self.features.shape[1], "queries")
         return self._answer(queries).to(self.labels)

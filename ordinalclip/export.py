@@ -581,8 +581,11 @@ def _cost(run: RunFolder | None, graph: Served, before: Run, after: Run, picture
     found = np.array(values)
     if not np.isfinite(found).all():
         raise ValueError("int8: the model answers with numbers that are not finite")
-    errors = [None, None] if labels is None else np.abs(found - labels[:, None]).mean(axis=0).tolist()
-    return Cost(float(np.abs(found[:, 1] - found[:, 0]).mean()), *errors, len(pictures), where)
+    moved = float(np.abs(found[:, 1] - found[:, 0]).mean())
+    if labels is None:
+        return Cost(moved, None, None, len(pictures), where)
+    first, second = np.abs(found - labels[:, None]).mean(axis=0).tolist()
+    return Cost(moved, first, second, len(pictures), where)
 
 
 def _write_beside(folder: Path, graph: Served, format: Format, run: RunFolder | None) -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 from baselines.classification import CrossEntropy
 from baselines.neighbors import NearestNeighbors, RadiusNeighbors
 from ordinalclip import OrdinalModel, Ranks
+from ordinalclip.calibration import Answered, calibrate
 from ordinalclip.cli import export as command
 from ordinalclip.cli import main
 from ordinalclip.export import BATCHES, TIE, TOLERANCE, Format, Served, _compared, agreement, export, on_a_tie
@@ -230,6 +231,63 @@ def test_torch_export_is_loaded_without_this_package(with_torch, files):
     model, folder, done = with_torch
     assert done.agreement.pictures == sum(BATCHES)
     assert check(model, folder, files) == 0
+
+
+def calibrated(model, files, kind="auto", by_rank=False):
+    """With intervals, from as many pictures as a level of 0.95 takes."""
+    pixels = torch.stack([prepare(load_image(file), model.config.pixel_spec) for file in files]).repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        prediction = model.answer(model.head(model.encoder(pixels * torch.linspace(0.9, 1.1, 22)[:, None, None, None])))
+    labels = RANKS.tensor()[torch.arange(22) % len(RANKS)]
+    found = Answered(prediction, labels, RANKS.rank_of(labels))
+    return model.calibrated(calibrate(RANKS, model.config.decoding, found, found, None, kind, by_rank).calibration)
+
+
+def test_intervals_of_any_level(files, tmp_path):
+    model = calibrated(fitted("cross_entropy", files), files)
+    export(model, tmp_path / "out", "torch-export")
+    assert check(model, tmp_path / "out", files) == 0
+    module = imported(tmp_path / "out")
+    answer, pixels = module.load(), np.stack([module.read(file) for file in files])
+    assert (module.LOWEST, module.LEVEL, module.HIGHEST) == (0.5, 0.9, 0.95)
+    widths = []
+    for level in (0.5, 0.73, 0.9, 0.95):
+        found = answer(pixels, level)
+        low, high = model.interval(model.predict(torch.from_numpy(pixels)), level)
+        np.testing.assert_allclose(found["low"], low.numpy(), atol=1e-4)
+        np.testing.assert_allclose(found["high"], high.numpy(), atol=1e-4)
+        widths.append((found["high"] - found["low"]).mean())
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
+    assert np.array_equal(answer(pixels)["low"], answer(pixels, 0.9)["low"])
+    for level in (0.96, 0.4, 0.905, np.nan):
+        with pytest.raises(ValueError, match=r"the level is 0\.5 to 0\.95 in hundredths, got"):
+            answer(pixels, level)
+    rows = subprocess.run(
+        [sys.executable, tmp_path / "out" / "predict.py", "--level", "0.73", *files],
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert rows[0] == "file,value,unit,name,probability,low,high"
+    expected = answer(pixels, 0.73)
+    shown = [[float(cell) for cell in row.split(",")[-2:]] for row in rows[1:]]
+    assert shown == np.stack([expected["low"], expected["high"]], axis=1).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize(
+    ("method", "kind", "by_rank"),
+    [
+        *(("cross_entropy", kind, False) for kind in ("rps", "aps", "shortest", "residual", "scaled")),
+        *(("l1", kind, False) for kind in ("residual", "scaled")),
+        ("l1", "residual", True),
+    ],
+)
+def test_every_kind_of_interval(method, kind, by_rank, format, files, tmp_path):
+    model = calibrated(fitted(method, files), files, kind, by_rank)
+    done = export(model, tmp_path / "out", format)
+    assert done.agreement.interval is not None
+    assert check(model, tmp_path / "out", files) == done.agreement.ties == 0
 
 
 @pytest.mark.parametrize("neighbors", [NearestNeighbors(k) for k in (1, 2, 5, 71, 200)])
