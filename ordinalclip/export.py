@@ -21,18 +21,26 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor, nn
 
-from ordinalclip import __version__
 from ordinalclip.calibration import LEVELS, OF_VALUES, Calibration
 from ordinalclip.data import Part, load_parts
 from ordinalclip.external import served
 from ordinalclip.files import whole, write_json
 from ordinalclip.gauges import KINDS, drawn_gauges
 from ordinalclip.heads import Prediction, without_branches
-from ordinalclip.images import FORMATS, MAX_PIXELS, MAX_RATIO, PixelSpec, load_image, prepare, read_formats
+from ordinalclip.images import (
+    FORMATS,
+    MAX_PIXELS,
+    MAX_RATIO,
+    BrokenImageError,
+    PixelSpec,
+    load_image,
+    prepare,
+    read_formats,
+)
 from ordinalclip.intervals import TooFewError
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress, announced
-from ordinalclip.provenance import fingerprints
+from ordinalclip.provenance import fingerprints, versions
 from ordinalclip.ranks import Ranks
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.weights import first_line
@@ -219,7 +227,7 @@ def export(
         cost = None
         if calibrating is not None:
             before = ask
-            with announced("quantising", quiet):
+            with announced("quantising", quiet), _explained(source, "int8"):
                 _quantise(file, _Batches(graph, calibrating, quiet))
             cost = _cost(run, graph, before, RUNNERS[format](file), calibrating, quiet)
         _write_beside(aside, graph, format, run)
@@ -229,7 +237,7 @@ def export(
             "int8": int8,
             "agreement": asdict(agreement),
             "cost": None if cost is None else asdict(cost),
-            "versions": {"ordinalclip": __version__, "torch": torch.__version__} | _versions(format),
+            "versions": versions() | _versions(format),
         }
         write_json(aside / MARK, written)
     return Exported(folder, agreement, cost)
@@ -281,7 +289,7 @@ def _source(name: str, model: OrdinalModel) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _explained(source: str, format: Format) -> Iterator[None]:
+def _explained(source: str, form: str) -> Iterator[None]:
     """What the libraries raise, in one line.
 
     Raises:
@@ -292,10 +300,10 @@ def _explained(source: str, format: Format) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, BrokenImageError):
         raise
     except Exception as error:  # whatever they are made of
-        raise ValueError(f"{source} cannot be exported to {format}: {_innermost(error)}") from error
+        raise ValueError(f"{source} cannot be exported to {form}: {_innermost(error)}") from error
 
 
 def _innermost(error: BaseException) -> str:

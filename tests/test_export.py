@@ -290,6 +290,16 @@ def test_every_kind_of_interval(method, kind, by_rank, format, files, tmp_path):
     assert check(model, tmp_path / "out", files) == done.agreement.ties == 0
 
 
+def test_the_page_says_what_is_there(exported, with_torch, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+    listed = re.search(r"^\$ ls served\n(.*)$", page, re.M)[1].split()
+    assert sorted({path.name for path in exported.iterdir()} - {"__pycache__"}) == listed
+    (tmp_path / "served").symlink_to(with_torch[1])
+    code = re.search(r"^```python\n(.*?)^```", page, re.M | re.S)[1] + "print(*answers, len(answers['value']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "value rank 5\n"
+
+
 @pytest.mark.parametrize("neighbors", [NearestNeighbors(k) for k in (1, 2, 5, 71, 200)])
 def test_counted_neighbours_in_one_piece(neighbors):
     """On a grid where every point is there twice, and many are as far as the last that counts."""
