@@ -168,7 +168,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the folder, how well it agrees, and for int8 what that costs."""
+    """What was written: the folder, how well the graph agrees (for int8: before it is quantised), what int8 costs."""
 
     folder: Path
     agreement: Agreement
