@@ -344,7 +344,7 @@ def _leaks(run: RunFolder | None, part: Part) -> list[str]:
         parts = load_parts(config.data, config.ranks, config.seed)
         if changed := run.data_difference(fingerprints(parts)):
             return [f"whether the model has learnt from some of these pictures is not known: {changed}"]
-        seen = [each for each in (parts.train, parts.validation) if each is not None]
+        seen = [each for name, each in parts.named.items() if name != "test"]
         ids, begin = copies([*seen, part]), sum(map(len, seen))
     except (OSError, ValueError, ImportError) as error:
         return [f"whether the model has learnt from some of these pictures is not known: {error}"]
@@ -352,7 +352,7 @@ def _leaks(run: RunFolder | None, part: Part) -> list[str]:
     if not known:
         few = len(ids) <= MOST_HASHED
         return [] if few else ["pictures that the model has learnt from were looked for by their paths alone"]
-    return [f"WARNING: {known} of these {len(part)} pictures are in the run's training or validation part"]
+    return [f"WARNING: {known} of these {len(part)} pictures are in the run's training, validation or calibration part"]
 
 
 def _record(name: str, run: RunFolder | None, part: Part) -> dict[str, Any]:
