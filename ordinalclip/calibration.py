@@ -3,6 +3,7 @@ say, and intervals that keep their promise; buffers of the model, so that they g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -32,7 +33,7 @@ OF_SETS: tuple[IntervalKind, ...] = ("rps", "aps", "shortest")  # of ranks, for 
 OF_VALUES: tuple[IntervalKind, ...] = ("residual", "scaled")
 LEVELS = tuple(hundredths / 100 for hundredths in range(50, 100))
 CHOOSING_LEVEL = 0.9  # at which kinds of intervals are compared
-FLOOR = 1e-6  # probabilities below are taken for it where they are scaled
+FLOOR = 1e-12  # probabilities below are taken for it where they are scaled
 BEYOND = 1e30  # the threshold of a level for which there were too few pictures: everything is inside
 FEW_RANKS = 10  # for vector scaling, which has two numbers a rank
 ENOUGH = 20  # pictures, for vector scaling of each rank, from which a scaling is learnt
@@ -56,6 +57,13 @@ class Answered:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def select(self, rows: np.ndarray) -> Answered:
+        """The given rows, in the given order."""
+        chosen = torch.from_numpy(np.asarray(rows))
+        value, rank, probabilities = self.prediction
+        likely = None if probabilities is None else probabilities[chosen]
+        return Answered(Prediction(value[chosen], rank[chosen], likely), self.values[chosen], self.ranks[chosen])
 
 
 class Calibration(nn.Module):
@@ -196,8 +204,9 @@ class Calibration(nn.Module):
     def scores(self, prediction: Prediction) -> Tensor:
         """(N, R): how little plausible every rank is."""
         if self.kind in OF_VALUES:
-            values = torch.tensor(self.ranks.values, device=prediction.value.device)
-            distance = (at_least_float32(prediction.value).unsqueeze(1) - values).abs()
+            value = at_least_float32(prediction.value)
+            values = torch.tensor(self.ranks.values, dtype=value.dtype, device=value.device)
+            distance = (value.unsqueeze(1) - values).abs()
             return distance / self._expected_errors(prediction).unsqueeze(1)
         probabilities = at_least_float32(_of(prediction))
         return SCORES[self.kind](probabilities)
@@ -235,8 +244,8 @@ class Calibration(nn.Module):
                 step = spreads[place + 1] - spreads[place]
                 found = found + step * ((value - low) / wide.clamp(min=1e-12)).clamp(0, 1)
             return found
-        values = torch.tensor(self.ranks.values, device=value.device)
         probabilities = at_least_float32(_of(prediction))
+        values = torch.tensor(self.ranks.values, dtype=probabilities.dtype, device=value.device)
         mean = probabilities @ values
         variance = (probabilities * (values - mean.unsqueeze(1)) ** 2).sum(dim=1)
         return variance.sqrt() + 0.01 * (values[-1] - values[0])  # of a distribution that is sure of one rank
@@ -263,6 +272,15 @@ class Calibration(nn.Module):
 
 
 SCORES = {"rps": rps_scores, "aps": aps_scores, "shortest": shortest_scores}
+
+
+def highest_level(number: int) -> float | None:
+    """The highest of `LEVELS` that so many calibration pictures are enough for.
+
+    >>> highest_level(9), highest_level(0)
+    (0.9, None)
+    """
+    return max((level for level in LEVELS if least_number(level) <= number), default=None)
 
 
 def bounds(ranks: Ranks) -> tuple[list[float], list[float]]:
@@ -373,7 +391,8 @@ def calibrate(
 
 
 def _scaling(ranks: Ranks, choosing: Answered) -> Calibration:
-    """The scaling with the best log-likelihood on folds that it was not learnt from; none where pictures are few."""
+    """The scaling with the best ranked probability score on folds that it was not learnt from; none where pictures are
+    few. It is learnt by the likelihood, which a single true rank of probability 0 decides, such as neighbours give."""
     probabilities = choosing.prediction.probabilities
     none = Calibration(ranks)
     if probabilities is None or len(choosing) < ENOUGH:
@@ -389,7 +408,8 @@ def _scaling(ranks: Ranks, choosing: Answered) -> Calibration:
         parts = []
         for number in range(FOLDS):
             scale, bias = _fitted(kind, logs[fold != number], truth[fold != number])
-            parts.append(_losses(logs[fold == number] * scale + bias, truth[fold == number]))
+            told = _softmax(logs[fold == number] * scale + bias)
+            parts.append(rps_scores(told).numpy()[np.arange(len(told)), truth[fold == number]])
         losses[kind] = float(np.concatenate(parts).mean())
     best = min(known, key=lambda kind: losses[kind])
     if best == "none":
@@ -497,10 +517,18 @@ def coverage(calibration: Calibration, answered: Answered, level: float) -> dict
         answered: other pictures, with predictions as `Calibration.answer` gives them.
 
     Returns:
-        `num`, `coverage`, mean `width` in the label's unit, and `by_rank`: num and coverage of every rank that occurs.
+        `level`, `num`, `coverage`, mean `width` in the label's unit; `band`, in which the coverage of so many pictures
+        lies for 95 % of the calibrations of this size where the promise holds, and `p`, the probability of as little
+        (beta-binomial: Vovk, "Conditional validity of inductive conformal predictors", ACML 2012); `by_rank`: num and
+        coverage of every rank that occurs.
     """
+    from scipy import stats
+
     low, high = calibration.interval(answered.prediction, level)
     inside = calibration.covered(answered, low, high)
+    kept = int(calibration.counts.min())
+    place = math.ceil((kept + 1) * level - 1e-9)
+    chance = stats.betabinom(len(answered), place, kept + 1 - place)
     by_rank = []
     for rank in answered.ranks.unique().tolist():
         mine = answered.ranks == rank
@@ -511,5 +539,7 @@ def coverage(calibration: Calibration, answered: Answered, level: float) -> dict
         "num": len(answered),
         "coverage": float(inside.double().mean()),
         "width": float((high - low).double().mean()),
+        "band": [float(each) / len(answered) for each in chance.ppf([0.025, 0.975])],
+        "p": float(chance.cdf(int(inside.sum()))),
         "by_rank": by_rank,
     }

@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -19,23 +19,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from ordinalclip.calibration import IntervalKind, calibrate
 from ordinalclip.config import DataConfig, EvaluationConfig, flat_keys, merge, parse_config, read_overrides
 from ordinalclip.data import Part, load_parts, load_whole, make_whole
 from ordinalclip.data.duplicates import MOST_HASHED, copies, repeated
 from ordinalclip.data.labels import arrow_column
 from ordinalclip.data.pictures import KEYS, kind_of
+from ordinalclip.data.splits import kept_out
 from ordinalclip.drift import feature_drift, label_drift
 from ordinalclip.files import content_digest
 from ordinalclip.heads import head_class
 from ordinalclip.metrics import against_constant, constant_answer, metrics_with
 from ordinalclip.model import WEIGHTS, OrdinalModel
 from ordinalclip.predictions import Predictions
+from ordinalclip.progress import say
 from ordinalclip.provenance import fingerprint, fingerprints, versions
+from ordinalclip.ranks import Ranks
+from ordinalclip.results.card import calibration_section, recalibrated
 from ordinalclip.results.external_report import OURS, ExternalEvaluation, Score
 from ordinalclip.run_folder import RunFolder, find_model
 from ordinalclip.suggestions import near_matches
 from ordinalclip.training.distributed import from_main, make_accelerator
-from ordinalclip.training.evaluation import Evaluator, predictions_of
+from ordinalclip.training.evaluation import Evaluator, coverage_of, predictions_of
 
 CARRIED = ("image_column", "label_column", "suffix", "extra_formats")  # keys of data that a run's new data shares
 READ = (*KEYS, "label_column", "decimal", "missing", "cache_mb")  # keys of data by which other data is read
@@ -78,9 +83,7 @@ def evaluate_external(
         from_main(accelerator, lambda: _check_free(folder, overwrite))
     loaded, name, run = _in_memory(model) if isinstance(model, OrdinalModel) else served(model)
     config, options = _configured(data, root, overrides, run)
-    ranks = loaded.head.ranks
-    in_memory = isinstance(data, pd.DataFrame | datasets.Dataset)
-    part = make_whole(data, config, ranks) if in_memory else load_whole(config, ranks)
+    ranks, part = loaded.head.ranks, _part(data, config, loaded.head.ranks)
     members = {column: _members(part, column) for column in dict.fromkeys(by)}  # refused before anything is computed
 
     loaded.to(accelerator.device)
@@ -119,6 +122,64 @@ def evaluate_external(
     if folder is not None:
         from_main(accelerator, lambda: evaluation.write(folder))
     return evaluation
+
+
+def calibrate_external(
+    model: str | Path | OrdinalModel,
+    data: str | Path | pd.DataFrame | datasets.Dataset,
+    root: str | Path = "",
+    group: str = "",
+    share: float = 0.5,
+    kind: IntervalKind | Literal["auto"] = "auto",
+    by_rank: bool = False,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    seed: int = 1,
+    quiet: bool = False,
+) -> tuple[OrdinalModel, dict[str, Any]]:
+    """A model with a calibration from labelled pictures that it has not learnt from, such as those of another clinic.
+    Its weights stay as they are, a calibration that it keeps is not used; nothing of the model given is changed.
+
+    Args:
+        model, data, root, overrides: see `evaluate_external`.
+        group: column (subject, patient) whose equal rows are not independent.
+        share: of the rows, or groups, that thresholds come from; by the others kind and scaling are chosen.
+        kind, by_rank: see `calibration.calibrate`.
+        seed: by which rows are divided.
+
+    Returns:
+        the model as it is served, and `Calibrated.about`.
+
+    Raises:
+        FileNotFoundError: no such model, data or picture; ValueError: see `evaluate_external`, pictures that the model
+            has learnt from, too few rows to divide, a kind that the method has no probabilities for.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie between 0 and 1, got {share!r}")
+    accelerator = _accelerator()
+    loaded, _, run = _in_memory(model) if isinstance(model, OrdinalModel) else served(model)
+    config, options = _configured(data, root, overrides, run)
+    part = _part(data, config, loaded.head.ranks)
+    choosing, held_out, groups = kept_out(part, share, group, seed)
+    for note in from_main(accelerator, lambda: _leaks(run, part)):
+        if note.startswith("WARNING"):
+            raise ValueError(f"{note.removeprefix('WARNING: ')}: its errors on them promise too much")
+        say(note, quiet)
+    loaded.to(accelerator.device)
+    evaluator = Evaluator(accelerator, options.batch_size, config.workers, quiet or not accelerator.is_main_process)
+    answered = evaluator.answered(loaded, part)
+    ranks, decoding = loaded.head.ranks, loaded.head.decoding
+    halves = answered.select(choosing), answered.select(held_out)
+    found = calibrate(ranks, decoding, *halves, groups, kind, by_rank)
+    model = loaded.calibrated(found.calibration)
+    if model.card is not None:
+        model.card = recalibrated(model.card, calibration_section(found.about, ranks, part.source))
+    return model, found.about
+
+
+def _part(data: Any, config: DataConfig, ranks: Ranks) -> Part:
+    """All rows."""
+    in_memory = isinstance(data, pd.DataFrame | datasets.Dataset)
+    return make_whole(data, config, ranks) if in_memory else load_whole(config, ranks)
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -250,7 +311,7 @@ def _scored(
         found = chosen.score(known, ranks)
         metrics = {name: found[name] for name in known}
         defined = {name: metric for name, metric in known.items() if metrics[name] is not None}
-        return Score(rows, metrics, chosen.intervals(defined, ranks))
+        return Score(rows, metrics, chosen.intervals(defined, ranks), coverage_of(model, chosen))
 
     constant = None
     if counts is not None:
@@ -283,7 +344,7 @@ def _leaks(run: RunFolder | None, part: Part) -> list[str]:
         parts = load_parts(config.data, config.ranks, config.seed)
         if changed := run.data_difference(fingerprints(parts)):
             return [f"whether the model has learnt from some of these pictures is not known: {changed}"]
-        seen = [each for each in (parts.train, parts.validation) if each is not None]
+        seen = [each for name, each in parts.named.items() if name != "test"]
         ids, begin = copies([*seen, part]), sum(map(len, seen))
     except (OSError, ValueError, ImportError) as error:
         return [f"whether the model has learnt from some of these pictures is not known: {error}"]
@@ -291,7 +352,7 @@ def _leaks(run: RunFolder | None, part: Part) -> list[str]:
     if not known:
         few = len(ids) <= MOST_HASHED
         return [] if few else ["pictures that the model has learnt from were looked for by their paths alone"]
-    return [f"WARNING: {known} of these {len(part)} pictures are in the run's training or validation part"]
+    return [f"WARNING: {known} of these {len(part)} pictures are in the run's training, validation or calibration part"]
 
 
 def _record(name: str, run: RunFolder | None, part: Part) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from ordinalclip.config import (
 )
 from ordinalclip.data import Parts, make_parts
 from ordinalclip.data.pictures import FILE, KEYS, PictureRows, of_rows, read_pictures
-from ordinalclip.external import READ, evaluate_external, served
+from ordinalclip.external import READ, calibrate_external, evaluate_external, served
 from ordinalclip.heads import head_options
 from ordinalclip.metrics import r2_score
 from ordinalclip.model import OrdinalModel
@@ -368,6 +368,13 @@ class OrdinalRegressor(BaseEstimator):
     def _evaluated(
         self, X: Rows, y: ArrayLike | None, image: str | None = None, label: str | None = None, **options: Any
     ) -> ExternalEvaluation:
+        rows, root, keys = self._labelled(X, y, image, label)
+        return evaluate_external(self.model_, rows, root, overrides={"data": keys}, quiet=self.quiet, **options)
+
+    def _labelled(
+        self, X: Rows, y: ArrayLike | None, image: str | None, label: str | None
+    ) -> tuple[Any, str, dict[str, Any]]:
+        """Rows with labels, the folder that their paths start from, and keys of data by which they are read."""
         check_is_fitted(self)
         keys: dict[str, Any] = {key: value for key, value in _section("data", self.data).items() if key in READ}
         keys.pop("source", None)
@@ -378,7 +385,33 @@ class OrdinalRegressor(BaseEstimator):
         root = str(keys.pop("root", "") or "")
         if isinstance(rows, str) and os.path.isdir(rows):
             root = ""  # a folder lies where it lies
-        return evaluate_external(self.model_, rows, root, overrides={"data": keys}, quiet=self.quiet, **options)
+        return rows, root, keys
+
+    @names_nearest
+    def calibrate(
+        self,
+        X: Rows,
+        y: ArrayLike | None = None,
+        *,
+        image: str | None = None,
+        label: str | None = None,
+        group: str = "",
+        share: float = 0.5,
+        kind: str = "auto",
+        by_rank: bool = False,
+    ) -> OrdinalRegressor:
+        """Give the model calibrated probabilities and intervals, from labelled pictures that it has not seen; its run
+        folder stays as it is. `data={"calibration": 0.5}` does so in `fit`, with half of the validation part.
+
+        Args:
+            X, y, image, label: see `fit`; columns default to those of `fit`.
+            group: column (subject, patient) whose equal rows are not independent.
+            share, kind, by_rank: see `ordinalclip.external.calibrate_external`.
+        """
+        rows, root, keys = self._labelled(X, y, image, label)
+        more: dict[str, Any] = {"share": share, "kind": kind, "by_rank": by_rank, "quiet": self.quiet}
+        self.model_, _ = calibrate_external(self.model_, rows, root, group, overrides={"data": keys}, **more)
+        return self
 
     def score(self, X: Rows, y: ArrayLike | None = None) -> float:
         """R² of the values that `predict` gives, as scikit-learn's regressors have it; `evaluate` says more."""

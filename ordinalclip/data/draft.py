@@ -46,6 +46,7 @@ LABELS = _words(
 )
 GROUPS = _words("patient subject person participant proband identity individual animal donor family slide eye user")
 NUMBERED = {*_words("id ids nr no num number code key uid hash pseudonym"), ""}  # what may stand beside such a word
+CALIBRATING = 40  # pictures, from which a calibration is offered
 NO_LABELS = {*GROUPS, *NUMBERED, *_words("index idx uuid file filename path name url date split fold part site")}
 UNITS = {unit: unit for unit in (*_words("years months weeks days hours minutes kg g mg km m cm mm"), "°C", "%")}
 UNITS |= {"percent": "%", "pct": "%", "percentage": "%", "celsius": "°C"}
@@ -302,6 +303,7 @@ class Survey:
                 if key not in shown and value != DataConfig.model_fields[key].default
             },
             "divided": "all" in self.tables and not data.split_column,
+            "calibrates": num_rows * data.split[1] / 2 >= CALIBRATING,
             "ranks": ranks,
             "unit": unit,
             "open_order": self.worded and self.ranks.names is None and known_scale(list(self.counts)) is None,

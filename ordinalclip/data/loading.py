@@ -177,7 +177,7 @@ def _assemble(tables: dict[str, Table], config: DataConfig, ranks: RanksConfig, 
         return parts
     if parts.validation is None:
         raise ValueError(f"data.calibration={config.calibration:g} is a share of the validation part: there is none")
-    choosing, held_out, groups = kept_out(parts.validation, config, seed)
+    choosing, held_out, groups = kept_out(parts.validation, config.calibration, config.group, seed)
     return replace(
         parts,
         validation=parts.validation.select(choosing),

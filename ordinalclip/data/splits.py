@@ -238,23 +238,23 @@ def _cut(rows: np.ndarray, shares: tuple[float, ...]) -> list[np.ndarray]:
     return np.split(rows, bounds)
 
 
-def kept_out(part: Part, config: DataConfig, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """What of the validation part chooses, what calibrates (`data.calibration`), and the groups of the latter, if rows
-    are grouped; drawn without regard to labels, on which the promise of conformal intervals rests.
+def kept_out(part: Part, share: float, group: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Rows that choose, rows that calibrate, and what groups the latter are of, if rows are grouped; drawn without
+    regard to labels, on which the promise of conformal intervals rests.
+
+    Args:
+        share: of the rows, or groups, that calibrate.
+        group: column (subject, patient); "": rows are not grouped.
 
     Raises:
-        ValueError: one of both would be empty.
+        ValueError: one of both would be empty, a column that is missing or has empty cells.
     """
-    groups = group_names(Table(part.rows, part.source), config) if config.group else None
+    groups = group_names(Table(part.rows, part.source), DataConfig(group=group)) if group else None
     codes = None if groups is None else np.unique(groups, return_inverse=True)[1]
-    shares = (1 - config.calibration, config.calibration, 0.0)
-    choosing, held_out, _ = _shared(np.zeros(len(part), np.int64), codes, shares, seed, False)
+    choosing, held_out, _ = _shared(np.zeros(len(part), np.int64), codes, (1 - share, share, 0.0), seed, False)
     if not len(choosing) or not len(held_out):
-        what = "rows" if codes is None else "groups"
-        raise ValueError(
-            f"data.calibration={config.calibration:g} of a validation part of {len(part)} rows: too few {what} to be "
-            "divided"
-        )
+        what = f"{len(part)} rows" if codes is None else f"{len(np.unique(codes))} groups"
+        raise ValueError(f"{part.source}: {what} are too few to keep a share of {share:g} out for the calibration")
     return choosing, held_out, None if groups is None else groups[held_out]
 
 

@@ -10,11 +10,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ordinalclip.backbones import hub_name
+from ordinalclip.calibration import highest_level
 from ordinalclip.config import RunConfig
 from ordinalclip.files import write_text
 from ordinalclip.metrics import decodings
 from ordinalclip.provenance import backbone_license, data_license, data_name
 from ordinalclip.quoting import Markdown, printable
+from ordinalclip.ranks import Ranks
 from ordinalclip.results.pages import markdown_templates
 from ordinalclip.results.record import RunRecord
 from ordinalclip.run_folder import local
@@ -55,8 +57,28 @@ def model_card(record: RunRecord, remark: str = "") -> str:
             versions=record.versions,
             remark=remark,
             people=about_people(config, ranks.unit),
+            calibration=Markdown(calibration_section(about, ranks)) if (about := record.calibration) else "",
         )
     )
+
+
+def calibration_section(about: dict[str, Any], ranks: Ranks, source: str = "") -> str:
+    """What a card says of a calibration.
+
+    Args:
+        about: see `calibration.Calibrated`, with the coverage of the test part under "test", if there is one.
+        source: where its pictures are from; "": from the run's own data.
+    """
+    highest = highest_level(about["least"])
+    template = markdown_templates().get_template("calibration.md")
+    return template.render(about=about, ranks=ranks, source=local(source), highest=highest)
+
+
+def recalibrated(card: bytes, section: str) -> bytes:
+    """A card with another section on its calibration, at the end."""
+    text = card.decode("utf-8", "replace")
+    title = re.escape(section.partition("\n")[0])
+    return (re.sub(rf"^{title}$.*?(?=^## |\Z)", "", text, flags=re.M | re.S).rstrip() + f"\n\n{section}\n").encode()
 
 
 def front_matter(record: RunRecord) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ordinalclip.data import Part
-from ordinalclip.drift import Drift
+from ordinalclip.drift import LEVEL, Drift
 from ordinalclip.files import whole, write_json, write_text
 from ordinalclip.metrics import Metric, decodings, doubt
 from ordinalclip.model import OrdinalModel
@@ -29,6 +29,7 @@ from ordinalclip.run_folder import local
 
 GIVEN = "given "  # before the name of a column of the data that is called like one of ours
 OURS = ("evaluation.json", "predictions.parquet", "groups.csv", "report.html")
+SHOWN = 0.9  # level of the intervals whose coverage is told first
 FEW = 30  # pictures of a group, below which its interval says little
 
 
@@ -40,16 +41,24 @@ class Score:
         rows: (N,) which pictures.
         metrics: by name; None where one is not defined.
         intervals: 95 % bootstrap interval over the pictures of each; NaN where nothing bounds it.
+        coverage: of the model's own intervals, at some levels: see `calibration.coverage`.
     """
 
     rows: np.ndarray
     metrics: dict[str, float | None]
     intervals: dict[str, tuple[float, float]]
+    coverage: Sequence[dict[str, Any]] = ()
+
+    @property
+    def covered(self) -> dict[str, Any] | None:
+        """The coverage that is told first: of 90 % intervals, or of the highest level that there is."""
+        return max((each for each in self.coverage if each["level"] <= SHOWN), key=lambda e: e["level"], default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data."""
         bounded = {name: list(pair) for name, pair in self.intervals.items() if np.isfinite(pair).all()}
-        return {"num": len(self.rows), "metrics": self.metrics, "intervals": bounded}
+        told = {"coverage": list(self.coverage)} if self.coverage else {}
+        return {"num": len(self.rows), "metrics": self.metrics, "intervals": bounded, **told}
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,15 @@ class ExternalEvaluation:
     def warnings(self) -> list[str]:
         """What is said aloud: no success, and drift that is more than chance."""
         unlike = [f"the {each.what} are unlike those of the training, see below" for each in self.drift if each.found]
-        return [*([self.doubt] if self.doubt else []), *unlike]
+        return [*([self.doubt] if self.doubt else []), *self._broken_promise, *unlike]
+
+    @property
+    def _broken_promise(self) -> list[str]:
+        found = self.score.covered
+        if found is None or found["p"] >= LEVEL:
+            return []
+        text = f"of the {found['level']:.0%} intervals {found['coverage']:.1%} hold the truth here"
+        return [f"{text}: calibrate the model on labelled pictures of this kind (`ordinalclip calibrate`)"]
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, as JSON data."""
@@ -142,7 +159,10 @@ class ExternalEvaluation:
                 few = ", few" if len(score.rows) < FEW else ""
                 lines.append(f"  {value} ({len(score.rows)} images{few}): {_number(mae)}")
         lines += [f"{'WARNING: ' * each.found}{each.text}" for each in self.drift]
-        lines += [f"WARNING: {self.doubt}"] if self.doubt else []
+        if (found := self.score.covered) is not None:
+            width = f"mean width {found['width']:.4g}{unit}"
+            lines.append(f"{found['level']:.0%} intervals: {found['coverage']:.1%} hold the truth, {width}")
+        lines += [f"WARNING: {text}" for text in [self.doubt, *self._broken_promise] if text]
         return [*lines, *self.notes]
 
     def write(self, folder: Path) -> None:

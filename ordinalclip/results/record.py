@@ -128,6 +128,11 @@ class RunRecord:
         return f"{done} steps" if done == planned else f"stopped at {done} of {planned} steps"
 
     @property
+    def calibration(self) -> dict[str, Any] | None:
+        """What is told of the model's calibration, see `calibration.Calibrated`; None where it keeps none."""
+        return self.metrics.get("calibration")
+
+    @property
     def constant(self) -> dict[str, Any] | None:
         """What `metrics.against_constant` says of the part that is shown."""
         return self.scores.get("constant")

@@ -7,7 +7,7 @@ ordinalclip plot runs/demo --width page --out figures   # the same figures for a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ordinalclip.predictions import Predictions
 from ordinalclip.provenance import data_name
 from ordinalclip.ranks import Decoding, Ranks
 from ordinalclip.results import figures
+from ordinalclip.results.calibration_figure import interval_coverage, reliability
 from ordinalclip.results.card import write_card
 from ordinalclip.results.pages import Figures, data_uri, inlined, never_fatal, outline, templates, thumbnail
 from ordinalclip.results.record import RunRecord, points_of, read_run
@@ -85,13 +86,18 @@ def write_report(record: RunRecord, remark: str = "") -> Path:
 
 def run_figures(record: RunRecord, width: float = figures.COLUMN) -> Figures:
     """Every figure that a run has, so many inches wide, with the sentence below it: agreement or confusion,
-    error_by_value, feature_map, similarity, learning_curves."""
+    error_by_value, feature_map, reliability, interval_coverage, similarity, learning_curves."""
     drawn: Figures = {}
     ranks, given = record.ranks, record.predictions
     if given is not None:
         drawn |= prediction_figures(given, ranks, record.decoding, record.metrics["train_counts"], width)
         if record.images is not None and len(record.images) > 1:
             drawn["feature_map"] = _feature_map(record, width)
+    about = record.calibration or {}
+    if "after" in about:
+        drawn["reliability"] = reliability(about, width=width), _scaled(about)
+    if "test" in about:
+        drawn["interval_coverage"] = interval_coverage(about["test"], width=width), _intervals(about)
     if record.prototypes is not None:
         drawn["similarity"] = (
             figures.similarity(record.prototypes.double().cpu().numpy(), ranks, width=width),
@@ -104,6 +110,27 @@ def run_figures(record: RunRecord, width: float = figures.COLUMN) -> Figures:
             f"Learning curves; {record.metrics['train_seconds']:.0f} s of training.",
         )
     return drawn
+
+
+def _scaled(about: Mapping[str, Any]) -> str:
+    how = "not scaled, which had the best ranked probability score"
+    if about["scaling"] != "none":
+        numbers = f" {about['temperature']:.3g}" if "temperature" in about else ""
+        change = f"{about['before']['rps']:.3g} to {about['after']['rps']:.3g}"
+        how = f"scaled ({about['scaling']}{numbers}); the ranked probability score goes from {change}"
+    return (
+        f"Do probabilities mean what they say? On the {about['num']} pictures that calibrate the model; a point's size "
+        f"tells its share of them. Probabilities are {how}."
+    )
+
+
+def _intervals(about: Mapping[str, Any]) -> str:
+    groups = f" of {about['groups']} groups" if "groups" in about else ""
+    widths = ", ".join(f"{kind} {width:.3g}" for kind, width in about["widths"].items() if kind != "level")
+    return (
+        f"Do intervals keep their promise? They come from {about['num']} pictures{groups} that were taken out of the "
+        f"validation part, and are made of {about['kind']} scores (mean widths on the rest of it: {widths})."
+    )
 
 
 def prediction_figures(

@@ -152,7 +152,7 @@ class Evaluator:
         if parts.calibration is None or parts.validation is None:
             return model, None
         try:
-            choosing, held_out = (self._answered(model, part) for part in (parts.validation, parts.calibration))
+            choosing, held_out = (self.answered(model, part) for part in (parts.validation, parts.calibration))
         except NoNumber as error:
             logger.warning("not calibrated: %s", error)
             return model, None
@@ -162,7 +162,12 @@ class Evaluator:
         return model.calibrated(found.calibration), found.about
 
     @torch.no_grad()
-    def _answered(self, model: OrdinalModel, part: Part) -> Answered:
+    def answered(self, model: OrdinalModel, part: Part) -> Answered:
+        """What the head of a deployed model answers to a part, not calibrated.
+
+        Raises:
+            NoNumber: answers that are not finite.
+        """
         outputs = {name: tensor.to(model.device) for name, tensor in self.outputs(model, part).items()}
         value, rank, probabilities = model.head.predict(outputs)
         likely = None if probabilities is None else probabilities.cpu()
