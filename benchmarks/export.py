@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +40,15 @@ from ordinalclip.provenance import device
 from ordinalclip.runs import train
 
 BATCH = 16
+# A small process of its own: the peak memory of what a large one starts is at least that of the large one.
+MEASURE = """
+import os, sys, time
+begun = time.monotonic()
+nowhere = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=nowhere), 0)
+assert status == 0
+print(usage.ru_utime + usage.ru_stime, time.monotonic() - begun, usage.ru_maxrss / 1024)
+"""
 COMMON = (
     "model.backbone=efficientnet_lite0",
     "model.text=tiny",
@@ -112,22 +121,15 @@ def cold(command: list[str], repeats: int) -> tuple[float, float, float]:
     """Processor seconds, wall seconds and peak MB of a process, medians."""
     found = []
     for _ in range(repeats):
-        begun = time.monotonic()
-        process = os.posix_spawn(
-            command[0],
-            command,
-            {**os.environ, "OMP_NUM_THREADS": "1"},
-            file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
-        )
-        _, status, usage = os.wait4(process, 0)
-        assert status == 0, command
-        found.append((usage.ru_utime + usage.ru_stime, time.monotonic() - begun, usage.ru_maxrss / 1024))
+        shell = [sys.executable, "-I", "-S", "-c", MEASURE, *command]
+        shown = subprocess.run(shell, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+        found.append(tuple(map(float, shown.stdout.split()[-3:])))
     return tuple(median(column) for column in zip(*found, strict=True))  # type: ignore[return-value]
 
 
 def table(heads: list[str], rows: list[list[Any]]) -> str:
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines).replace("| --- |", "|---|")
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def main() -> None:
@@ -184,10 +186,11 @@ def main() -> None:
     )
     text = f"""# Models as graphs
 
-`python benchmarks/export.py {used} --out benchmarks/results/export`. Frozen EfficientNet-Lite0 at 96 px, a linear head
-(ELPV: cross-entropy over four levels; faces: L1), 400 steps: models to compare with themselves, not the best ones.
+`python benchmarks/export.py {used} --out benchmarks/results/export`.
+Frozen EfficientNet-Lite0 at 96 px, a linear head (ELPV: cross-entropy over four levels; faces: L1), 400 steps: models to
+compare with themselves, not the best ones.
 torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, OpenVINO {openvino.__version__.partition("-")[0]};
-{device()}, {platform.machine()}, {os.cpu_count()} cores shared with other work: read the ratios.
+{device()}, shared with other work: read the ratios.
 
 Errors on pictures of the test part, and how far answers are from torch's on average, in the label's unit:
 
