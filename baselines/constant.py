@@ -23,7 +23,7 @@ class Constant(Head):
         self.register_buffer("frequencies", torch.full((len(context.ranks),), 1 / len(context.ranks)))
 
     def forward(self, features: Tensor) -> Outputs:
-        return {"logits": self.frequencies.log().expand(len(features), -1)}
+        return {"logits": self.frequencies.log().expand(features.shape[0], -1)}
 
     def loss(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         return {"loss": cross_entropy(outputs["logits"], targets.ranks, targets.weights)}

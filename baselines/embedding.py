@@ -129,7 +129,7 @@ class EmbeddingHead(Head):
         if self.readout != "nearest":
             return prediction
         values = self.ranks.tensor(standardised.device)
-        tie = TIE * values.diff().amin()  # as in Ranks.nearest a value in the middle goes down, one on an edge up
+        tie = TIE * values.diff().amin(dim=0)  # as in Ranks.nearest a value in the middle goes down, one on an edge up
         rank = self.ranks.nearest(prediction.value + (-tie if self.ranks.edges is None else tie))
         return Prediction(values[rank], rank)
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from ordinalclip.heads import branchless, check_numbers
 from ordinalclip.losses import at_least_float32
 
 QUERY_BLOCK, BANK_BLOCK = 256, 8192  # one block of distances: 16 MB
@@ -74,6 +75,8 @@ class Neighbors(nn.Module):
         """
         if len(self.features) == 0:
             raise RuntimeError(f"{type(self).__name__}.predict needs a bank of training features: call fit first")
+        if branchless():
+            return self._answer_at_once(check_numbers(at_least_float32(torch.as_tensor(queries)))).to(self.labels)
         queries = _features(queries, "queries")
         _check_width(queries, self.features.shape[1], "queries")
         return self._answer(queries).to(self.labels)
@@ -108,6 +111,17 @@ class Neighbors(nn.Module):
     def _answer(self, queries: Tensor) -> Tensor:
         """(Q,) labels in float64."""
         raise NotImplementedError(f"{type(self).__name__} defines no _answer")
+
+    def _answer_at_once(self, queries: Tensor) -> Tensor:
+        """`_answer` without branches on data, for graphs: in a table of all pairs, as exact as products in float64."""
+        raise NotImplementedError(f"{type(self).__name__} defines no _answer_at_once")
+
+    def _squared(self, queries: Tensor) -> Tensor:
+        """(Q, D) queries -> (Q, N) squared distances in float64, around the mean of the bank."""
+        center = self.features.mean(dim=0).double()
+        bank, queries = self.features.double() - center, queries.double() - center
+        norms = queries.square().sum(dim=1, keepdim=True) + bank.square().sum(dim=1)
+        return (norms - 2 * queries @ bank.t()).clamp(min=0)
 
     def _blocks(self, queries: Tensor) -> Iterator[_Block]:
         """All pairs of (Q, D) float64 queries and the bank, block by block, the bank in order for every query.
@@ -210,6 +224,12 @@ class RadiusNeighbors(Neighbors):
     def _answer(self, queries: Tensor) -> Tensor:
         return self._answers(queries, [self.radius.item()])[0]
 
+    def _answer_at_once(self, queries: Tensor) -> Tensor:
+        squared, labels, limit = self._squared(queries), self.labels.double(), self.radius.double().square()
+        weights = torch.where(squared <= limit, torch.exp(squared * (-4.5 / limit)) + 1e-16, 0.0)
+        total = weights.sum(dim=1)
+        return torch.where(total > 0, weights @ labels / total, labels[squared.argmin(dim=1)])
+
     @torch.no_grad()
     def _answers(self, queries: Tensor, radii: Sequence[float]) -> Tensor:
         """(len(radii), Q) weighted mean labels, in one pass over the bank.
@@ -285,6 +305,14 @@ class NearestNeighbors(Neighbors):
 
     def _answer(self, queries: Tensor) -> Tensor:
         return self._answers(queries, [int(self.count)])[0]
+
+    def _answer_at_once(self, queries: Tensor) -> Tensor:
+        squared, count = self._squared(queries), self.count.clamp(max=len(self.labels))
+        last = squared.sort(dim=1).values.index_select(1, (count - 1).reshape(1))
+        nearer, level = squared < last, squared == last
+        free = count - nearer.sum(dim=1, keepdim=True)  # places for the first of those as far as the last
+        counted = (nearer | (level & (level.cumsum(dim=1) <= free))).double()
+        return counted @ self.labels.double() / count
 
     @torch.no_grad()
     def _answers(self, queries: Tensor, counts: Sequence[int]) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from baselines.linear import FullPrecisionLinear
 from baselines.pairs import mean_of
-from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets, decode
+from ordinalclip.heads import Head, HeadContext, Outputs, Prediction, Targets, branchless, decode
 from ordinalclip.losses import at_least_float32, weighted_mean
 
 
@@ -120,4 +120,6 @@ class CORN(OrdReg):
         return {"loss": corn_loss(outputs["above"], targets.ranks, targets.weights)}
 
     def exceedance(self, logits: Tensor) -> Tensor:
+        if branchless():  # graphs in ONNX have no cumulative product
+            return logsigmoid(logits).cumsum(dim=1).exp()
         return logits.sigmoid().cumprod(dim=1)

@@ -58,12 +58,38 @@ class NoNumber(ValueError):
     """A model answers what is no number: there is no rank for it."""
 
 
+_unchecked: ContextVar[list[Tensor] | None] = ContextVar("_unchecked", default=None)
+
+
+@contextmanager
+def without_branches() -> Iterator[list[Tensor]]:
+    """Within it answers are computed without branches on data, which graphs that are exported cannot have.
+
+    Nothing is raised where a number is not finite: what `check_numbers` would have looked at is in the list that is
+    given, for the graph to look at.
+    """
+    unchecked: list[Tensor] = []
+    token = _unchecked.set(unchecked)
+    try:
+        yield unchecked
+    finally:
+        _unchecked.reset(token)
+
+
+def branchless() -> bool:
+    """Whether answers are computed `without_branches`."""
+    return _unchecked.get() is not None
+
+
 def check_numbers(answers: Tensor) -> Tensor:
     """Answers or probabilities as they are.
 
     Raises:
         NoNumber: one of them is not finite.
     """
+    if (unchecked := _unchecked.get()) is not None:
+        unchecked.append(answers)
+        return answers
     if not (finite := answers.isfinite()).all():
         count = int((~finite).reshape(len(answers), -1).any(dim=1).sum())
         raise NoNumber(

@@ -15,8 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ordinalclip import OrdinalModel, Ranks
 from ordinalclip.config import load_config
 from ordinalclip.data import load_parts
+from ordinalclip.heads import Targets
 from ordinalclip.text import TextTower
 from ordinalclip.training import train
 from ordinalclip.training.distributed import make_accelerator
@@ -82,6 +84,26 @@ def learner_of(config):
     accelerator = make_accelerator(config.train.mixed_precision)
     parts = load_parts(config.data, config.ranks, config.seed)
     return Learner(build_model(config, parts.ranks, parts.train), parts, config, accelerator)
+
+
+FEW = Ranks.linear(0, 10, 11)
+
+
+def random_model(method, backbone="tiny", ranks=FEW, decoding="median", **head):
+    """A model of random weights, whose bank, if it has one, is of random pictures."""
+    torch.manual_seed(0)
+    head = head or ({"loss": "torch.nn:CrossEntropyLoss"} if method == "loss" else {})
+    text = "" if backbone == "tiny" else "tiny"
+    options = {"label_mean": 5, "label_std": 3, "decoding": decoding}
+    model = OrdinalModel.build(backbone, ranks, method, head, text, **options).eval()
+    size = model.config.pixel_spec.size
+    with torch.no_grad():
+        if model.head.needs_fit:
+            values = torch.linspace(0, 10, 24)
+            outputs = model.head(model.encoder(torch.randn(24, 3, size, size).cumsum(-1) / 8))
+            part = outputs, Targets(values, ranks.rank_of(values))
+            model.head.fit(part, part)
+    return model
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import FEW, random_model
 from families import FAMILIES, make_family
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -29,14 +30,13 @@ from ordinalclip.explain import (
     occlusion,
 )
 from ordinalclip.gauges import drawn_gauges, moving_parts
-from ordinalclip.heads import Targets, available_heads
+from ordinalclip.heads import available_heads
 from ordinalclip.images import prepare
 from ordinalclip.results.record import points_of
 from ordinalclip.training import train
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attribution.py"
 PER_CENT = Ranks.linear(0, 100, 101, unit="%")
-FEW = Ranks.linear(0, 10, 11)
 METHODS = sorted(set(available_heads()) - {"prototypes"})
 QUICK = {"ordinalclip", "conord", "l1", "constant", "large", "ranking_adapter"}  # a kind of head each
 
@@ -49,21 +49,6 @@ def zero_shot(kind="dial"):
     """The shipped CLIP reads dials without any training."""
     templates = [f"a photo of a {kind} reading {{name}}."]
     return OrdinalModel.build("tiny", PER_CENT, "zero_shot", {"templates": templates}).eval()
-
-
-def random_model(method, backbone="tiny", ranks=FEW, **head):
-    torch.manual_seed(0)
-    head = head or ({"loss": "torch.nn:CrossEntropyLoss"} if method == "loss" else {})
-    text = "" if backbone == "tiny" else "tiny"
-    model = OrdinalModel.build(backbone, ranks, method, head, text, label_mean=5, label_std=3).eval()
-    size = model.config.pixel_spec.size
-    with torch.no_grad():
-        if model.head.needs_fit:
-            values = torch.linspace(0, 10, 24)
-            outputs = model.head(model.encoder(torch.randn(24, 3, size, size).cumsum(-1) / 8))
-            part = outputs, Targets(values, ranks.rank_of(values))
-            model.head.fit(part, part)
-    return model
 
 
 class Stub(SimpleNamespace):

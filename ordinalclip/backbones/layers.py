@@ -165,7 +165,7 @@ def _outputs(
             raise ValueError(f"{where} is called more than once for a picture")
         output, *others = output if isinstance(output, tuple) else (output,)  # hidden states come first
         in_pieces = any(isinstance(other, Tensor) and other.ndim == 4 == output.ndim for other in others)
-        whole = isinstance(output, Tensor) and len(output) == len(pixel_values) and not in_pieces
+        whole = isinstance(output, Tensor) and output.shape[0] == pixel_values.shape[0] and not in_pieces
         if not whole or output.ndim not in (2, 3, 4):
             raise ValueError(f"{where} gives neither tokens (B, N, D) nor a map of 4 axes")
         if output.ndim == 3 and pooling.num_prefix_tokens:

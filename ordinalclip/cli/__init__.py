@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": "Score a run on its test part, or any model on every row of other data.",
     "predict": "Predict images with a saved model: a line per image, or files for any number of them.",
     "calibrate": "Give a model calibrated probabilities and intervals, from labelled pictures that it has not seen.",
+    "export": "Write a model as a graph that runs without this package: ONNX, OpenVINO, torch.export.",
     "explain": "Draw why a model answers what it answers about pictures: maps, distribution, training pictures.",
     "demo": "Open a page in the browser for a finished run: pictures and reasons, prompts to type and drag.",
     "check-data": "Read labels and decode every image of a configuration's data; list what is broken.",
