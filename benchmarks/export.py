@@ -187,8 +187,8 @@ def main() -> None:
     text = f"""# Models as graphs
 
 `python benchmarks/export.py {used} --out benchmarks/results/export`.
-Frozen EfficientNet-Lite0 at 96 px, a linear head (ELPV: cross-entropy over four levels; faces: L1), 400 steps: models to
-compare with themselves, not the best ones.
+Frozen EfficientNet-Lite0 at 96 px, a linear head (ELPV: cross-entropy over four levels; faces: L1), 400 steps: models
+to compare with themselves, not the best ones.
 torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, OpenVINO {openvino.__version__.partition("-")[0]};
 {device()}, shared with other work: read the ratios.
 
