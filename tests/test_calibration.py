@@ -344,9 +344,7 @@ def test_a_model_is_calibrated_on_pictures_from_elsewhere(here, tmp_path, capsys
 
 
 def test_pictures_that_it_has_learnt_from_do_not_calibrate(here):
-    with pytest.raises(
-        ValueError, match="are in the run's training, validation or calibration part: its errors"
-    ):
+    with pytest.raises(ValueError, match="are in the run's training, validation or calibration part: its errors"):
         calibrate_external(here / "run", here / "ours" / "labels.csv", quiet=True)
 
 

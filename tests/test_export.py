@@ -32,6 +32,7 @@ from ordinalclip.images import load_image, prepare
 
 METHODS = sorted(set(available_heads()) - {"prototypes"})  # which zero_shot is exported as
 READOUTS = [("conord", {"readout": "nearest"}), ("conord", {"readout": "l1"})]
+SOME = ("ordinalclip", "ordreg", "rm_loss", "large", "ranking_adapter")  # of each kind of head one, in every format
 REFUSES = """
 import importlib.abc, runpy, sys
 class Refuses(importlib.abc.MetaPathFinder):
@@ -274,13 +275,14 @@ def test_intervals_of_any_level(files, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "openvino"])
 @pytest.mark.parametrize(
-    ("method", "kind", "by_rank"),
+    ("method", "kind", "by_rank", "format"),
     [
-        *(("cross_entropy", kind, False) for kind in ("rps", "aps", "shortest", "residual", "scaled")),
-        *(("l1", kind, False) for kind in ("residual", "scaled")),
-        ("l1", "residual", True),
+        *(("cross_entropy", kind, False, "onnx") for kind in ("rps", "aps", "shortest", "residual", "scaled")),
+        *(("l1", kind, False, "onnx") for kind in ("residual", "scaled")),
+        ("l1", "residual", True, "onnx"),
+        ("cross_entropy", "shortest", False, "openvino"),
+        ("l1", "scaled", False, "openvino"),
     ],
 )
 def test_every_kind_of_interval(method, kind, by_rank, format, files, tmp_path):
@@ -446,8 +448,13 @@ def test_a_missing_package_is_one_line(run, tmp_path, monkeypatch, capsys, forma
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", command.FORMATS)
-@pytest.mark.parametrize(("method", "head"), [*((method, {}) for method in METHODS), *READOUTS])
+@pytest.mark.parametrize(
+    ("method", "head", "format"),
+    [
+        *((method, head, "onnx") for method, head in [*((method, {}) for method in METHODS), *READOUTS]),
+        *((method, {}, format) for method in SOME for format in command.FORMATS if format != "onnx"),
+    ],
+)
 def test_every_method(method, head, format, files, tmp_path):
     model = fitted(method, files, **head)
     done = export(model, tmp_path / "out", format)
@@ -464,8 +471,14 @@ def test_every_decoding(decoding, ranks, files, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "openvino"])
-@pytest.mark.parametrize("name", [*FAMILIES, "timm:test_resnet", "timm:test_vit", "timm:swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        *((name, "onnx") for name in FAMILIES),
+        *((f"timm:{name}", "onnx") for name in ("test_resnet", "test_vit", "swin_tiny_patch4_window7_224")),
+        *((name, "openvino") for name in ("hf:hf_clip", "hf:hf_convnext", "open_clip:open_clip_vit")),
+    ],
+)
 def test_every_family(name, format, files, tmp_path):
     spec = name if name.startswith("timm") else make_family(name, tmp_path)
     model = fitted("l1", files, spec)

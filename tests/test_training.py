@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import NOISY, learner_of, log_of, losses_of
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import baselines
@@ -76,7 +77,7 @@ def launch(num_processes, *arguments, port=0):
 @pytest.mark.parametrize("num_processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_processes_do_not_change_the_curve(quick, tmp_path, num_processes):
     """torchrun with gloo, unequal shares (8 over 3), a micro-batch, crop, flip and dropout, against one process."""
-    config = quick(*EXACT, f"output_dir={tmp_path}/one")
+    config = quick(*EXACT, "data.calibration=0.5", f"output_dir={tmp_path}/one")
     single = train(config, quiet=True)
     several = tmp_path / "several"
     (tmp_path / "config.yaml").write_text(config.model_copy(update={"output_dir": str(several)}).to_yaml())
@@ -88,6 +89,8 @@ def test_processes_do_not_change_the_curve(quick, tmp_path, num_processes):
     for name in ("validation", "test"):
         one, other = (json.loads((folder / "metrics.json").read_text())[name]["mae"] for folder in (single, several))
         assert other == pytest.approx(one, rel=1e-6)
+    kept = [load_file(folder / "model" / "model.safetensors")["calibration.thresholds"] for folder in (single, several)]
+    torch.testing.assert_close(*kept, rtol=1e-5, atol=1e-5)
     weights = [load_checkpoint(folder / "checkpoints" / "step-00000004").weights for folder in (single, several)]
     difference = sum((weights[0][name] - weights[1][name]).double().norm() ** 2 for name in weights[0]) ** 0.5
     assert difference / sum(tensor.double().norm() ** 2 for tensor in weights[0].values()) ** 0.5 < 1e-8
