@@ -327,9 +327,14 @@ class OrdinalModel(PreTrainedModel):
             pixel_values: (B, 3, size, size) from the image processor.
             labels: (B,) label values in the label's unit; then `loss` is the head's loss on this batch.
 
+        In training mode, where gradients are asked for, the model drops a calibration: it was of other weights.
+
         Raises:
             NoNumber: answers that are not finite.
         """
+        if self.calibration is not None and self.training and torch.is_grad_enabled():
+            logger.warning("the model is trained further: its calibration no longer holds, and is dropped")
+            self.calibration = self.config.calibration = None
         outputs = self.head(self.encoder(pixel_values))
         prediction = self.answer(outputs)
         loss = None

@@ -290,6 +290,19 @@ def test_saving_again_and_deploying_keep_it(here, tmp_path):
         assert torch.equal(mine, other)
 
 
+def test_training_further_drops_what_no_longer_holds(here, tmp_path, caplog):
+    model = OrdinalModel.from_pretrained(here / "run" / "model")
+    pixels = torch.rand(2, 3, model.config.pixel_spec.size, model.config.pixel_spec.size)
+    model(pixels).value  # noqa: B018 - asking is no training
+    assert model.calibration is not None
+    model.train()(pixels, labels=torch.tensor([10.0, 60.0])).loss.backward()
+    assert "calibration no longer holds" in caplog.text
+    model.save_pretrained(tmp_path / "trained")
+    again = OrdinalModel.from_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match="keeps no intervals"):
+        again.interval(again.predict(pixels), 0.8)
+
+
 def test_a_level_that_takes_more_is_refused_before_anything_is_read(here, capsys):
     arguments = ["predict", "nothing-here.png", "--model", str(here / "run")]
     assert main(["predict", str(here / "theirs"), *arguments[2:], "--interval", "0.95"]) == 2
