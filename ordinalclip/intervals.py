@@ -121,7 +121,7 @@ def conformal_threshold(scores: ArrayLike | Tensor, level: float, groups: ArrayL
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level!r}")
-    given = np.asarray(torch.as_tensor(scores).detach().cpu().double()).ravel()
+    given = _tensor(scores).detach().cpu().double().numpy().ravel()
     if not np.isfinite(given).all():
         raise ValueError("scores of calibration pictures must be finite")
     needed = least_number(level)
@@ -167,7 +167,7 @@ def contiguous_set(probabilities: ArrayLike | Tensor, threshold: float, kind: Se
     """
     if kind not in get_args(SetKind):
         raise ValueError(f"kind must be rps, aps or shortest, got {kind!r}")
-    given = torch.as_tensor(probabilities)
+    given = _tensor(probabilities)
     if given.ndim == 1:
         low, high = contiguous_set(given.unsqueeze(0), threshold, kind)
         return low[0], high[0]
@@ -210,8 +210,13 @@ def _windows(probabilities: Tensor) -> tuple[Tensor, Tensor]:
     return (mass >= best.unsqueeze(2) - TIE).int().argmax(dim=2), best
 
 
+def _tensor(given: Any) -> Tensor:
+    """A tensor in the precision that it has; numbers of Python in theirs, float64."""
+    return given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
+
+
 def _checked(probabilities: Any) -> Tensor:
-    given = torch.as_tensor(probabilities)
+    given = _tensor(probabilities)
     if given.ndim != 2 or given.shape[1] < 2:
         raise ValueError(f"probabilities must be (N, R), R at least 2, got {tuple(given.shape)}")
     return given if given.is_floating_point() else given.float()
