@@ -29,7 +29,8 @@ import torch
 from accelerate import Accelerator
 from scipy import stats
 
-from ordinalclip.calibration import OF_VALUES, Answered, Calibration, bounds, calibrate
+from ordinalclip.calibrating import calibrate
+from ordinalclip.calibration import OF_VALUES, Answered, Calibration, bounds
 from ordinalclip.config import load_config
 from ordinalclip.data import load_parts
 from ordinalclip.intervals import TIE, conformal_threshold, ends

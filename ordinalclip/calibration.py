@@ -1,11 +1,9 @@
-"""What a model has learnt from labelled pictures that neither trained nor chose it: probabilities that mean what they
-say, and intervals that keep their promise; buffers of the model, so that they go where it goes."""
+"""What a model keeps of labelled pictures that neither trained nor chose it: probabilities that mean what they say, and
+intervals that keep their promise; buffers of the model, so that they go where it goes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,14 +30,8 @@ IntervalKind = Literal["rps", "aps", "shortest", "residual", "scaled"]
 OF_SETS: tuple[IntervalKind, ...] = ("rps", "aps", "shortest")  # of ranks, for heads with probabilities
 OF_VALUES: tuple[IntervalKind, ...] = ("residual", "scaled")
 LEVELS = tuple(hundredths / 100 for hundredths in range(50, 100))
-CHOOSING_LEVEL = 0.9  # at which kinds of intervals are compared
 FLOOR = 1e-12  # probabilities below are taken for it where they are scaled
 BEYOND = 1e30  # the threshold of a level for which there were too few pictures: everything is inside
-FEW_RANKS = 10  # for vector scaling, which has two numbers a rank
-ENOUGH = 20  # pictures, for vector scaling of each rank, from which a scaling is learnt
-FOLDS = 5
-BINS = 15
-KNOTS = (0.1, 0.3, 0.5, 0.7, 0.9)  # quantiles of the answers at which the size of errors is told
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Answered:
     """Answers to N labelled pictures.
 
     Attributes:
-        prediction: as the head gives them, not scaled.
+        prediction: of the head, or as `Calibration.answer` makes of it.
         values, ranks: (N,) true values in the label's unit, and their ranks.
     """
 
@@ -159,10 +151,17 @@ class Calibration(nn.Module):
             return given
         return torch.softmax(at_least_float32(given).clamp(min=FLOOR).log() * self.scale + self.bias, dim=1)
 
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Those of `LEVELS` that there were pictures enough for."""
+        least = int(self.counts.min())
+        return tuple(level for level in LEVELS if least_number(level) <= least)
+
     def check_level(self, level: float) -> None:
         """Raises:
         ValueError: a level that is none of `LEVELS`; TooFewError: one that takes more calibration pictures."""
-        if isinstance(level, bool) or not isinstance(level, int | float) or _nearest_level(level) is None:
+        known = isinstance(level, int | float) and not isinstance(level, bool)
+        if not known or not any(abs(each - level) < 1e-6 for each in LEVELS):
             raise ValueError(
                 f"interval must be a level of {LEVELS[0]:g} to {LEVELS[-1]:g} in hundredths, got {level!r}"
             )
@@ -176,7 +175,7 @@ class Calibration(nn.Module):
 
         They are rank values (the edges of their bins, where ranks have such), except where scores are of values
         ("residual", "scaled") and not by rank: then any numbers between the first and the last rank. The answer itself
-        is always inside.
+        is always inside, if it lies between two ranks as an end.
 
         Args:
             prediction: as `answer` gives it.
@@ -192,14 +191,14 @@ class Calibration(nn.Module):
         device = prediction.value.device  # a pipeline's answers are on the CPU, wherever the model is
         threshold = self.thresholds.index_select(1, place.reshape(1))[:, 0].to(device)  # (1 or R,)
         values = torch.tensor(self.ranks.values, dtype=torch.float32, device=device)
+        answer = at_least_float32(prediction.value)
         if self.kind in OF_VALUES and not self.by_rank:
-            answer = at_least_float32(prediction.value)
-            reach = (threshold * self._expected_errors(prediction)).clamp(max=BEYOND)
+            reach = threshold * self._expected_errors(prediction)
             low = torch.maximum(answer - reach, torch.minimum(answer, values[0]))
             return low, torch.minimum(answer + reach, torch.maximum(answer, values[-1]))
         first, last = ends(self.scores(prediction) <= threshold, prediction.rank)
         lower, upper = (torch.tensor(edge, device=values.device) for edge in bounds(self.ranks))
-        return lower[first], upper[last]
+        return torch.minimum(lower[first], answer), torch.maximum(upper[last], answer)
 
     def scores(self, prediction: Prediction) -> Tensor:
         """(N, R): how little plausible every rank is."""
@@ -208,7 +207,7 @@ class Calibration(nn.Module):
             values = torch.tensor(self.ranks.values, dtype=value.dtype, device=value.device)
             distance = (value.unsqueeze(1) - values).abs()
             return distance / self._expected_errors(prediction).unsqueeze(1)
-        probabilities = at_least_float32(_of(prediction))
+        probabilities = at_least_float32(likely(prediction))
         return SCORES[self.kind](probabilities)
 
     def true_scores(self, answered: Answered) -> Tensor:
@@ -244,7 +243,7 @@ class Calibration(nn.Module):
                 step = spreads[place + 1] - spreads[place]
                 found = found + step * ((value - low) / wide.clamp(min=1e-12)).clamp(0, 1)
             return found
-        probabilities = at_least_float32(_of(prediction))
+        probabilities = at_least_float32(likely(prediction))
         values = torch.tensor(self.ranks.values, dtype=probabilities.dtype, device=value.device)
         mean = probabilities @ values
         variance = (probabilities * (values - mean.unsqueeze(1)) ** 2).sum(dim=1)
@@ -298,248 +297,8 @@ def bounds(ranks: Ranks) -> tuple[list[float], list[float]]:
     return edges[:-1], edges[1:]
 
 
-def _of(prediction: Prediction) -> Tensor:
+def likely(prediction: Prediction) -> Tensor:
+    """The probabilities, of a method that has them."""
     if prediction.probabilities is None:
         raise ValueError("intervals made of probabilities, of a method that has none")
     return prediction.probabilities
-
-
-def _nearest_level(level: float) -> float | None:
-    return next((each for each in LEVELS if abs(each - level) < 1e-6), None)
-
-
-# ---- learning it
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A calibration, and what is to be told of it, as JSON data.
-
-    Attributes:
-        about: `num` pictures (and `groups`) that thresholds come from; `scaling`; `temperature`, if there is one;
-            `kind`; `widths` by which it was chosen, and their `level`; `before` and `after` scaling, on the pictures
-            that thresholds come from: `ece`, `rps`, `nll`, `mae`, `reliability`.
-    """
-
-    calibration: Calibration
-    about: dict[str, Any]
-
-
-def calibrate(
-    ranks: Ranks,
-    decoding: Decoding,
-    choosing: Answered,
-    held_out: Answered,
-    groups: np.ndarray | None = None,
-    kind: IntervalKind | Literal["auto"] = "auto",
-    by_rank: bool = False,
-) -> Calibrated:
-    """Learn a calibration.
-
-    Args:
-        decoding: how the model answers.
-        choosing: pictures by which the scaling and, by the mean width of its intervals, the kind are chosen: those
-            that have chosen the model will do.
-        held_out: pictures that have chosen nothing, for the thresholds.
-        groups: (N,) patients or subjects of `held_out`.
-        kind: of the scores; "auto": of ranks where the method has probabilities, else of values.
-        by_rank: see `Calibration`.
-
-    Raises:
-        ValueError: no pictures, a kind that needs probabilities for a method without.
-    """
-    if not len(choosing) or not len(held_out):
-        raise ValueError("a calibration needs pictures to choose by and others for its thresholds")
-    distribution = choosing.prediction.probabilities is not None
-    if kind in OF_SETS and not distribution:
-        raise ValueError(f"intervals of kind {kind} are made of probabilities, which this method has none of")
-    scaling = _scaling(ranks, choosing)
-    by_knots = not distribution and len(choosing) >= ENOUGH
-    kinds: Sequence[IntervalKind] = (kind,) if kind != "auto" else OF_SETS if distribution else OF_VALUES
-    if len(ranks) > MOST_RANKS:
-        kinds = [each for each in kinds if each not in ("aps", "shortest")] or ["rps"]
-    if not distribution and not by_knots:
-        kinds = ["residual"]
-    widths, candidates = {}, {}
-    for each in kinds:
-        candidate = Calibration(ranks, scaling.scaling, each, by_rank, 0, groups is not None)
-        if each == "scaled" and by_knots:
-            candidate = Calibration(ranks, scaling.scaling, each, by_rank, len(KNOTS), groups is not None)
-            _learn_spreads(candidate, choosing)
-        if scaling.scaling != "none":
-            candidate.scale.copy_(scaling.scale)
-            candidate.bias.copy_(scaling.bias)
-        widths[each], candidates[each] = _mean_width(candidate, choosing, decoding), candidate
-    chosen = min(widths, key=lambda each: widths[each])  # of equal ones the first
-    calibration = candidates[chosen]
-    after = replace(held_out, prediction=calibration.answer(held_out.prediction, decoding))
-    calibration.set_thresholds(after, groups)
-    about: dict[str, Any] = {
-        "num": len(held_out),
-        **({} if groups is None else {"groups": len(np.unique(groups))}),
-        "scaling": scaling.scaling,
-        **({"temperature": 1 / float(scaling.scale)} if scaling.scaling == "temperature" else {}),
-        "kind": chosen,
-        "by_rank": by_rank,
-        "widths": {"level": CHOOSING_LEVEL, **widths},
-        "least": int(calibration.counts.min()),
-    }
-    if distribution:
-        about["before"] = quality(replace(held_out, prediction=decode(_of(held_out.prediction), ranks, decoding)))
-        about["after"] = quality(after)
-    return Calibrated(calibration, about)
-
-
-def _scaling(ranks: Ranks, choosing: Answered) -> Calibration:
-    """The scaling with the best ranked probability score on folds that it was not learnt from; none where pictures are
-    few. It is learnt by the likelihood, which a single true rank of probability 0 decides, such as neighbours give."""
-    probabilities = choosing.prediction.probabilities
-    none = Calibration(ranks)
-    if probabilities is None or len(choosing) < ENOUGH:
-        return none
-    logs = probabilities.double().clamp(min=FLOOR).log().numpy()
-    truth = choosing.ranks.numpy()
-    known: list[ScalingKind] = ["none", "temperature"]
-    if len(ranks) <= FEW_RANKS and len(choosing) >= ENOUGH * len(ranks):
-        known.append("vector")
-    fold = np.random.default_rng(0).permutation(len(truth)) % FOLDS
-    losses = {}
-    for kind in known:
-        parts = []
-        for number in range(FOLDS):
-            scale, bias = _fitted(kind, logs[fold != number], truth[fold != number])
-            told = _softmax(logs[fold == number] * scale + bias)
-            parts.append(rps_scores(told).numpy()[np.arange(len(told)), truth[fold == number]])
-        losses[kind] = float(np.concatenate(parts).mean())
-    best = min(known, key=lambda kind: losses[kind])
-    if best == "none":
-        return none
-    found = Calibration(ranks, best)
-    for buffer, value in zip((found.scale, found.bias), _fitted(best, logs, truth), strict=True):
-        buffer.copy_(torch.from_numpy(np.atleast_1d(value)))
-    return found
-
-
-def _fitted(kind: ScalingKind, logs: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and bias of the largest likelihood, slightly drawn to 1 and 0."""
-    from scipy import optimize  # here, or who loads a model would wait for it
-
-    number = logs.shape[1]
-    shape = {"none": 0, "temperature": 1, "vector": number}[kind]
-    if not shape:
-        return np.ones(1), np.zeros(1)
-    hot = np.eye(number)[truth]
-
-    def loss(free: np.ndarray) -> tuple[float, np.ndarray]:
-        scale, bias = free[:shape], free[shape:] if kind == "vector" else np.zeros(1)
-        scores = logs * scale + bias
-        excess = (_softmax(scores) - hot) / len(truth)
-        by_scale = (excess * logs).sum(axis=0) if kind == "vector" else [(excess * logs).sum()]
-        gradient = np.concatenate([by_scale, excess.sum(axis=0) if kind == "vector" else []])
-        away = free - start
-        return float(_losses(scores, truth).mean() + 1e-3 * (away**2).sum()), gradient + 2e-3 * away
-
-    start = np.concatenate([np.ones(shape), np.zeros(shape if kind == "vector" else 0)])
-    limits = [(0.02, 50.0)] * shape + [(-20.0, 20.0)] * (len(start) - shape)
-    free = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=limits).x
-    return free[:shape], free[shape:] if kind == "vector" else np.zeros(1)
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
-
-
-def _losses(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """(N,) cross-entropies."""
-    return -np.log(_softmax(scores)[np.arange(len(truth)), truth].clip(min=1e-300))
-
-
-def _learn_spreads(calibration: Calibration, choosing: Answered) -> None:
-    """Mean absolute errors of the fifths of the pictures, in order of the answers."""
-    order = choosing.prediction.value.argsort()
-    value = choosing.prediction.value[order].double()
-    errors = (value - choosing.values[order]).abs()
-    least = max(0.1 * float(errors.mean()), TIE * (calibration.ranks.values[-1] - calibration.ranks.values[0]))
-    for place, quantile in enumerate(KNOTS):
-        begin, end = (int(len(order) * (quantile + side)) for side in (-0.1, 0.1))
-        calibration.knots[place] = value[int(len(order) * quantile)]
-        calibration.spreads[place] = float(errors[begin : max(end, begin + 1)].mean().clamp(min=least))
-
-
-def _mean_width(calibration: Calibration, choosing: Answered, decoding: Decoding) -> float:
-    """Of the intervals on the pictures that they are made from, in the label's unit; of as high a level as there are
-    pictures for."""
-    level = max(
-        (each for each in LEVELS if least_number(each) <= len(choosing) and each <= CHOOSING_LEVEL), default=0.5
-    )
-    answered = replace(choosing, prediction=calibration.answer(choosing.prediction, decoding))
-    plain = Calibration.of(calibration.ranks, {**calibration.to_dict(), "by_rank": False, "grouped": False})
-    assert plain is not None
-    plain.load_state_dict({**calibration.state_dict(), "thresholds": plain.thresholds, "counts": plain.counts})
-    plain.set_thresholds(answered)
-    low, high = plain.interval(answered.prediction, level)
-    return float((high - low).mean())
-
-
-def quality(answered: Answered) -> dict[str, Any]:
-    """How far probabilities mean what they say.
-
-    Returns:
-        `ece`: the expected calibration error of the likeliest rank's probability over 15 bins of equal width (Naeini
-        et al., AAAI 2015); `rps`: the mean ranked probability score; `nll`; `mae` in the label's unit; `reliability`:
-        of every bin that is not empty its mean `confidence`, its `accuracy` and its `num` of pictures.
-    """
-    probabilities = _of(answered.prediction).double()
-    confidence, likeliest = probabilities.max(dim=1)
-    right = (likeliest == answered.ranks).double()
-    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    curve = []
-    for number in range(BINS):
-        if (inside := bins == number).any():
-            mean = float(confidence[inside].mean()), float(right[inside].mean())
-            curve.append({"confidence": mean[0], "accuracy": mean[1], "num": int(inside.sum())})
-    gaps = [each["num"] * abs(each["confidence"] - each["accuracy"]) for each in curve]
-    true = answered.ranks.unsqueeze(1)
-    return {
-        "ece": sum(gaps) / len(answered),
-        "rps": float(rps_scores(probabilities).gather(1, true).mean()),
-        "nll": float(-probabilities.gather(1, true).clamp(min=1e-12).log().mean()),
-        "mae": float((answered.prediction.value - answered.values).abs().mean()),
-        "reliability": curve,
-    }
-
-
-def coverage(calibration: Calibration, answered: Answered, level: float) -> dict[str, Any]:
-    """How many intervals of a level hold the truth.
-
-    Args:
-        answered: other pictures, with predictions as `Calibration.answer` gives them.
-
-    Returns:
-        `level`, `num`, `coverage`, mean `width` in the label's unit; `band`, in which the coverage of so many pictures
-        lies for 95 % of the calibrations of this size where the promise holds, and `p`, the probability of as little
-        (beta-binomial: Vovk, "Conditional validity of inductive conformal predictors", ACML 2012); `by_rank`: num and
-        coverage of every rank that occurs.
-    """
-    from scipy import stats
-
-    low, high = calibration.interval(answered.prediction, level)
-    inside = calibration.covered(answered, low, high)
-    kept = int(calibration.counts.min())
-    place = math.ceil((kept + 1) * level - 1e-9)
-    chance = stats.betabinom(len(answered), place, kept + 1 - place)
-    by_rank = []
-    for rank in answered.ranks.unique().tolist():
-        mine = answered.ranks == rank
-        share = float(inside[mine].double().mean())
-        by_rank.append({"name": calibration.ranks.name(rank), "num": int(mine.sum()), "coverage": share})
-    return {
-        "level": level,
-        "num": len(answered),
-        "coverage": float(inside.double().mean()),
-        "width": float((high - low).double().mean()),
-        "band": [float(each) / len(answered) for each in chance.ppf([0.025, 0.975])],
-        "p": float(chance.cdf(int(inside.sum()))),
-        "by_rank": by_rank,
-    }

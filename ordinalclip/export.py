@@ -22,9 +22,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor, nn
 
 from ordinalclip.calibration import LEVELS, OF_VALUES, Calibration
-from ordinalclip.data import Part, load_parts
+from ordinalclip.data import Part, Parts, load_parts
 from ordinalclip.external import served
-from ordinalclip.files import whole, write_json
+from ordinalclip.files import check_replaceable, whole, write_json
 from ordinalclip.gauges import KINDS, drawn_gauges
 from ordinalclip.heads import Prediction, without_branches
 from ordinalclip.images import (
@@ -37,7 +37,6 @@ from ordinalclip.images import (
     prepare,
     read_formats,
 )
-from ordinalclip.intervals import TooFewError
 from ordinalclip.model import OrdinalModel
 from ordinalclip.progress import Progress, announced
 from ordinalclip.provenance import fingerprints, versions
@@ -77,7 +76,7 @@ class Served(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.levels: tuple[float, float, float] | None = None
-        if model.calibration is not None and (known := [level for level in LEVELS if _has(model.calibration, level)]):
+        if model.calibration is not None and (known := model.calibration.levels):
             self.levels = known[0], min(USUAL_LEVEL, known[-1]), known[-1]
 
     def forward(self, pixel_values: Tensor, level: Tensor | None = None) -> dict[str, Tensor]:
@@ -108,14 +107,6 @@ class Served(nn.Module):
         size = self.model.config.pixel_spec.size
         with torch.no_grad():
             return list(self(**self.inputs(torch.zeros(1, 3, size, size))))
-
-
-def _has(calibration: Calibration, level: float) -> bool:
-    try:
-        calibration.check_level(level)
-    except TooFewError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -209,13 +200,14 @@ def export(
     if int8 and format != "onnx":
         raise ValueError(f"int8 is for format onnx, not {format}")
     folder = Path(folder)
-    _check_free(folder, overwrite)
+    check_replaceable(folder, "export", MARK, OURS, overwrite)
     _check_installed(format)
     loaded, name, run = (model, str(model.name_or_path), None) if isinstance(model, OrdinalModel) else served(model)
     graph = Served(deepcopy(loaded).deploy().float().cpu())
     deployed = graph.model
     source = f"method {deployed.config.method!r} on backbone {deployed.config.backbone!r}"
-    calibrating = _calibration(run, pictures, calibration) if int8 else None
+    parts = _parts_of(run) if int8 and pictures is None and run is not None else None
+    calibrating = _calibration(parts, pictures, calibration) if int8 else None
     tried = _tried(deployed.config.pixel_spec, pictures)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +223,7 @@ def export(
             before = ask
             with announced("quantising", quiet), _explained(source, "int8"):
                 _quantise(file, _Batches(graph, calibrating, quiet))
-            cost = _cost(run, graph, before, RUNNERS[format](file), calibrating, quiet)
+            cost = _cost(parts, graph, before, RUNNERS[format](file), calibrating, quiet)
         _write_beside(aside, graph, format, run)
         written = {
             "model": _source(name, deployed),
@@ -243,21 +235,6 @@ def export(
         }
         write_json(aside / MARK, written)
     return Exported(folder, agreement, cost)
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    """Raises:
-    FileExistsError: the folder holds something that is not to be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder}: a file, where a folder for the export is wanted")
-    found = sorted(path.name for path in folder.iterdir() if path.name != "__pycache__")
-    if found and (MARK not in found or set(found) - set(OURS)):
-        other = min(set(found) - set(OURS), default=found[0])
-        raise FileExistsError(f"{folder}: holds {other}, which is of no export; choose another folder")
-    if found and not overwrite:
-        raise FileExistsError(f"{folder}: holds an export already; overwrite replaces it, or choose another folder")
 
 
 NEEDED = {
@@ -500,7 +477,7 @@ class _Pictures(Sequence[Any]):
         return self.part.values[self.rows]
 
 
-def _parts_of(run: RunFolder) -> Any:
+def _parts_of(run: RunFolder) -> Parts:
     """The run's data, as it was.
 
     Raises:
@@ -519,7 +496,7 @@ def _parts_of(run: RunFolder) -> Any:
     return parts
 
 
-def _calibration(run: RunFolder | None, pictures: Sequence[Any] | None, count: int) -> Sequence[Any]:
+def _calibration(parts: Parts | None, pictures: Sequence[Any] | None, count: int) -> Sequence[Any]:
     """Pictures to calibrate on."""
     if count < 1:
         raise ValueError(f"calibration must be 1 or more pictures, got {count}")
@@ -528,9 +505,9 @@ def _calibration(run: RunFolder | None, pictures: Sequence[Any] | None, count: i
             raise ValueError("no pictures to calibrate on")
         rows = np.unique(np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int)).tolist()
         return [pictures[row] for row in rows]
-    if run is None:
+    if parts is None:
         raise ValueError("int8 needs pictures to calibrate on: the model is of no run that is here; name some (--data)")
-    return _Pictures(_parts_of(run).train, count)
+    return _Pictures(parts.train, count)
 
 
 class _Batches:
@@ -578,11 +555,11 @@ def _of_encoder(node: Any) -> bool:
     return "model.encoder" in scopes
 
 
-def _cost(run: RunFolder | None, graph: Served, before: Run, after: Run, pictures: Sequence[Any], quiet: bool) -> Cost:
+def _cost(parts: Parts | None, graph: Served, before: Run, after: Run, pictures: Sequence[Any], quiet: bool) -> Cost:
     """What int8 costs: on the validation part of a run, else on the pictures that it was calibrated on."""
     labels, where = None, "pictures that it was calibrated on"
-    if isinstance(pictures, _Pictures) and run is not None and (held := _parts_of(run).validation) is not None:
-        pictures = _Pictures(held, SCORED)
+    if parts is not None and parts.validation is not None:
+        pictures = _Pictures(parts.validation, SCORED)
         labels, where = pictures.labels, "pictures of the validation part"
     values = []
     for row in Progress(range(len(pictures)), "comparing", unit="images", quiet=quiet):

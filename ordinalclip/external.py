@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from ordinalclip.calibration import IntervalKind, calibrate
+from ordinalclip.calibrating import calibrate
+from ordinalclip.calibration import IntervalKind
 from ordinalclip.config import DataConfig, EvaluationConfig, flat_keys, merge, parse_config, read_overrides
 from ordinalclip.data import Part, load_parts, load_whole, make_whole
 from ordinalclip.data.duplicates import MOST_HASHED, copies, repeated
@@ -27,7 +28,7 @@ from ordinalclip.data.labels import arrow_column
 from ordinalclip.data.pictures import KEYS, kind_of
 from ordinalclip.data.splits import kept_out
 from ordinalclip.drift import feature_drift, label_drift
-from ordinalclip.files import content_digest
+from ordinalclip.files import check_replaceable, content_digest
 from ordinalclip.heads import head_class
 from ordinalclip.metrics import against_constant, constant_answer, metrics_with
 from ordinalclip.model import WEIGHTS, OrdinalModel
@@ -47,6 +48,7 @@ READ = (*KEYS, "label_column", "decimal", "missing", "cache_mb")  # keys of data
 ALLOWED = (*(f"data.{key}" for key in READ), "evaluation.batch_size", "evaluation.cs")
 MOST_GROUPS = 50  # values of a column by which it makes sense to group
 MISSING = "(missing)"
+UNGROUPED = "every row is taken for independent; say which are not: group names the column of the subject or patient"
 
 
 def evaluate_external(
@@ -80,7 +82,8 @@ def evaluate_external(
     by = [by] if isinstance(by, str) else by
     accelerator = _accelerator()
     if folder is not None:
-        from_main(accelerator, lambda: _check_free(folder, overwrite))
+        about = folder, "evaluation", "evaluation.json", OURS, overwrite
+        from_main(accelerator, lambda: check_replaceable(*about))
     loaded, name, run = _in_memory(model) if isinstance(model, OrdinalModel) else served(model)
     config, options = _configured(data, root, overrides, run)
     ranks, part = loaded.head.ranks, _part(data, config, loaded.head.ranks)
@@ -128,7 +131,7 @@ def calibrate_external(
     model: str | Path | OrdinalModel,
     data: str | Path | pd.DataFrame | datasets.Dataset,
     root: str | Path = "",
-    group: str = "",
+    group: str | None = None,
     share: float = 0.5,
     kind: IntervalKind | Literal["auto"] = "auto",
     by_rank: bool = False,
@@ -141,9 +144,10 @@ def calibrate_external(
 
     Args:
         model, data, root, overrides: see `evaluate_external`.
-        group: column (subject, patient) whose equal rows are not independent.
+        group: column (subject, patient) whose equal rows are not independent; "": none. Default: that of the model's
+            run, where its folder and that column are there.
         share: of the rows, or groups, that thresholds come from; by the others kind and scaling are chosen.
-        kind, by_rank: see `calibration.calibrate`.
+        kind, by_rank: see `calibrating.calibrate`.
         seed: by which rows are divided.
 
     Returns:
@@ -159,13 +163,18 @@ def calibrate_external(
     loaded, _, run = _in_memory(model) if isinstance(model, OrdinalModel) else served(model)
     config, options = _configured(data, root, overrides, run)
     part = _part(data, config, loaded.head.ranks)
+    quiet = quiet or not accelerator.is_main_process
+    if group is None:
+        group = "" if run is None else run.read_config().data.group
+        group = group if group in part.rows.column_names else ""
+        say(f"rows with the same {group!r} are one group, as in the model's run" if group else UNGROUPED, quiet)
     choosing, held_out, groups = kept_out(part, share, group, seed)
-    for note in from_main(accelerator, lambda: _leaks(run, part)):
+    for note in [*_repeats(part), *from_main(accelerator, lambda: _leaks(run, part))]:
         if note.startswith("WARNING"):
             raise ValueError(f"{note.removeprefix('WARNING: ')}: its errors on them promise too much")
         say(note, quiet)
     loaded.to(accelerator.device)
-    evaluator = Evaluator(accelerator, options.batch_size, config.workers, quiet or not accelerator.is_main_process)
+    evaluator = Evaluator(accelerator, options.batch_size, config.workers, quiet)
     answered = evaluator.answered(loaded, part)
     ranks, decoding = loaded.head.ranks, loaded.head.decoding
     halves = answered.select(choosing), answered.select(held_out)
@@ -180,20 +189,6 @@ def _part(data: Any, config: DataConfig, ranks: Ranks) -> Part:
     """All rows."""
     in_memory = isinstance(data, pd.DataFrame | datasets.Dataset)
     return make_whole(data, config, ranks) if in_memory else load_whole(config, ranks)
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    """Raises:
-    FileExistsError: the folder holds something that is not to be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder}: a file, where a folder for the evaluation is wanted")
-    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if found and not ("evaluation.json" in found and set(found) <= set(OURS)):
-        raise FileExistsError(f"{folder}: holds {found[0]}, which is of no evaluation; choose another folder")
-    if found and not overwrite:
-        raise FileExistsError(f"{folder}: holds an evaluation already; overwrite replaces it, or choose another folder")
 
 
 def _accelerator() -> Accelerator:

@@ -69,6 +69,30 @@ def whole(target: Path, writer: str = "") -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_replaceable(folder: Path, what: str, mark: str, ours: Iterable[str], overwrite: bool) -> None:
+    """Before a folder is written that is to hold nothing of others.
+
+    Args:
+        what: is written, e.g. "export".
+        mark: the file by which one is known.
+        ours: the names of all files of one.
+
+    Raises:
+        FileExistsError: it holds something else, or one already and `overwrite` is not asked for.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder}: a file, where a folder for the {what} is wanted")
+    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", "__pycache__")))
+    if found and (mark not in found or set(found) - set(ours)):
+        other = min(set(found) - set(ours), default=found[0])
+        raise FileExistsError(f"{folder}: holds {other}, which is of no {what}; choose another folder")
+    if found and not overwrite:
+        one = "an" if what[0] in "aeiou" else "a"
+        raise FileExistsError(f"{folder}: holds {one} {what} already; overwrite replaces it, or choose another folder")
+
+
 def unwritten(target: Path, error: Exception) -> OSError:
     """The error of a file or folder that could not be written, by name."""
     return OSError(f"{target}: could not be written ({_reason(error)})")

@@ -51,6 +51,7 @@ from ordinalclip.images import PixelSpec
 from ordinalclip.language import PromptHead
 from ordinalclip.learned import SAVED, LearnedPrompts
 from ordinalclip.processing import HUB_OPTIONS, OrdinalImageProcessor, find_file
+from ordinalclip.processing import NAME as PROCESSOR
 from ordinalclip.progress import without_bars
 from ordinalclip.ranks import Ranks
 from ordinalclip.tokenization import TextPooling, save_tokenizer
@@ -391,16 +392,6 @@ class OrdinalModel(PreTrainedModel):
         self.calibration.check_level(level)
         return self.calibration
 
-    def calibrated(self, calibration: Calibration) -> OrdinalModel:
-        """This model with another calibration, its card and prompts unchanged; encoder and head are shared."""
-        config = deepcopy(self.config)
-        config.calibration = calibration.to_dict()
-        model = OrdinalModel(config, self.encoder, self.head, self.tokenizer)
-        model.calibration = calibration.to(self.device)
-        model.reference, model.card, model.kept_prompts = self.reference, self.card, self.kept_prompts
-        model.name_or_path = self.name_or_path
-        return model.train(self.training)
-
     def deploy(self) -> OrdinalModel:
         """The form that is served: this model's own encoder, not a copy, with a head that needs no text tower."""
         config, head = deepcopy(self.config), self.head
@@ -412,8 +403,20 @@ class OrdinalModel(PreTrainedModel):
                 raise TypeError(
                     f"{type(self.head).__name__}.deploy: {config.method} takes other features: {head.reads}"
                 )
-        model = OrdinalModel(config, self.encoder, head).eval()
-        model.calibration = self.calibration
+        return self._with(config, head, self.calibration).eval()
+
+    def calibrated(self, calibration: Calibration) -> OrdinalModel:
+        """This model with another calibration; encoder and head are shared."""
+        config = deepcopy(self.config)
+        config.calibration = calibration.to_dict()
+        model = self._with(config, self.head, calibration.to(self.device))
+        model.tokenizer, model.name_or_path = self.tokenizer, self.name_or_path
+        return model.train(self.training)
+
+    def _with(self, config: OrdinalConfig, head: Head, calibration: Calibration | None) -> OrdinalModel:
+        """Another model of this encoder, with what this one keeps."""
+        model = OrdinalModel(config, self.encoder, head)
+        model.calibration = calibration
         model.reference, model.card, model.kept_prompts = self.reference, self.card, self.kept_prompts
         return model
 
@@ -646,6 +649,7 @@ LARGEST_CARD = 1 << 22  # bytes
 TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS = "model.safetensors"
 REFERENCE = "reference.safetensors"
+FILES = ("config.json", WEIGHTS, PROCESSOR, CARD, REFERENCE, SAVED, TOKENIZER_FOLDER)  # of a model's folder
 SIGNATURE = "ordinalclip"  # key of the metadata that the configuration is noted under
 MEMORY_FACTOR = 8  # of the weights' size: a text tower comes with an image tower that is not kept
 

@@ -395,7 +395,7 @@ class OrdinalRegressor(BaseEstimator):
         *,
         image: str | None = None,
         label: str | None = None,
-        group: str = "",
+        group: str | None = None,
         share: float = 0.5,
         kind: str = "auto",
         by_rank: bool = False,
@@ -405,8 +405,7 @@ class OrdinalRegressor(BaseEstimator):
 
         Args:
             X, y, image, label: see `fit`; columns default to those of `fit`.
-            group: column (subject, patient) whose equal rows are not independent.
-            share, kind, by_rank: see `ordinalclip.external.calibrate_external`.
+            group, share, kind, by_rank: see `ordinalclip.external.calibrate_external`.
         """
         rows, root, keys = self._labelled(X, y, image, label)
         more: dict[str, Any] = {"share": share, "kind": kind, "by_rank": by_rank, "quiet": self.quiet}

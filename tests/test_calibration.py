@@ -13,15 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ordinalclip import OrdinalModel, OrdinalRegressor, Ranks
-from ordinalclip.calibration import (
-    LEVELS,
-    Answered,
-    Calibration,
-    calibrate,
-    coverage,
-    highest_level,
-    quality,
-)
+from ordinalclip.calibrating import calibrate, coverage, quality
+from ordinalclip.calibration import LEVELS, Answered, Calibration, highest_level
 from ordinalclip.cli import main
 from ordinalclip.config import load_config
 from ordinalclip.external import calibrate_external, evaluate_external
@@ -353,7 +346,7 @@ def test_a_model_is_calibrated_on_pictures_from_elsewhere(here, tmp_path, capsys
     assert found.score.covered["level"] == 0.9
     assert "90% intervals: " in "\n".join(found.lines())
     assert main(arguments) == 2
-    assert "holds a model already; --overwrite" in capsys.readouterr().err
+    assert "holds a model already; overwrite replaces it" in capsys.readouterr().err
 
 
 def test_pictures_that_it_has_learnt_from_do_not_calibrate(here):

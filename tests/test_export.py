@@ -23,7 +23,8 @@ from PIL import Image
 from baselines.classification import CrossEntropy
 from baselines.neighbors import NearestNeighbors, RadiusNeighbors
 from ordinalclip import OrdinalModel, Ranks
-from ordinalclip.calibration import Answered, calibrate
+from ordinalclip.calibrating import calibrate
+from ordinalclip.calibration import Answered
 from ordinalclip.cli import export as command
 from ordinalclip.cli import main
 from ordinalclip.export import BATCHES, TIE, TOLERANCE, Format, Served, _compared, agreement, export, on_a_tie

@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the calibrated model is written there")
     parser.add_argument("--root", default="", help="folder that paths of pictures start from (default: the table's)")
-    parser.add_argument("--group", default="", metavar="COLUMN", help="subject or patient, who has several rows")
+    parser.add_argument(
+        "--group",
+        metavar="COLUMN",
+        help="subject or patient, who has several rows; '' for none (default: as in the model's run, if that is here)",
+    )
     parser.add_argument(
         "--share",
         type=float,
@@ -42,22 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is in --out")
     add_imports(parser)
     parser.epilog = (
-        "The weights stay as they are. Where the training data has a group, or pictures of a patient are several, "
-        "--group\nis needed for the promise to hold. data.calibration does the same at the end of a training."
+        "The weights stay as they are. Where pictures of a patient are several, --group is needed for the promise to\n"
+        "hold. data.calibration does the same at the end of a training."
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ordinalclip.external import calibrate_external
-    from ordinalclip.model import WEIGHTS
+    from ordinalclip.files import check_replaceable, whole
+    from ordinalclip.model import FILES, WEIGHTS
 
     import_given(arguments)
     out = Path(arguments.out)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        if not (out / WEIGHTS).is_file():
-            raise FileExistsError(f"{out}: holds something that is no model; choose another folder")
-        if not arguments.overwrite:
-            raise FileExistsError(f"{out}: holds a model already; --overwrite replaces it, or choose another folder")
+    check_replaceable(out, "model", WEIGHTS, FILES, arguments.overwrite)
     model, about = calibrate_external(
         arguments.model,
         arguments.data,
@@ -71,7 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.quiet,
     )
     if is_main_process():
-        model.save_pretrained(out)
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with whole(out.absolute()) as aside:
+            model.save_pretrained(aside)
         for line in told(about):
             print(printable(line))
         print(f"model: {printable(out)}")

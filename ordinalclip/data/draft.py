@@ -21,6 +21,7 @@ from ordinalclip.data.labels import MOST_WORDS, known_scale, label_columns, sent
 from ordinalclip.data.loading import load_parts
 from ordinalclip.data.parts import PARTS, part_called
 from ordinalclip.data.sources import read_tables
+from ordinalclip.data.splits import group_names
 from ordinalclip.data.tables import TABLES, plain_number
 from ordinalclip.images import IMAGE_ENDINGS
 from ordinalclip.quoting import printable
@@ -46,7 +47,7 @@ LABELS = _words(
 )
 GROUPS = _words("patient subject person participant proband identity individual animal donor family slide eye user")
 NUMBERED = {*_words("id ids nr no num number code key uid hash pseudonym"), ""}  # what may stand beside such a word
-CALIBRATING = 40  # pictures, from which a calibration is offered
+CALIBRATING = 40  # pictures, or groups of them, from which a calibration is offered
 NO_LABELS = {*GROUPS, *NUMBERED, *_words("index idx uuid file filename path name url date split fold part site")}
 UNITS = {unit: unit for unit in (*_words("years months weeks days hours minutes kg g mg km m cm mm"), "°C", "%")}
 UNITS |= {"percent": "%", "pct": "%", "percentage": "%", "celsius": "°C"}
@@ -303,7 +304,7 @@ class Survey:
                 if key not in shown and value != DataConfig.model_fields[key].default
             },
             "divided": "all" in self.tables and not data.split_column,
-            "calibrates": num_rows * data.split[1] / 2 >= CALIBRATING,
+            "calibrates": self._independent() * data.split[1] / 2 >= CALIBRATING,
             "ranks": ranks,
             "unit": unit,
             "open_order": self.worded and self.ranks.names is None and known_scale(list(self.counts)) is None,
@@ -312,6 +313,13 @@ class Survey:
             "cs": self._tolerable(),
             "why": self.why,
         }
+
+    def _independent(self) -> int:
+        """Rows, or groups of them."""
+        tables = list(self.tables.values())
+        if not self.data.group:
+            return sum(len(table.rows) for table in tables)
+        return len({name for table in tables for name in group_names(table, self.data).tolist()})
 
     def _tolerable(self) -> float | int:
         """An error that is small: a rank where they are few, else about a tenth of the labels' range."""

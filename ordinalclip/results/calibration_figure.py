@@ -16,7 +16,7 @@ def reliability(about: Mapping[str, Any], *, width: float = COLUMN) -> Figure:
     """The likeliest rank's probability against how often that is right, before and after scaling.
 
     Args:
-        about: see `calibration.Calibrated`.
+        about: see `calibrating.Calibrated`.
     """
     figure, axes = _square(width)
     curves = {name: about[name]["reliability"] for name in ("before", "after")}
@@ -44,7 +44,7 @@ def interval_coverage(tested: Sequence[Mapping[str, Any]], *, width: float = COL
     """How many intervals hold the truth, by their level.
 
     Args:
-        tested: of every level, see `calibration.coverage`.
+        tested: of every level, see `calibrating.coverage`.
     """
     figure, axes = _square(width)
     levels, covered = [each["level"] for each in tested], [each["coverage"] for each in tested]

@@ -66,7 +66,7 @@ def calibration_section(about: dict[str, Any], ranks: Ranks, source: str = "") -
     """What a card says of a calibration.
 
     Args:
-        about: see `calibration.Calibrated`, with the coverage of the test part under "test", if there is one.
+        about: see `calibrating.Calibrated`, with the coverage of the test part under "test", if there is one.
         source: where its pictures are from; "": from the run's own data.
     """
     highest = highest_level(about["least"])

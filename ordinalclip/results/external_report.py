@@ -41,7 +41,7 @@ class Score:
         rows: (N,) which pictures.
         metrics: by name; None where one is not defined.
         intervals: 95 % bootstrap interval over the pictures of each; NaN where nothing bounds it.
-        coverage: of the model's own intervals, at some levels: see `calibration.coverage`.
+        coverage: of the model's own intervals, at some levels: see `calibrating.coverage`.
     """
 
     rows: np.ndarray

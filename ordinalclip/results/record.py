@@ -129,7 +129,7 @@ class RunRecord:
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """What is told of the model's calibration, see `calibration.Calibrated`; None where it keeps none."""
+        """What is told of the model's calibration, see `calibrating.Calibrated`; None where it keeps none."""
         return self.metrics.get("calibration")
 
     @property

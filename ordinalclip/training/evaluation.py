@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ordinalclip.calibration import Answered, calibrate, coverage
+from ordinalclip.calibrating import calibrate, coverage
+from ordinalclip.calibration import Answered
 from ordinalclip.config import EvaluationConfig, RunConfig
 from ordinalclip.data import Part, Parts
 from ordinalclip.drift import SAMPLE, Reference
 from ordinalclip.heads import NoNumber, Outputs, Prediction, Targets, decode
 from ordinalclip.images import Augmentation
-from ordinalclip.intervals import TooFewError
 from ordinalclip.losses import at_least_float32
 from ordinalclip.metrics import Metric, metrics_with
 from ordinalclip.model import OrdinalModel
@@ -148,7 +148,7 @@ class Evaluator:
         self, model: OrdinalModel, parts: Parts, options: EvaluationConfig
     ) -> tuple[OrdinalModel, dict[str, Any] | None]:
         """A deployed model with a calibration, and what is to be told of it; None where no pictures are kept for it,
-        or the model answers them with what is no number."""
+        or the model answers them with what is no number. Of a kind of intervals that cannot be had it is said."""
         if parts.calibration is None or parts.validation is None:
             return model, None
         try:
@@ -156,9 +156,12 @@ class Evaluator:
         except NoNumber as error:
             logger.warning("not calibrated: %s", error)
             return model, None
-        kind, by_rank = options.intervals, options.intervals_by_rank
-        groups, decoding = parts.calibration_groups, model.head.decoding
-        found = calibrate(model.head.ranks, decoding, choosing, held_out, groups, kind, by_rank)
+        about = model.head.ranks, model.head.decoding, choosing, held_out, parts.calibration_groups
+        try:
+            found = calibrate(*about, options.intervals, options.intervals_by_rank)
+        except ValueError as error:  # too late to refuse: the training is done
+            logger.warning("%s; evaluation.intervals=auto is done instead", error)
+            found = calibrate(*about, "auto", options.intervals_by_rank)
         return model.calibrated(found.calibration), found.about
 
     @torch.no_grad()
@@ -229,7 +232,7 @@ def predictions_of(model: OrdinalModel, part: Part, outputs: Outputs) -> Predict
 
 
 def coverage_of(model: OrdinalModel, predictions: Predictions) -> list[dict[str, Any]]:
-    """`calibration.coverage` of the model's intervals at those levels of `TOLD` that it has; nothing of a model without
+    """`calibrating.coverage` of the model's intervals at those levels of `TOLD` that it has; nothing of a model without
     a calibration, or whose answers are no numbers."""
     kept = model.calibration
     if kept is None or not np.isfinite(predictions.values).all():
@@ -241,13 +244,7 @@ def coverage_of(model: OrdinalModel, predictions: Predictions) -> list[dict[str,
     )
     answered = Answered(prediction, torch.from_numpy(predictions.labels), torch.from_numpy(predictions.label_ranks))
     kept = deepcopy(kept).cpu()
-    found = []
-    for level in TOLD:
-        try:
-            found.append(coverage(kept, answered, level))
-        except TooFewError:
-            break
-    return found
+    return [coverage(kept, answered, level) for level in TOLD if level in kept.levels]
 
 
 def metrics_of(config: RunConfig) -> dict[str, Metric]:
