@@ -78,7 +78,7 @@ def calibrate(
     kinds: Sequence[IntervalKind] = _possible(ranks, choosing)
     if kind != "auto":
         if why := _impossible(kind, ranks, choosing):
-            raise ValueError(f"intervals of kind {kind}: {why}")
+            raise ValueError(f"intervals of kind {kind} {why}")
         kinds = (kind,)
     scaling, scale, bias = _scaling(ranks, choosing)
 
@@ -123,11 +123,11 @@ def _impossible(kind: IntervalKind, ranks: Ranks, choosing: Answered) -> str:
     """Why intervals of a kind cannot be had; "" where they can."""
     if choosing.prediction.probabilities is None:
         if kind in OF_SETS:
-            return "they are made of probabilities, which this method has none of"
+            return "are made of probabilities, which this method has none of"
         if kind == "scaled" and len(choosing) < ENOUGH:
-            return f"the errors to be expected are learnt from at least {ENOUGH} pictures, there are {len(choosing)}"
+            return f"take at least {ENOUGH} pictures to learn which errors to expect, there are {len(choosing)}"
     if kind in ("aps", "shortest") and len(ranks) > MOST_RANKS:
-        return f"they are of at most {MOST_RANKS} ranks, there are {len(ranks)}"
+        return f"are of at most {MOST_RANKS} ranks, there are {len(ranks)}"
     return ""
 
 

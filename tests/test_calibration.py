@@ -191,6 +191,35 @@ def test_kinds_that_a_method_cannot_have_are_refused():
         Calibration.of(RANKS, {"scaling": "none"})
 
 
+def test_no_other_kind_is_taken_in_silence():
+    wide = Ranks.linear(0, 300, 301)
+    told = torch.full((30, 301), 1 / 301)
+    many = Answered(decode(told, wide, "median"), torch.zeros(30), torch.zeros(30, dtype=torch.int64))
+    with pytest.raises(ValueError, match="aps are of at most 256 ranks, there are 301"):
+        calibrate(wide, "median", many, many, kind="aps")
+    assert calibrate(wide, "median", many, many).about["kind"] == "rps"
+    with pytest.raises(
+        ValueError, match="scaled take at least 20 pictures to learn which errors to expect, there are 19"
+    ):
+        calibrate(RANKS, "median", values_only(19), values_only(30), kind="scaled")
+
+
+def test_the_level_by_which_kinds_are_compared_is_told():
+    assert calibrate(RANKS, "median", answered(30, 1), answered(30, 2)).about["widths"]["level"] == 0.9
+    assert calibrate(RANKS, "median", answered(4, 1), answered(30, 2)).about["widths"]["level"] == 0.8
+
+
+@pytest.mark.parametrize("kind", ["rps", "aps", "shortest", "residual"])
+@pytest.mark.parametrize("by_rank", [False, True])
+def test_an_answer_between_two_ranks_is_inside(kind, by_rank):
+    choosing, held_out, asked = (answered(200, seed) for seed in (1, 2, 3))
+    found = calibrate(RANKS, "expectation", choosing, held_out, kind=kind, by_rank=by_rank)
+    prediction = found.calibration.answer(decode(asked.prediction.probabilities, RANKS, "expectation"), "expectation")
+    low, high = found.calibration.interval(prediction, 0.5)
+    assert bool((prediction.value % 10 != 0).all())
+    assert bool(((low <= prediction.value) & (prediction.value <= high)).all())
+
+
 def test_another_precision_leaves_thresholds_as_they_are():
     found = calibrate(RANKS, "median", answered(100, 1), answered(200, 2)).calibration
     before = found.thresholds.clone()
@@ -327,6 +356,15 @@ def test_a_run_whose_intervals_were_learnt_cannot_be_scored_with_others(here, ca
     assert json.loads((here / "run" / "metrics.json").read_text())["calibration"]["test"] == before
 
 
+def test_a_kind_that_cannot_be_had_costs_no_training(tmp_path, caplog):
+    few = ["data.num_train=16", "data.num_validation=24", "data.num_test=4", "data.calibration=0.5", *STEPS[1:]]
+    folder = tmp_path / "run"
+    train(load_config(None, [*few, "method=l1", "evaluation.intervals=rps", f"output_dir={folder}"]), quiet=True)
+    assert "kind rps are made of probabilities" in caplog.text
+    assert "evaluation.intervals=auto is done instead" in caplog.text
+    assert json.loads((folder / "metrics.json").read_text())["calibration"]["kind"] == "residual"
+
+
 # ---- pictures from elsewhere
 
 
@@ -347,6 +385,25 @@ def test_a_model_is_calibrated_on_pictures_from_elsewhere(here, tmp_path, capsys
     assert "90% intervals: " in "\n".join(found.lines())
     assert main(arguments) == 2
     assert "holds a model already; overwrite replaces it" in capsys.readouterr().err
+
+
+def test_patients_are_groups_as_in_the_run_unless_said_otherwise(here, tmp_path, capsys):
+    table, out = here / "theirs" / "labels.csv", tmp_path / "there"
+    shared = ["calibrate", str(here / "run"), "--data", str(table), "--out", str(out)]
+    assert main(shared) == 0
+    said = capsys.readouterr()
+    assert "rows with the same 'patient' are one group, as in the model's run" in said.err
+    assert "of 15 groups" in said.out
+    (out / "prompts.safetensors").write_bytes(b"of another model")
+    assert main([*shared, "--overwrite", "--group", "", "-q"]) == 0
+    assert " groups" not in capsys.readouterr().out
+    assert not (out / "prompts.safetensors").exists()
+    (out / "notes.txt").write_text("mine")
+    assert main([*shared, "--overwrite"]) == 2
+    assert "holds notes.txt, which is of no model" in capsys.readouterr().err
+    pd.read_csv(table).drop(columns="patient").to_csv(here / "theirs" / "alone.csv", index=False)
+    calibrate_external(here / "run", here / "theirs" / "alone.csv")
+    assert "every row is taken for independent" in capsys.readouterr().err
 
 
 def test_pictures_that_it_has_learnt_from_do_not_calibrate(here):
