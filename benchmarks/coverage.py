@@ -127,13 +127,14 @@ def answered_from(calibration: Calibration, pool: Answered) -> Any:
         ]
         reach = pool_ranks.values[-1] - pool_ranks.values[0] if calibration.kind == "residual" else 1.0
         threshold = torch.tensor([each + TIE * (reach + abs(each)) for each in found]).float()
+        value = pool.prediction.value[others]
         if calibration.kind in OF_VALUES and not calibration.by_rank:
-            value, first, last = pool.prediction.value[others], pool_ranks.values[0], pool_ranks.values[-1]
+            first, last = pool_ranks.values[0], pool_ranks.values[-1]
             low = torch.maximum(value - threshold * errors[others], value.clamp(max=first))
             high = torch.minimum(value + threshold * errors[others], value.clamp(min=last))
         else:
             begin, end = ends(scores[others] <= threshold, pool.prediction.rank[others])
-            low, high = low_of[begin], high_of[end]
+            low, high = torch.minimum(low_of[begin], value), torch.maximum(high_of[end], value)
         inside = calibration.covered(pool.select(others), low, high)
         return inside.numpy(), float((high - low).double().mean())
 
