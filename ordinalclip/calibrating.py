@@ -233,8 +233,9 @@ def coverage(calibration: Calibration, answered: Answered, level: float) -> dict
     Returns:
         `level`, `num`, `coverage`, mean `width` in the label's unit; `band`, in which the coverage of so many pictures
         lies for 95 % of the calibrations of this size where the promise holds, and `p`, the probability of as little
-        (beta-binomial: Vovk, "Conditional validity of inductive conformal predictors", ACML 2012); `by_rank`: num and
-        coverage of every rank that occurs.
+        (beta-binomial: Vovk, "Conditional validity of inductive conformal predictors", ACML 2012), both for pictures
+        that are independent, and of a calibration by rank for the rank with the fewest; `by_rank`: num and coverage of
+        every rank that occurs.
     """
     low, high = calibration.interval(answered.prediction, level)
     inside = calibration.covered(answered, low, high)
