@@ -151,7 +151,9 @@ def under_load(
     """What became of the requests, a worker killed after a third of them, and the seconds that they took."""
     load = client()
     bad = requests // 10
-    jobs = load.good(files, requests - bad) + load.hostile(bad, files[0].read_bytes())
+    fine = requests - bad
+    jobs = load.good(files, fine // 2) + load.good(files, fine - fine // 2, level=0.6)  # two levels in a batch
+    jobs += load.hostile(bad, files[0].read_bytes())
     random.Random(0).shuffle(jobs)
     with serving(folder, python, workers=2, timeout=20) as (address, server):
         before = workers(server)

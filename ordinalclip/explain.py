@@ -45,12 +45,25 @@ AT_ONCE = 32  # pictures in the encoder
 
 
 class Interval(NamedTuple):
-    """The central interval of a predicted distribution, in label units: what is below `low` and what is above `high`
-    has at most (1 - level) / 2 each. It is what the model believes; how often that is right is not known."""
+    """Ends in label units, and what is promised of them.
+
+    Attributes:
+        promised: the truth lies inside as often as `level` says: an interval that the model keeps. Otherwise the
+            central one of the predicted distribution: what is below `low` and what is above `high` has at most
+            (1 - level) / 2 each. That is what the model believes; how often it is right is not known.
+    """
 
     low: float
     high: float
     level: float
+    promised: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Of which kind it is, in words."""
+        return (
+            f"{100 * self.level:g} % interval" if self.promised else f"central {100 * self.level:g} %, not calibrated"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class Explanation:
         value: the model's answer, in label units.
         expected_value: the mean of the distribution, or `value` where there is none: what maps and base ranks explain.
         distribution: a row per rank: name, value, probability.
-        interval: the central interval of the distribution.
+        interval: that of the model, if it keeps one of this level, else the central one of the distribution.
         attributions: maps by method, "integrated gradients" and "occlusion".
         neighbors: the nearest training pictures in the space that answers are read from (`Head.space`), nearest first:
             name, row of the training part, label, distance; `thumbnails` are they.
@@ -136,7 +149,7 @@ class Explanation:
             ranks=self.ranks,
             answer=self.value,
             probabilities=None if given is None else given["probability"].to_numpy(),
-            interval=self.interval,
+            interval=self.interval and (*self.interval[:2], self.interval.kind),
             neighbors=list(zip(self.thumbnails, map(say, labels), strict=True)),
             bases=places,
             notes=notes,
@@ -225,6 +238,10 @@ class Explainer:
             columns = {"name": ranks.names, "value": ranks.values, "probability": probabilities}
             distribution = pd.DataFrame(columns)
             interval = central_interval(probabilities, ranks, self.level)
+        kept = () if model.calibration is None else model.calibration.levels
+        if any(abs(level - self.level) < 1e-6 for level in kept):
+            low, high = model.interval(prediction, self.level)
+            interval = Interval(float(low[0]), float(high[0]), self.level, promised=True)
         attributions = {}
         for method, attribute in ((GRADIENTS, integrated_gradients), (OCCLUSION, occlusion)):
             found = attribute(model, pixels)
@@ -295,7 +312,7 @@ def central_interval(probabilities: np.ndarray, ranks: Ranks, level: float) -> I
     """The central interval of (R,) probabilities: see `Interval`.
 
     >>> central_interval(np.array([0.04, 0.2, 0.5, 0.2, 0.06]), Ranks.of(5), 0.9)
-    Interval(low=1.0, high=4.0, level=0.9)
+    Interval(low=1.0, high=4.0, level=0.9, promised=False)
     """
     below, tail = np.cumsum(probabilities), (1 - level) / 2
     last = len(ranks) - 1

@@ -104,8 +104,8 @@ class Playground:
         say = found.ranks.say
         sentence = f"<b>{escaped(say(found.value))}</b>"
         if found.interval is not None:
-            low, high, level = found.interval
-            sentence += f"<br>{level:.0%} of the probability from {escaped(say(low))} to {escaped(say(high))}"
+            low, high = (escaped(say(end)) for end in found.interval[:2])
+            sentence += f"<br>{found.interval.kind}: {low} to {high}"
         return sentence, found.figure()
 
     @cached_property

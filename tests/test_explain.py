@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FEW, random_model
+from conftest import QUICK as SHORT
 from families import FAMILIES, make_family
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -32,6 +33,7 @@ from ordinalclip.explain import (
 from ordinalclip.gauges import drawn_gauges, moving_parts
 from ordinalclip.heads import available_heads
 from ordinalclip.images import prepare
+from ordinalclip.pipeline import load_pipeline
 from ordinalclip.results.record import points_of
 from ordinalclip.training import train
 
@@ -202,7 +204,7 @@ def test_the_central_interval_leaves_at_most_its_share_out_at_either_end():
     for level in (0.5, 0.8, 0.9):
         for _ in range(50):
             probabilities = rng.dirichlet(np.full(11, 0.3))
-            low, high, _ = central_interval(probabilities, FEW, level)
+            low, high = central_interval(probabilities, FEW, level)[:2]
             inside = [p for p, value in zip(probabilities, FEW.values, strict=True) if low <= value <= high]
             below = sum(p for p, value in zip(probabilities, FEW.values, strict=True) if value < low)
             above = sum(p for p, value in zip(probabilities, FEW.values, strict=True) if value > high)
@@ -309,7 +311,7 @@ def test_the_command_writes_a_figure_for_every_picture(runs, tmp_path, capsys, m
     assert main(["explain", str(runs / "cached"), *pictures, "--neighbors", "2", "--quiet"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[2] for line in lines] == ["new/why.pdf", "why-1.png", "why-2.png"]
-    assert "central 90 %" in lines[0]
+    assert "central 90 %, not calibrated" in lines[0]
     assert (tmp_path / "why-1.png").read_bytes() != (tmp_path / "why-2.png").read_bytes()
 
 
@@ -320,6 +322,21 @@ def test_without_captum_one_line_says_how_to_install_it(runs, capsys, monkeypatc
     assert "pip install 'ordinalclip[explain]'" in line
     with pytest.raises(ImportError, match="ordinalclip\\[explain\\]"):
         explain(runs / "own", gauge())
+
+
+@pytest.mark.parametrize("method", ["cross_entropy", "l1"])
+def test_the_interval_of_a_model_that_keeps_some_is_its_own(method, tmp_path):
+    keys = [*SHORT, f"method={method}", "data.num_validation=40", "data.calibration=0.5", f"output_dir={tmp_path}/run"]
+    assert main(["train", "default", *keys, "--quiet"]) == 0
+    pipe, picture = load_pipeline(tmp_path / "run/model"), gauge()
+    for level in (0.9, 0.5):
+        found = explain(tmp_path / "run", picture, level=level, num_neighbors=0)
+        answer = pipe(picture, interval=level)
+        assert found.interval == (answer["low"], answer["high"], level, True)
+        assert found.figure().subfigs
+    assert found.interval.kind == "50 % interval"
+    central = explain(tmp_path / "run", picture, level=0.99, num_neighbors=0).interval  # it takes more pictures
+    assert (central is None) if method == "l1" else (not central.promised)
 
 
 def test_a_level_that_is_none_is_refused(runs):

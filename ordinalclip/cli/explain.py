@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         save_figure(found.figure(), target)
         answer = found.ranks.say(found.value)
         if found.interval is not None:
-            low, high, level = found.interval
-            answer += f" (central {100 * level:g} %: {found.ranks.say(low)} to {found.ranks.say(high)})"
+            low, high = map(found.ranks.say, found.interval[:2])
+            answer += f" ({found.interval.kind}: {low} to {high})"
         print(f"{printable(str(file))}\t{printable(answer)}\t{printable(target)}")
     return 0

@@ -42,7 +42,7 @@ def explanation(
     ranks: Ranks,
     answer: float,
     probabilities: np.ndarray | None = None,
-    interval: tuple[float, float, float] | None = None,
+    interval: tuple[float, float, str] | None = None,
     neighbors: Sequence[tuple[Image.Image, str]] = (),
     bases: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     notes: Sequence[str] = (),
@@ -55,7 +55,7 @@ def explanation(
         maps: by name a signed map (S, S) over the picture, and of what its colours are the label's unit.
         answer: in label units.
         probabilities: (R,).
-        interval: low, high and level of the central interval.
+        interval: low and high in label units, and what it is, in words.
         neighbors: pictures with what they are.
         bases: of the base ranks, (K,) each: places in label units, shares of the distribution and of a flat one.
         notes: sentences below.
@@ -118,7 +118,7 @@ def _distribution(
     ranks: Ranks,
     answer: float,
     probabilities: np.ndarray,
-    interval: tuple[float, float, float] | None,
+    interval: tuple[float, float, str] | None,
     bases: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
 ) -> None:
     """The distribution, and below it on the same axis what the base ranks contribute, if there are any."""
@@ -134,9 +134,9 @@ def _distribution(
     top.bar(places, probabilities, 0.86 * gap, color=BLUE, linewidth=0)
     handles = [top.axvline(place(answer), color=ORANGE, linewidth=1.4, label="answer")]
     if interval is not None:
-        low, high, level = interval
-        ends = place(low) - gap / 2, place(high) + gap / 2
-        label = f"central {100 * level:g} %, not calibrated"
+        low, high, label = interval
+        half = gap / 2 if {low, high} <= set(ranks.values) else 0.0  # of ranks their bars, of numbers what they say
+        ends = place(low) - half, place(high) + half
         handles.append(top.axvspan(*ends, color=MUTED, alpha=0.18, linewidth=0, zorder=0, label=label))
     above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 2, "handlelength": 1.2}
     top.legend(handles=handles, fontsize=6.5, **above)
