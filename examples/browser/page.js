@@ -3,7 +3,7 @@
 const part = (id) => document.getElementById(id);
 const folder = new URL("model", document.baseURI).href;
 const rows = []; // of answered pictures: {file, line, answer}
-let worker, ranks, decimals, waiting = [], done = 0, busy = false, turn = 0;
+let worker, ranks, likely, decimals, waiting = [], done = 0, busy = false, turn = 0;
 
 start();
 
@@ -41,7 +41,7 @@ function fail(reason) {
 }
 
 function ready(loaded) {
-  ({ ranks } = loaded);
+  ({ ranks, likely } = loaded);
   const range = ranks.values.at(-1) - ranks.values[0];
   decimals = Math.min(12, Math.max(0, -Math.floor(Math.log10(range / 200))));
   const [first, last] = [ranks.names[0], ranks.names.at(-1)];
@@ -49,11 +49,13 @@ function ready(loaded) {
   if (ranks.levels) {
     const { lowest, usual, highest } = ranks.levels;
     Object.assign(part("level"), { min: lowest, max: highest, value: usual });
-    part("allowed").textContent = `${lowest} to ${highest}`;
+    part("allowed").textContent = `${lowest.toFixed(2)} to ${highest.toFixed(2)}`;
     part("asked").hidden = false;
   }
-  const heads = ["Picture", "File", "Value", "Rank", "Probability", ...(ranks.levels ? ["Interval"] : []), "Among all ranks"];
-  part("answers").tHead.rows[0].append(...heads.map((text) => element("th", { textContent: text, scope: "col", role: "columnheader" })));
+  const more = [...(likely ? ["Probability"] : []), ...(ranks.levels ? ["Interval"] : []), "Among all ranks"];
+  for (const textContent of ["Picture", "File", "Value", "Rank", ...more]) {
+    part("answers").tHead.rows[0].append(element("th", { textContent, scope: "col", role: "columnheader" }));
+  }
   part("controls").hidden = false;
   part("files").onchange = () => {
     add(part("files").files);
@@ -174,7 +176,7 @@ function fill(row, answer) {
     element("th", { textContent: row.file.name, scope: "row", role: "rowheader" }),
     cell("Value", shown(answer.value) + unit, "number value"),
     cell("Rank", answer.name),
-    cell("Probability", answer.probability === null ? "–" : answer.probability.toFixed(3)),
+    ...(likely ? [cell("Probability", answer.probability.toFixed(3))] : []),
     ...(answer.ends ? [cell("Interval", `${answer.ends.map(shown).join(" to ")}${unit}`)] : []),
     among,
   );
@@ -200,9 +202,9 @@ function scale({ value, ends }) {
 /** The table as predict.py prints it. */
 function table() {
   const lines = rows.map(({ file, answer }) => {
-    const likely = answer.probability === null ? "" : digits(answer.probability, 6);
+    const share = likely ? digits(answer.probability, 6) : "";
     const ends = (answer.ends ?? []).map((end) => digits(end, 7));
-    return [file.name, digits(answer.value, 7), ranks.unit, answer.name, likely, ...ends];
+    return [file.name, digits(answer.value, 7), ranks.unit, answer.name, share, ...ends];
   });
   const head = ["file", "value", "unit", "name", "probability", ...(ranks.levels ? ["low", "high"] : [])];
   const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);

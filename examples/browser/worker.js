@@ -31,7 +31,7 @@ async function load(folder) {
   if (session.inputNames.includes("level") !== Boolean(ranks.levels)) {
     throw new Error("model/ranks.json does not say the levels of the model's intervals: export it again");
   }
-  return { ranks, size: settings.size };
+  return { ranks, likely: session.outputNames.includes("probabilities") };
 }
 
 async function fetched(url) {
