@@ -6,8 +6,9 @@ const ORIENTATION = 0x0112; // a tag of EXIF: 1 as stored, 2 to 8 turned or mirr
  * The header of a picture.
  *
  * @param {Uint8Array} bytes - a whole file.
- * @returns {?{format: string, width: ?number, height: ?number, orientation: ?number}} Pillow's name of the format; pixels
- *     as stored (null: only decoding tells); the orientation that EXIF says (null: none). null: no picture that is known.
+ * @returns {?{format: string, width: ?number, height: ?number, orientation: ?number, packed: ?boolean}} Pillow's name of
+ *     the format; pixels as stored (null: only decoding tells); the orientation that EXIF says (null: none); whether there
+ *     are more words of EXIF or XMP, which are not read here. null: no picture that is known.
  * @throws {RangeError} a file that ends within its header.
  */
 export function readHeader(bytes) {
@@ -55,7 +56,10 @@ function jpeg(view, said) {
 function png(view, said) {
   const found = { format: "PNG", width: view.getUint32(16), height: view.getUint32(20), orientation: null };
   for (let at = 8; at + 12 <= view.byteLength; at += 12 + view.getUint32(at)) {
-    if (said(at + 4, 4) === "eXIf") found.orientation = orientationAt(view, at + 8);
+    const kind = said(at + 4, 4);
+    if (kind === "eXIf") found.orientation = orientationAt(view, at + 8);
+    if (["tEXt", "zTXt", "iTXt"].includes(kind) && said(at + 8, 22) === "Raw profile type exif\0") found.packed = true;
+    if (kind === "iTXt" && said(at + 8, 19) === "XML:com.adobe.xmp\0\x01") found.packed = true; // 1: compressed
   }
   return found;
 }

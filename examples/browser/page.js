@@ -1,5 +1,7 @@
 // The page: files in, one after the other, a table out.
 
+import { digits } from "./numbers.js";
+
 const part = (id) => document.getElementById(id);
 const folder = new URL("model", document.baseURI).href;
 const rows = []; // of answered pictures: {file, line, answer}
@@ -209,14 +211,6 @@ function table() {
   const head = ["file", "value", "unit", "name", "probability", ...(ranks.levels ? ["low", "high"] : [])];
   const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
   return [head, ...lines].map((line) => `${line.map(quoted).join(",")}\n`).join("");
-}
-
-/** A number in so many digits, as Python's %g writes it. */
-function digits(number, count) {
-  const [mantissa, exponent] = number.toExponential(count - 1).split("e");
-  const bare = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
-  if (exponent >= -4 && exponent < count) return bare(number.toFixed(count - 1 - exponent));
-  return `${bare(mantissa)}e${exponent[0]}${exponent.slice(1).padStart(2, "0")}`;
 }
 
 function save() {

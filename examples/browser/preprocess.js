@@ -5,6 +5,7 @@
 // behind the point; whole numbers from 0 to 255 after each pass.
 
 import { readHeader } from "./header.js";
+import { round } from "./numbers.js";
 
 const BITS = 22; // of weights, behind the point
 const TILE = 2048; // pixels on a side that are read from the canvas at once: browsers limit its size
@@ -26,13 +27,6 @@ function cubic(x, a) {
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
 }
 
-/** To the nearest whole number, halves to the even one, as Python rounds. */
-export function round(x) {
-  const below = Math.floor(x);
-  if (x - below !== 0.5) return Math.round(x);
-  return below % 2 === 0 ? below : below + 1;
-}
-
 /**
  * A picture's file as the model takes it.
  *
@@ -50,18 +44,21 @@ export async function read(file, settings, thumbnail = 96) {
 export async function decode(file, settings, thumbnail = 0) {
   if (!file.size) throw new Error("an empty file");
   const bytes = new Uint8Array(await file.arrayBuffer());
-  check(bytes, settings);
+  const header = check(bytes, settings);
   // Without the file's name or type: what it is, its content says.
   const options = { imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none" };
   let bitmap;
   try {
     bitmap = await createImageBitmap(new Blob([bytes]), options);
   } catch {
-    throw new Error(`${readHeader(bytes).format}: damaged, cut off, or of a kind that this browser does not decode`);
+    throw new Error(`${header.format}: damaged, cut off, or of a kind that this browser does not decode`);
   }
   try {
     const { width, height } = bitmap;
     checkSize(width, height, settings);
+    if (header.width !== null && width * height !== header.width * header.height) {
+      throw new Error(`this browser makes ${width} x ${height} pixels of ${header.width} x ${header.height}`);
+    }
     const found = { width, height, data: pixelsOf(bitmap), thumbnail: null };
     if (thumbnail) {
       const share = Math.min(1, thumbnail / Math.max(width, height));
@@ -74,7 +71,7 @@ export async function decode(file, settings, thumbnail = 0) {
   }
 }
 
-/** Refuse what predict.py refuses, and what it turns and browsers do not, by what a file says of itself. */
+/** What a file says of itself. Refused is what predict.py refuses, and what it turns and browsers do not. */
 function check(bytes, settings) {
   let header;
   try {
@@ -93,7 +90,9 @@ function check(bytes, settings) {
   if (header.orientation === null) {
     const [, , xmp] = new TextDecoder("latin1").decode(bytes).match(/tiff:Orientation(="|>)([0-9])/) ?? [];
     if (turned(Number(xmp ?? 1))) throw new Error("a picture that its XMP turns, which browsers do not; save it turned");
+    if (header.packed) throw new Error("EXIF or XMP in a text of PNG, which may turn it and is not read here; save it anew");
   }
+  return header;
 }
 
 function checkSize(width, height, { max_pixels, max_ratio }) {
