@@ -6,9 +6,9 @@ const ORIENTATION = 0x0112; // a tag of EXIF: 1 as stored, 2 to 8 turned or mirr
  * The header of a picture.
  *
  * @param {Uint8Array} bytes - a whole file.
- * @returns {?{format: string, width: ?number, height: ?number, orientation: ?number, packed: ?boolean}} Pillow's name of
- *     the format; pixels as stored (null: only decoding tells); the orientation that EXIF says (null: none); whether there
- *     are more words of EXIF or XMP, which are not read here. null: no picture that is known.
+ * @returns {?{format: string, width: ?number, height: ?number, orientation: ?number, packed: ?boolean}}
+ *     Pillow's name of the format; pixels as stored (null: only decoding tells); the orientation that EXIF says (null:
+ *     none); whether there are words of EXIF or XMP that are not read here. null: no picture that is known.
  * @throws {RangeError} a file that ends within its header.
  */
 export function readHeader(bytes) {
@@ -86,7 +86,7 @@ function webp(view, said) {
   return found;
 }
 
-/** The orientation in the first directory of EXIF, which begins as a TIFF does; null where it has none, or is damaged. */
+/** The orientation in the first directory of EXIF, which begins as a TIFF does; null: it has none, or is damaged. */
 function orientationAt(view, start) {
   try {
     const little = view.getUint16(start) === 0x4949;

@@ -47,7 +47,8 @@ function ready(loaded) {
   const range = ranks.values.at(-1) - ranks.values[0];
   decimals = Math.min(12, Math.max(0, -Math.floor(Math.log10(range / 200))));
   const [first, last] = [ranks.names[0], ranks.names.at(-1)];
-  part("state").textContent = `The model is ready. It answers with one of ${ranks.names.length} ranks, ${first} to ${last}.`;
+  const count = ranks.names.length;
+  part("state").textContent = `The model is ready. It answers with one of ${count} ranks, ${first} to ${last}.`;
   if (ranks.levels) {
     const { lowest, usual, highest } = ranks.levels;
     Object.assign(part("level"), { min: lowest, max: highest, value: usual });
@@ -133,9 +134,10 @@ function show() {
   part("save").disabled = !rows.length || waiting.length > 0;
   part("clear").disabled = !rows.length && !waiting.length && !part("problems").childElementCount;
   const problems = part("problems").childElementCount;
-  const said = [`${rows.length} ${rows.length === 1 ? "picture" : "pictures"} answered`];
-  if (problems) said.push(`${problems} not`);
-  const state = waiting.length ? "Reading pictures." : rows.length || problems ? `${said.join(", ")}.` : "The model is ready.";
+  const counts = [`${rows.length} ${rows.length === 1 ? "picture" : "pictures"} answered`];
+  if (problems) counts.push(`${problems} not`);
+  let state = rows.length || problems ? `${counts.join(", ")}.` : "The model is ready.";
+  if (waiting.length) state = "Reading pictures.";
   if (part("state").textContent !== state) part("state").textContent = state; // or it were read out again
 }
 

@@ -1,8 +1,8 @@
 // From a picture's file to the pixels that a model was trained on: those of predict.py, bit for bit once it is decoded.
 //
 // Resizing is that of Pillow for 8-bit pictures, from its documented algorithm: a pass per axis, the horizontal one
-// first; a kernel that is as much wider as the picture is made smaller; weights normalised to 1, then rounded to 22 bits
-// behind the point; whole numbers from 0 to 255 after each pass.
+// first; a kernel that is as much wider as the picture is made smaller; weights normalised to 1, then rounded to 22
+// bits behind the point; whole numbers from 0 to 255 after each pass.
 
 import { readHeader } from "./header.js";
 import { round } from "./numbers.js";
@@ -85,12 +85,12 @@ function check(bytes, settings) {
   if (header.width !== null) checkSize(header.width, header.height, settings);
   const turned = (orientation) => orientation > 1 && orientation < 9;
   if (header.format === "WEBP" && turned(header.orientation)) {
-    throw new Error("a WEBP picture that its EXIF turns, which browsers do not; save it turned");
+    throw new Error("a WEBP turned by its EXIF, which browsers do not heed; save it turned");
   }
   if (header.orientation === null) {
     const [, , xmp] = new TextDecoder("latin1").decode(bytes).match(/tiff:Orientation(="|>)([0-9])/) ?? [];
-    if (turned(Number(xmp ?? 1))) throw new Error("a picture that its XMP turns, which browsers do not; save it turned");
-    if (header.packed) throw new Error("EXIF or XMP in a text of PNG, which may turn it and is not read here; save it anew");
+    if (turned(Number(xmp ?? 1))) throw new Error("turned by its XMP, which browsers do not heed; save it turned");
+    if (header.packed) throw new Error("a text with EXIF or XMP, which may turn it and is not read here; save it anew");
   }
   return header;
 }
@@ -176,7 +176,7 @@ export function resize(image, width, height, interpolation) {
   return height === image.height ? across : resizeDown(across, height, KERNELS[interpolation]);
 }
 
-/** For each of `to` pixels of a line of `from`: the first that it is made of, and the whole-number weights from there. */
+/** For each of `to` pixels of a line of `from`: the first that it is made of, and the whole weights from there. */
 function weights(from, to, [halfWidth, kernel]) {
   const scale = from / to;
   const wider = Math.max(1, scale);
