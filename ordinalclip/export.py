@@ -584,7 +584,10 @@ def _write_beside(folder: Path, graph: Served, format: Format, run: RunFolder | 
     write_json(
         folder / "preprocessing.json", asdict(spec) | {"scaled_size": spec.scaled_size, "formats": formats} | limits
     )
-    write_json(folder / "ranks.json", {"values": ranks.values, "names": ranks.names, "unit": ranks.unit})
+    levels = None if graph.levels is None else dict(zip(("lowest", "usual", "highest"), graph.levels, strict=True))
+    write_json(
+        folder / "ranks.json", {"values": ranks.values, "names": ranks.names, "unit": ranks.unit, "levels": levels}
+    )
     package = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch"}[format]
     environment = Environment(
         loader=PackageLoader("ordinalclip", "assets/export"),

@@ -198,6 +198,9 @@ def test_what_is_written(run, exported, tmp_path):
     assert {path.name for path in exported.iterdir()} - {"__pycache__"} == {
         *("export.json", "model.onnx", "predict.py", "preprocessing.json", "ranks.json"),
     }
+    ranks = json.loads((exported / "ranks.json").read_text())
+    assert ranks["unit"] == "%"
+    assert ranks["levels"] is None
     content = json.loads((exported / "export.json").read_text())
     assert content["model"] == {"folder": "model", "method": "cross_entropy", "backbone": "tiny"}
     assert content["agreement"]["pictures"] == sum(BATCHES)
@@ -252,6 +255,8 @@ def test_intervals_of_any_level(files, tmp_path):
     module = imported(tmp_path / "out")
     answer, pixels = module.load(), np.stack([module.read(file) for file in files])
     assert (module.LOWEST, module.LEVEL, module.HIGHEST) == (0.5, 0.9, 0.95)
+    said = json.loads((tmp_path / "out" / "ranks.json").read_text())
+    assert said["levels"] == {"lowest": 0.5, "usual": 0.9, "highest": 0.95}
     widths = []
     for level in (0.5, 0.73, 0.9, 0.95):
         found = answer(pixels, level)
