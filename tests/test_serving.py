@@ -169,9 +169,16 @@ def test_a_model_without_intervals_refuses_a_level(script, files, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_no_export_is_refused_in_a_line(tmp_path):
-    done = subprocess.run([sys.executable, str(SERVER), str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith(
-        "holds no predict.py: `ordinalclip export RUN --out FOLDER` writes one"
-    )
+def test_what_cannot_be_served_is_refused_in_a_line(exported, tmp_path):
+    refusals = {
+        (tmp_path,): "holds no predict.py: `ordinalclip export RUN --out FOLDER` writes one",
+        (exported, "--workers", "0"): "--workers is above 0, got 0",
+        (exported, "--wait", "nan"): "--wait is above 0, got nan",
+        (exported, "--wait", "9", "--timeout", "5"): "--wait is less than --timeout (5), got 9",
+        (exported, "--port", "80"): "--port is 1024 to 65535, got 80",
+    }
+    for words, why in refusals.items():
+        command = [sys.executable, str(SERVER), *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.endswith(f"{why}\n")

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import signal
@@ -135,9 +136,6 @@ class _WithFirst:
     def get(self, timeout: float) -> Any:
         return self.first.pop() if self.first else self.queue.get(timeout=timeout)
 
-    def get_nowait(self) -> Any:
-        return self.first.pop() if self.first else self.queue.get_nowait()
-
 
 class Watched:
     """Counts requests, and answers one itself that no worker answers in time: it may have been killed."""
@@ -230,9 +228,13 @@ def main() -> None:
     for needed in ("predict.py", "preprocessing.json", "ranks.json", "export.json"):
         if not (options.exported / needed).is_file():
             parser.error(f"{options.exported} holds no {needed}: `ordinalclip export RUN --out FOLDER` writes one")
-    for name in ("workers", "batch", "bytes", "pixels", "timeout", "connections"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name} is above 0, got {getattr(options, name)}")
+    for name in ("workers", "threads", "batch", "wait", "bytes", "pixels", "timeout", "connections"):
+        if (given := getattr(options, name)) is not None and not 0 < given < math.inf:
+            parser.error(f"--{name} is above 0, got {given}")
+    if not options.wait < options.timeout:
+        parser.error(f"--wait is less than --timeout ({options.timeout:g}), got {options.wait:g}")
+    if not 1024 <= options.port <= 65535:
+        parser.error(f"--port is 1024 to 65535, got {options.port}")
     options.threads = options.threads or max(1, cores // options.workers)
 
     started = os.getpid()
