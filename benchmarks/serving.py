@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.util
+import importlib
+import importlib.metadata
 import io
 import os
 import random
@@ -22,7 +23,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -42,16 +42,8 @@ from ordinalclip.regressor import OrdinalRegressor
 SERVING = Path(__file__).parents[1] / "examples" / "serving"
 COLUMNS = ["value", "low", "high", "probability"]
 
-
-def client() -> Any:
-    """examples/serving/load.py."""
-    if "serving_load" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("serving_load", SERVING / "load.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    return sys.modules["serving_load"]
+sys.path.append(str(SERVING))
+client = importlib.import_module("load")
 
 
 def free_port() -> int:
@@ -110,8 +102,7 @@ def tabled(folder: Path, files: Sequence[Path], level: float, python: str) -> pd
 
 def served(address: str, files: Sequence[Path], level: float) -> pd.DataFrame:
     """What the server answers to every file, in their order."""
-    load = client()
-    outcomes = asyncio.run(load.load(address, load.good(files, len(files), level), clients=32))
+    outcomes = asyncio.run(client.load(address, client.good(files, len(files), level), clients=32))
     found = {each.job.name: each.answer for each in outcomes}
     return pd.DataFrame([found[file.name] for file in files])[COLUMNS]
 
@@ -130,6 +121,8 @@ def everywhere(run: Path, files: Sequence[Path], level: float, scratch: Path, sl
     for form, name in (("onnx", "onnxruntime, predict.py"), ("openvino", "OpenVINO, predict.py")):
         export(run, scratch / form, form)  # type: ignore[arg-type]
         found[name] = tabled(scratch / form, files, level, slim)
+    if slim != sys.executable:
+        found["onnxruntime, Pillow as here"] = tabled(scratch / "onnx", files, level, sys.executable)
     with serving(scratch / "onnx", slim) as (address, _):
         found["onnxruntime, LitServe"] = served(address, files, level)
     return found
@@ -141,19 +134,19 @@ def differences(found: dict[str, pd.DataFrame], width: float) -> pd.DataFrame:
     rows = {}
     for name in others:
         moved = (found[name] - found[first]).abs().max()
-        rows[name] = [len(found[name]), *(moved[column] / width for column in COLUMNS[:3]), moved["probability"]]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["pictures", *COLUMNS])
+        off = ((found[name] - found[first])["probability"].abs() > 1e-5).sum()
+        rows[name] = [len(found[name]), *(moved[column] / width for column in COLUMNS[:3]), moved["probability"], off]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["pictures", *COLUMNS, "by more than 1e-5"])
 
 
 def under_load(
     folder: Path, files: Sequence[Path], clients: int, requests: int, python: str = sys.executable
 ) -> tuple[list[Any], float]:
     """What became of the requests, a worker killed after a third of them, and the seconds that they took."""
-    load = client()
     bad = requests // 10
     fine = requests - bad
-    jobs = load.good(files, fine // 2) + load.good(files, fine - fine // 2, level=0.6)  # two levels in a batch
-    jobs += load.hostile(bad, files[0].read_bytes())
+    jobs = client.good(files, fine // 2) + client.good(files, fine - fine // 2, level=0.6)  # two levels in a batch
+    jobs += client.hostile(bad, files[0].read_bytes())
     random.Random(0).shuffle(jobs)
     with serving(folder, python, workers=2, timeout=20) as (address, server):
         before = workers(server)
@@ -161,11 +154,11 @@ def under_load(
         def killing() -> Iterator[Any]:
             for place, job in enumerate(jobs):
                 if place == len(jobs) // 3:
-                    threading.Thread(target=os.kill, args=(before[0].pid, signal.SIGKILL)).start()
+                    os.kill(before[0].pid, signal.SIGKILL)
                 yield job
 
         begin = time.perf_counter()
-        outcomes = asyncio.run(load.load(address, killing(), clients, leaving=clients // 10))
+        outcomes = asyncio.run(client.load(address, killing(), clients, leaving=clients // 10))
         seconds = time.perf_counter() - begin
         wait_until_healthy(address)
         after = workers(server)
@@ -190,29 +183,28 @@ def main() -> None:
         values = load_pipeline(options.run / "model").model.config.label_space.values
         table = differences(found, max(values) - min(values))
         outcomes, seconds = under_load(Path(scratch) / "onnx", files, options.clients, options.requests, options.slim)
-    code = (
-        "import importlib.metadata as m; print(', '.join(f'{p} {m.version(p)}' for p in ('litserve', 'onnxruntime')))"
-    )
+    names = ("litserve", "onnxruntime", "pillow")
+    code = f"import importlib.metadata as m; print(', '.join(f'{{p}} {{m.version(p)}}' for p in {names}))"
     versions = subprocess.run([options.slim, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     spread = found["pipeline"]["value"].nunique()
     text = f"""# One model, asked in every way
 
 `python benchmarks/serving.py RUN PICTURES --level {options.level:g} --clients {options.clients} \
 --requests {options.requests} --slim PYTHON --out benchmarks/results/serving`, RUN that of `ordinalclip train demo`.
-{versions}; {device()}.
+{versions} (here Pillow {importlib.metadata.version("pillow")}); {device()}.
 
 Largest differences from the pipeline's answers to the same files ({spread} different values), of values and ends of
 intervals as a share of the range of the ranks:
 
 ```
-{table.to_string(float_format="{:.1g}".format)}
+{table.to_string(float_format="{:.2g}".format)}
 ```
 
 The server with two workers, {options.clients} clients at once, a worker killed after a third of the requests; the
 clients run on the same cores:
 
 ```
-{client().summary(outcomes, seconds)}
+{client.summary(outcomes, seconds)}
 ```
 """
     options.out.mkdir(parents=True, exist_ok=True)

@@ -157,6 +157,10 @@ class Calibration(nn.Module):
         least = int(self.counts.min())
         return tuple(level for level in LEVELS if least_number(level) <= least)
 
+    def keeps(self, level: float) -> bool:
+        """Whether there is an interval of this level."""
+        return any(abs(each - level) < 1e-6 for each in self.levels)
+
     def check_level(self, level: float) -> None:
         """Raises:
         ValueError: a level that is none of `LEVELS`; TooFewError: one that takes more calibration pictures."""

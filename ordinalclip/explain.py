@@ -238,8 +238,7 @@ class Explainer:
             columns = {"name": ranks.names, "value": ranks.values, "probability": probabilities}
             distribution = pd.DataFrame(columns)
             interval = central_interval(probabilities, ranks, self.level)
-        kept = () if model.calibration is None else model.calibration.levels
-        if any(abs(level - self.level) < 1e-6 for level in kept):
+        if model.calibration is not None and model.calibration.keeps(self.level):
             low, high = model.interval(prediction, self.level)
             interval = Interval(float(low[0]), float(high[0]), self.level, promised=True)
         attributions = {}

@@ -28,6 +28,7 @@ from ordinalclip.training.step import Learner
 torch.set_num_threads(1)  # two threads on two busy cores wait for each other: see CONTRIBUTING.md
 CACHE = os.environ["ORDINALCLIP_CACHE"]
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUICK = (
     "ranks.low=0",
     "ranks.high=100",

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from conftest import BROWSER
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_export import asked, calibrated, fitted, write_pictures
@@ -28,7 +29,6 @@ from ordinalclip.images import INTERPOLATION, RESIZE, BrokenImageError, PixelSpe
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "browser"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NPM = shutil.which("npm")
 UNREACHABLE = re.compile(r"ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|E40[13]|E5\d\d|network")
 TOLERANCE = 1e-3  # of the range of the ranks

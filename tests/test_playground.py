@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import BROWSER
 from PIL import Image
 
 from ordinalclip import Ranks, explore, playground
@@ -26,7 +26,6 @@ from ordinalclip.playground import Playground, as_integer, drawn, escaped, serve
 from ordinalclip.run_folder import RunFolder
 from ordinalclip.runs import train
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NAMES = "0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from conftest import BROWSER
 from huggingface_hub import ModelCard
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
@@ -45,7 +46,6 @@ TINY = {
 }
 HOSTILE = "=<b>zero</b> $shot$ | *a* [x](javascript:alert(1)) `c"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Page(HTMLParser):

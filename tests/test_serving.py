@@ -76,10 +76,10 @@ def test_one_model_answers_alike_in_every_way(script, run, files, tmp_path):
 @pytest.mark.slow
 def test_no_request_is_lost_under_load_though_a_worker_is_killed(script, exported, files):
     outcomes, seconds = script.under_load(exported, files, CLIENTS, 1200)
-    load = script.client()
+    load = script.client
     print(f"\n{load.summary(outcomes, seconds)}")
     assert len(outcomes) == 1200
-    assert len({each.job.kind for each in outcomes}) == 16
+    assert len({each.job.kind for each in outcomes}) == 18
     assert [each for each in outcomes if not each.as_expected] == []
     expected = {level: script.tabled(exported, files, level, sys.executable) for level in (0.6, 0.9)}
     assert (expected[0.6]["high"] < expected[0.9]["high"]).any()
@@ -121,18 +121,18 @@ def test_what_is_refused_says_why_and_is_counted(address, files):
     large, fine = io.BytesIO(), files[0].read_bytes()
     Image.new("L", (300, 200)).save(large, "png")
     refusals = {
-        (300, "300 x 200 pixels are too many"): (large.getvalue(),),
-        (301, "no such file, or an empty one"): (b"",),
-        (302, "not a picture of a format that is read (JPEG, PNG"): (b"text",),
-        (303, "truncated"): (fine[: len(fine) // 2],),
-        (304, "the level is 0.5 to"): (fine, 0.123),
-        (305, "level: Input should be a valid number"): (fine, "many"),
-        (306, "too large"): (bytes(300_001),),
+        "300 x 200 pixels are too many": (large.getvalue(),),
+        "no such file, or an empty one": (b"",),
+        "not a picture of a format that is read (JPEG, PNG": (b"text",),
+        "truncated": (fine[: len(fine) // 2],),
+        "the level is 0.5 to": (fine, 0.123),
+        "level: Input should be a valid number": (fine, "many"),
+        "too large": (bytes(300_001),),
     }
-    for (_, why), sent in refusals.items():
+    for why, sent in refusals.items():
         status, answer = post(address, *sent)
         assert status == (413 if why == "too large" else 422)
-        assert why in answer["detail"] or why == "too large"
+        assert why in answer["detail"]
         assert "object at 0x" not in answer["detail"]
     answer = httpx.post(f"{address}/predict", data={"level": "0.9"}, trust_env=False)
     assert (answer.status_code, answer.json()) == (422, {"detail": "image: Field required"})

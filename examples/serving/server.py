@@ -34,7 +34,7 @@ from litserve.loops.simple_loops import BatchedLoop
 from PIL import UnidentifiedImageError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 REQUESTS = Counter("ordinal_requests", "Requests answered, by HTTP status", ["status"])
 SECONDS = Histogram("ordinal_request_seconds", "From the first byte of a request to the last of its answer")
@@ -43,10 +43,14 @@ BATCH = Histogram("ordinal_batch_size", "Requests answered at once", buckets=[1,
 
 
 class Upload(BaseModel):
-    """A request: a form with the picture's file, and how often its interval is to hold the truth."""
+    """A request: a form with the picture's file, and how often its interval is to hold the truth.
 
-    image: UploadFile
-    level: float | None = None
+    As lists, since of two files in a field FastAPI would take the last; what is in no field is refused.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    image: list[UploadFile] = Field(min_length=1, max_length=1)
+    level: list[float] = Field([], max_length=1)
 
 
 class Answers(litserve.LitAPI):
@@ -64,10 +68,11 @@ class Answers(litserve.LitAPI):
         self.answer(np.zeros((1, 3, prepared["size"], prepared["size"]), np.float32))  # the first takes longer
 
     def decode_request(self, request: Annotated[Upload, Form()]) -> tuple[np.ndarray, float | None] | Response:
-        if request.level is not None and not hasattr(self.program, "LEVEL"):
+        level = request.level[0] if request.level else None
+        if level is not None and self.program.RANKS["levels"] is None:
             return refused("level: this model keeps no intervals")
         try:
-            return self.program.read(request.image.file.read()), request.level
+            return self.program.read(request.image[0].file.read()), level
         except UnidentifiedImageError:
             formats = ", ".join(self.program.PIXELS["formats"])
             return refused(f"image: not a picture of a format that is read ({formats})")
@@ -115,7 +120,7 @@ class Answers(litserve.LitAPI):
             found["probability"] = float(outputs["probabilities"][row][rank])
         if "low" in outputs:
             ends = {name: float(outputs[name][row]) for name in ("low", "high")}
-            found |= ends | {"level": self.program.LEVEL if level is None else level}
+            found |= ends | {"level": ranks["levels"]["usual"] if level is None else level}
         return found
 
 
@@ -204,7 +209,7 @@ def build(options: argparse.Namespace) -> litserve.LitServer:
 
     @server.app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return refused("; ".join(f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors()))
+        return refused("; ".join(f"{each['loc'][1]}: {each['msg']}" for each in error.errors()))
 
     return server
 

@@ -135,8 +135,11 @@ def _distribution(
     handles = [top.axvline(place(answer), color=ORANGE, linewidth=1.4, label="answer")]
     if interval is not None:
         low, high, label = interval
-        half = gap / 2 if {low, high} <= set(ranks.values) else 0.0  # of ranks their bars, of numbers what they say
-        ends = place(low) - half, place(high) + half
+        # An end that is a rank takes its bar along, and so does the edge of a bin beyond the last one.
+        low_bar, high_bar = (
+            gap / 2 if end in ranks.values or not values[0] <= end <= values[-1] else 0.0 for end in (low, high)
+        )
+        ends = place(low) - low_bar, place(high) + high_bar
         handles.append(top.axvspan(*ends, color=MUTED, alpha=0.18, linewidth=0, zorder=0, label=label))
     above: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 2, "handlelength": 1.2}
     top.legend(handles=handles, fontsize=6.5, **above)

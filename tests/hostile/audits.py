@@ -14,11 +14,11 @@ from ordinalclip.cli import main
 QUICK = ["--quiet", *STEPS, "data.source=table", "data.table=labels.csv", "data.group=subject", "train.max_steps=1"]
 
 
-def pictures(folder, number=12):
-    """Pictures of three grades, of as many subjects, and their table."""
+def pictures(folder, number=12, first=0):
+    """Pictures of three grades, of as many subjects, and their table, in `folder`/set."""
     (folder / "set").mkdir()
     rows = ["image,label,subject"]
-    for index in range(number):
+    for index in range(first, first + number):
         pixels = np.random.default_rng(index).integers(0, 255, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"set/{index}.png")
         rows.append(f"{index}.png,{index % 3},s{index}")

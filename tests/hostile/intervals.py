@@ -5,26 +5,14 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hostile import case, lasting_folder
-from hostile.audits import QUICK
+from hostile.audits import QUICK, pictures
 from hostile.models import predict
 from ordinalclip.cli import main
-
-
-def pictures(folder, number, first=0):
-    """Pictures of three grades, of as many subjects, and their table, in `folder`/set."""
-    (folder / "set").mkdir()
-    rows = ["image,label,subject"]
-    for index in range(first, first + number):
-        pixels = np.random.default_rng(index).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"set/{index}.png")
-        rows.append(f"{index}.png,{index % 3},s{index}")
-    (folder / "set/labels.csv").write_text("\n".join(rows) + "\n")
 
 
 @cache
