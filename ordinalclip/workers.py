@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import signal
+import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from ordinalclip.signals import SIGNALS
 
@@ -68,10 +70,21 @@ def decoded(dataset: Dataset, batches: Iterable[list[int]], workers: int, prefet
             "data.workers=0 does without them"
         ) from error
     finally:
-        if workers:  # they ignore the signals by which multiprocessing would end them, and it would wait for ever
-            running._shutdown_workers()
-            for worker in running._workers:
-                worker.kill()
+        if workers:
+            _end(running)
+
+
+def _end(running: Any) -> None:
+    """End the processes of a loader's iterator; PyTorch alone would wait for ever for what a killed one held."""
+    if not running._shutdown and not all(worker.is_alive() for worker in running._workers):
+        _remove_worker_pids(id(running))  # or the end of the others would be raised as an error, too
+        running._worker_pids_set = False
+        for worker in running._workers:
+            worker.kill()
+        running._workers_done_event = threading.Event()  # its lock may have died with the process that had it
+    running._shutdown_workers()
+    for worker in running._workers:  # they ignore the signals by which PyTorch ends them
+        worker.kill()
 
 
 def _raised(batches: Iterator[Any]) -> Iterator[Any]:

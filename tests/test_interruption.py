@@ -17,6 +17,7 @@ import yaml
 from conftest import QUICK, log_of, without_times
 from PIL import Image
 from test_elastic import ENVIRONMENT, wait_for, workers
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ordinalclip.cli import main
 from ordinalclip.run_folder import RunFolder
@@ -146,13 +147,23 @@ def test_an_error_in_a_worker_is_that_of_the_picture(tmp_path, pictures, capsys)
         assert "Traceback" not in error
 
 
-def test_a_killed_worker_is_named_and_the_checkpoints_stay(tmp_path, monkeypatch, capsys):
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("with_its_lock", [False, True])
+def test_a_killed_worker_is_named_and_the_checkpoints_stay(tmp_path, monkeypatch, capsys, with_its_lock):
+    """A worker asks a shared event after each batch; killed in the middle of that, it never gives its lock back."""
     import multiprocessing
 
-    step = Learner.step
+    step, begun = Learner.step, []
+    begin = _MultiProcessingDataLoaderIter.__init__
+    monkeypatch.setattr(
+        _MultiProcessingDataLoaderIter, "__init__", lambda loader, *given: begun.append(loader) or begin(loader, *given)
+    )
 
     def killing(self, number, *batch):
         if number == 3:
+            if with_its_lock:
+                (loader,) = [loader for loader in begun if not loader._shutdown]
+                assert loader._workers_done_event._cond.acquire(timeout=60)
             for child in multiprocessing.active_children():
                 child.kill()
             time.sleep(0.5)
