@@ -47,11 +47,13 @@ def as_wanted(value: Any, annotation: Any) -> Any:
 
     What it does not want comes back as text, for the type to be refused; where anything is wanted, as it is written.
     """
+    if isinstance(value, str) and not isinstance(value, Written) and "\0" in value:
+        raise ValueError("a text cannot hold the character NUL")
+    if not isinstance(value, Written | list | tuple | dict):
+        return value
     kinds = list(_alternatives(annotation))
     if isinstance(value, Written):
         return _scalar(value, kinds)
-    if isinstance(value, str) and "\0" in value:
-        raise ValueError("a text cannot hold the character NUL")
     for kind in kinds:
         origin, inner = typing.get_origin(kind), typing.get_args(kind)
         if isinstance(value, list | tuple) and origin in (list, Sequence):

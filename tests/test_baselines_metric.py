@@ -398,7 +398,10 @@ def test_an_embedding_starts_alike_whatever_the_scale_of_the_features(method):
     assert embedding.std() > 0.01
 
 
-@pytest.mark.parametrize("method", ["rm_loss", "atrip", "conord", "cloc", "text_anchors"])
+@pytest.mark.parametrize(
+    "method",
+    ["rm_loss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("atrip", "conord", "cloc", "text_anchors"))],
+)
 def test_resuming_brings_what_a_head_keeps_back(quick, method):
     """Steps 3 and 4 from the checkpoint of step 2 are those of the run that was not stopped."""
     config = quick(f"method={method}", "train.eval_every=2")

@@ -465,6 +465,7 @@ def test_the_table_against_what_the_runs_left(comparison, tmp_path):
         assert row["p"] is row["p_corrected"] is None  # of two seeds
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_the_worst_setting_and_a_method_that_does_is_left_out(comparison, tmp_path):
     content = yaml.safe_load(comparison.read_text())
     bad, good = {"train.lr": 100.0, "train.weight_decay": 100.0}, {"train.lr": 1e-3}

@@ -203,7 +203,7 @@ def torchvision_encoder(make):
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (torchvision.models.resnet18, "timm:resnet18"),
+        pytest.param(torchvision.models.resnet18, "timm:resnet18", marks=pytest.mark.slow),
         pytest.param(torchvision.models.vgg16, "timm:vgg16", marks=pytest.mark.slow),
     ],
 )

@@ -213,6 +213,7 @@ def test_what_is_written(run, exported, tmp_path):
     assert len((exported / "predict.py").read_text().splitlines()) < 140
 
 
+@pytest.mark.slow
 def test_int8_is_calibrated_on_the_training_part_and_tells_its_price(run, tmp_path, files, capsys):
     assert main(["export", str(run), "--out", str(tmp_path / "small"), "--int8", "--calibration", "9", "--quiet"]) == 0
     said = capsys.readouterr().out
@@ -232,6 +233,7 @@ def test_int8_is_calibrated_on_the_training_part_and_tells_its_price(run, tmp_pa
     assert abs(moved["after"] - moved["before"]) <= moved["difference"] + 1e-9
 
 
+@pytest.mark.slow
 def test_torch_export_is_loaded_without_this_package(with_torch, files):
     model, folder, done = with_torch
     assert done.agreement.pictures == sum(BATCHES)
@@ -248,6 +250,7 @@ def calibrated(model, files, kind="auto", by_rank=False):
     return model.calibrated(calibrate(RANKS, model.config.decoding, found, found, None, kind, by_rank).calibration)
 
 
+@pytest.mark.slow
 def test_intervals_of_any_level(files, tmp_path):
     model = calibrated(fitted("cross_entropy", files), files)
     export(model, tmp_path / "out", "torch-export")

@@ -25,7 +25,7 @@ from ordinalclip.training.sampling import inexact_dropout, use_sample_noise
 
 RANKS = Ranks.linear(0, 9, 10)
 TEXTS = ["an age of 7 .", "a photo of 3 .", "age 9 ."]
-TIMM = ["timm:test_resnet", "timm:swin_tiny_patch4_window7_224"]
+TIMM = ["timm:test_resnet", pytest.param("timm:swin_tiny_patch4_window7_224", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_prompts_through_transformers_clip_are_packed(spec_of):
             if not name.startswith("e4e") and ("siglip" not in name or name.startswith("hf"))
         ],
         ("open_clip:open_clip_siglip", 96),
-        ("timm:swin_tiny_patch4_window7_224", 112),
+        pytest.param("timm:swin_tiny_patch4_window7_224", 112, marks=pytest.mark.slow),
     ],
 )
 def test_another_input_size(spec_of, tmp_path, name, size):

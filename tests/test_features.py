@@ -72,14 +72,19 @@ def pictures_in(cache):
 @pytest.mark.parametrize(
     "options",
     [
-        ["method=l1", "data.views=1"],
         ["method=ordinalclip", "data.views=1", "train.sampling=balanced"],
-        ["method=rank_n_contrast", "data.views=1"],
         ["method=l1", "data.views=3", "data.augment.flip=true", "model.dropout=0.2", "model.mirror=[horizontal]"],
         ["method=rm_loss", "data.views=2", "data.augment.rotate=20", "train.micro_batch_size=3"],
-        ["method=large", "data.views=1"],
-        ["method=layerwise_heads:MeanOfLayers", "data.views=2", "model.dropout=0.2"],
-        ["method=ranking_adapter", "data.views=2", "head.width=16"],
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                ["method=l1", "data.views=1"],
+                ["method=rank_n_contrast", "data.views=1"],
+                ["method=large", "data.views=1"],
+                ["method=layerwise_heads:MeanOfLayers", "data.views=2", "model.dropout=0.2"],
+                ["method=ranking_adapter", "data.views=2", "head.width=16"],
+            )
+        ),
     ],
     ids=lambda options: options[0].removeprefix("method="),
 )

@@ -194,6 +194,7 @@ def test_the_reading_has_the_colour_that_was_asked_for(colour):
     assert min(distances, key=distances.get) == colour
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_do_not_give_the_reading_away(kind):
     """The nearest of 999 other pictures has a reading that is off by 15 or more on average (at random: 33)."""
@@ -274,6 +275,7 @@ def test_open_clip_loads_the_folder(clip):
         assert torch.equal(model.eval().encode_image(image), clip.encode_image(image))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_zero_shot_reads_every_kind_of_the_pre_training(clip, script):
     _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{ASSET}")

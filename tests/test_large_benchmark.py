@@ -276,6 +276,7 @@ def test_the_script_from_end_to_end(script, tmp_path, monkeypatch):
         assert f"## {title}" in text
 
 
+@pytest.mark.slow
 def test_heads_on_frozen_features_learn(script, settings, domain):
     """All of the labels are better than the constant, of which the same rows give the median."""
     ranks = {"ranks.low": -10, "ranks.high": 10, "ranks.num": 41}

@@ -28,11 +28,11 @@ def figures(folder):
 @pytest.mark.parametrize(
     ("options", "share"),
     [
-        (("head.share=0.1",), 0.4),
-        (("head.share=0.1", "head.layers=separate", "head.penalty=ridge"), 0.2),
+        pytest.param(("head.share=0.1",), 0.4, marks=pytest.mark.slow),
+        pytest.param(("head.share=0.1", "head.layers=separate", "head.penalty=ridge"), 0.2, marks=pytest.mark.slow),
         (("head.share=0.1", "head.layers=generator"), 0.4),
-        ((*TEXT, "head.budget=5"), 0.75),
-        ((*TEXT, "head.budget=5", "head.layers=generator"), 0.75),
+        pytest.param((*TEXT, "head.budget=5"), 0.75, marks=pytest.mark.slow),
+        pytest.param((*TEXT, "head.budget=5", "head.layers=generator"), 0.75, marks=pytest.mark.slow),
     ],
 )
 def test_calm_tanks_are_read(quick, tmp_path, options, share):

@@ -356,7 +356,7 @@ def test_one_changed_value_is_refused_or_changes_nothing(folders, tmp_path):
                     check_change(folder, before, picture, file, (key,), value, tmp_path / "copy")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_one_changed_value_inside_is_refused_or_changes_nothing(folders, tmp_path, data):
     picture, made = folders

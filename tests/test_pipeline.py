@@ -220,7 +220,15 @@ def test_processes_that_decode(pipe, files, expected, kind):
     same(pipe(SEVERAL[kind](files), num_workers=2, batch_size=4), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"num_workers": 2}, {"num_workers": 2, "batch_size": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch_size": 2},
+        pytest.param({"num_workers": 2}, marks=pytest.mark.slow),
+        pytest.param({"num_workers": 2, "batch_size": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_broken_picture_among_several_is_one_error(pipe, files, tmp_path, options):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for given in ([*files, str(tmp_path / "broken.png")], (file for file in [files[0], str(tmp_path / "broken.png")])):

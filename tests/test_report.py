@@ -680,10 +680,8 @@ def every_figure(width):
             yield f"agreement, {kind}", figures.agreement(labels, values, ranks, **sized)
 
 
-OTHER_WIDTHS = [pytest.param(width, marks=pytest.mark.slow) for width in (figures.NARROWEST / 25.4, 5.5, figures.PAGE)]
-
-
-@pytest.mark.parametrize("width", [figures.COLUMN, *OTHER_WIDTHS])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [figures.NARROWEST / 25.4, figures.COLUMN, 5.5, figures.PAGE])
 def test_nothing_in_a_figure_is_cut_off_or_touches(width):
     """All that is drawn lies within the figure, texts within an axes within it; no two texts touch, and none is small;
     legends hide nothing."""

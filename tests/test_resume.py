@@ -40,7 +40,7 @@ def assert_same_run(one, other, step):
         assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.parametrize("method", ["ordinalclip", "l1"])
+@pytest.mark.parametrize("method", ["ordinalclip", pytest.param("l1", marks=pytest.mark.slow)])
 def test_resume_is_bit_for_bit(quick, tmp_path, monkeypatch, method):
     options = (f"method={method}", "train.max_steps=6", "train.eval_every=2", "train.keep_checkpoints=9", *NOISY)
     whole = train(quick(*options, f"output_dir={tmp_path}/whole"), quiet=True)

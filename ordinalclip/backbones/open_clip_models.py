@@ -6,6 +6,7 @@ import logging
 import math
 from copy import deepcopy
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,13 @@ def _pixels(visual: Any, architecture: dict[str, Any]) -> PixelSpec:
     )
 
 
+@cache  # a tenth of a second for the same table
+def _clip_tokenizer(length: int) -> Any:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=length)
+
+
 def _tokenizer(config: dict[str, Any], kind: str, source: str | Path | None) -> Any:
     """CLIP's byte-pair encoding, or open_clip's wrapper around the tokenizer files that the text tower names."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
@@ -341,7 +349,7 @@ def _tokenizer(config: dict[str, Any], kind: str, source: str | Path | None) -> 
     text = config["text_cfg"]
     length, options = text.get("context_length", 77), text.get("tokenizer_kwargs") or {}
     if kind == "clip":
-        return SimpleTokenizer(context_length=length, **options)
+        return SimpleTokenizer(context_length=length, **options) if options else _clip_tokenizer(length)
     found = load_tokenizer(source, f"open_clip:{text.get('hf_tokenizer_name', source)}")
     if isinstance(found, MissingTokenizer):
         return found
