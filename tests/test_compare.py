@@ -25,6 +25,7 @@ COMPARISON = {
         "data": {"num_train": 16, "num_validation": 8, "num_test": 8},
         "ranks": {"low": 0, "high": 100, "num": 11, "unit": "%"},
         "train": {"max_steps": 2, "batch_size": 8},
+        "evaluation": {"report": False},  # of the best runs, which take longer than the runs
     },
     "methods": {
         "OrdinalCLIP": {"base": {"method": "ordinalclip"}, "settings": [{"train.lr": 1e-3}, {"train.lr": 1e-5}]},
