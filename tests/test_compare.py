@@ -176,6 +176,7 @@ class LostClasses(Head):
 """
 
 
+@pytest.mark.slow
 def test_answers_that_are_no_numbers_leave_a_method_out(grades, tmp_path, monkeypatch):
     (tmp_path / "lost.py").write_text(LOST)
     monkeypatch.syspath_prepend(str(tmp_path))

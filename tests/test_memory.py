@@ -19,6 +19,7 @@ print(resident(), keep_freed_memory(), resident())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have other C libraries")
 def test_freed_memory_stays_with_the_process():
     done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)

@@ -317,6 +317,7 @@ def test_estimator_checks_that_need_no_table_of_numbers(name):
         check("OrdinalRegressor", given if not isinstance(given, type) else given())
 
 
+@pytest.mark.slow
 def test_a_search_of_scikit_learn_tunes_it(frame):
     search = GridSearchCV(OrdinalRegressor(**SMALL), {"max_steps": [1, 3]}, cv=2, refit=True)
     search.fit(np.array(frame["path"]), np.array(frame["age"]))

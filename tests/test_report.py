@@ -268,6 +268,7 @@ def test_plot_writes_files(run, tmp_path, capsys, ending, start):
     assert sorted(capsys.readouterr().out.splitlines()) == [str(file) for file in files]
 
 
+@pytest.mark.slow
 def test_plots_are_as_wide_as_was_asked_with_fonts_that_printers_take(run, compared, tmp_path, capsys):
     for source, width, points in ((run, "page", 496.8), (compared, None, 237.6), (compared, "85mm", 85 / 25.4 * 72)):
         out = tmp_path / f"{source.name}-{width}"
