@@ -42,6 +42,7 @@ from ordinalclip.training.sampling import shares
 TOLERANCE = {"float64": 1e-8, "float32": 1e-3}
 RATE = {"float64": 1e-3, "float32": 1e-4}
 FAULTS = ("local-loss", "local-batch-norm", "scaled-gradient")
+MICRO_BATCHES = ("none", "1/2", "1/8")
 RESULTS = "results.jsonl"  # processes, method, micro-batch, precision, differences
 SERVED_ONLY = {"prototypes"}  # what other heads become; needs their prototypes
 OPTIONS = [
@@ -62,10 +63,12 @@ OPTIONS = [
 ]
 
 
-def micro_batches(batch_size: int, processes: int) -> dict[str, int | None]:
-    """None, half and an eighth of the largest share."""
-    share = max(shares(batch_size, processes))
-    return {"none": None, "1/2": max(1, share // 2), "1/8": max(1, share // 8)}
+def micro_batches(arguments: argparse.Namespace, processes: int) -> dict[str, int | None]:
+    """Those that were asked for, of none, half and an eighth of the largest share; of one process none in any case."""
+    share = max(shares(arguments.batch_size, processes))
+    sizes = {"none": None, "1/2": max(1, share // 2), "1/8": max(1, share // 8)}
+    asked = arguments.micro_batches if processes in arguments.processes else []
+    return {name: size for name, size in sizes.items() if name in asked or (processes == 1 and name == "none")}
 
 
 def plant(fault: str) -> list[str]:
@@ -100,7 +103,7 @@ def work(arguments: argparse.Namespace) -> None:
     overrides = plant(arguments.fault)
     for method in arguments.methods:
         for precision in arguments.precision:
-            for name, size in micro_batches(arguments.batch_size, processes).items():
+            for name, size in micro_batches(arguments, processes).items():
                 folder = Path(arguments.folder) / "run"
                 command = ["train", "default", "--quiet", f"method={method}", f"output_dir={folder}", *OPTIONS]
                 command += [f"train.precision={precision}", f"train.lr={RATE[precision]}"]
@@ -129,6 +132,7 @@ def launch(processes: int, arguments: argparse.Namespace) -> None:
     command += [__file__, "--worker", "--folder", arguments.folder, "--steps", str(arguments.steps)]
     command += ["--batch-size", str(arguments.batch_size), "--fault", arguments.fault]
     command += ["--precision", *arguments.precision, "--methods", *arguments.methods]
+    command += ["--micro-batches", *arguments.micro_batches, "--processes", *map(str, arguments.processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -164,6 +168,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32, help="global batch (default 32)")
+    parser.add_argument("--micro-batches", nargs="+", choices=MICRO_BATCHES, default=MICRO_BATCHES)
     parser.add_argument("--methods", nargs="+", default=sorted(set(available_heads()) - SERVED_ONLY))
     parser.add_argument("--precision", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE))
     parser.add_argument("--fault", choices=["none", *FAULTS], default="none")
@@ -204,7 +209,7 @@ def table(arguments: argparse.Namespace) -> int:
             print(f"| {method} | - | - | learns nothing |" + " |" * (len(shown_heads) - 1))
             continue
         for processes in arguments.processes:
-            for micro, size in micro_batches(arguments.batch_size, processes).items():
+            for micro, size in micro_batches(arguments, processes).items():
                 if processes == 1 and micro == "none":
                     continue
                 cells = []

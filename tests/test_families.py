@@ -514,6 +514,7 @@ def test_two_processes_train_every_family_as_one(spec_of, tmp_path):
         options = [f"output_dir={tmp_path}/{folder}/{name.partition(':')[2]}", f"model.backbone={spec_of(name)}"]
         options += [f"model.text='{text}'", "ranks.low=0", "ranks.high=100", "ranks.num=11", "train.precision=float64"]
         options += ["data.num_train=8", "data.num_validation=4", "data.num_test=4", "train.max_steps=3"]
+        options += ["evaluation.report=false"]
         return [*options, "train.batch_size=4", "train.lr=1e-3", "data.augment.flip=true", "model.dropout=0.1"]
 
     train_on_two_processes(tmp_path, [overrides(name, "two") for name in names])

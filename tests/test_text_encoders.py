@@ -558,6 +558,7 @@ def test_two_processes_train_prompts_through_every_encoder_as_one(specs, tmp_pat
             "head.prompt=an age of",
         ]
         options += ["data.num_train=8", "data.num_validation=4", "data.num_test=4", "train.max_steps=3"]
+        options += ["evaluation.report=false"]
         return [*options, "train.batch_size=4", "train.lr=1e-3", "data.augment.flip=true", "model.dropout=0.1"]
 
     train_on_two_processes(tmp_path, [overrides(name, "two") for name in names])
