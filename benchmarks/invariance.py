@@ -42,7 +42,7 @@ from ordinalclip.training.sampling import shares
 TOLERANCE = {"float64": 1e-8, "float32": 1e-3}
 RATE = {"float64": 1e-3, "float32": 1e-4}
 FAULTS = ("local-loss", "local-batch-norm", "scaled-gradient")
-MICRO_BATCHES = ("none", "1/2", "1/8")
+MICRO_BATCHES = {"none": 0, "1/2": 2, "1/8": 8}  # parts of the largest share
 RESULTS = "results.jsonl"  # processes, method, micro-batch, precision, differences
 SERVED_ONLY = {"prototypes"}  # what other heads become; needs their prototypes
 OPTIONS = [
@@ -64,11 +64,11 @@ OPTIONS = [
 
 
 def micro_batches(arguments: argparse.Namespace, processes: int) -> dict[str, int | None]:
-    """Those that were asked for, of none, half and an eighth of the largest share; of one process none in any case."""
+    """Those that were asked for; of one process none in any case, which is the reference."""
     share = max(shares(arguments.batch_size, processes))
-    sizes = {"none": None, "1/2": max(1, share // 2), "1/8": max(1, share // 8)}
     asked = arguments.micro_batches if processes in arguments.processes else []
-    return {name: size for name, size in sizes.items() if name in asked or (processes == 1 and name == "none")}
+    names = [name for name in MICRO_BATCHES if name in asked or (processes == 1 and name == "none")]
+    return {name: max(1, share // MICRO_BATCHES[name]) if MICRO_BATCHES[name] else None for name in names}
 
 
 def plant(fault: str) -> list[str]:
@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32, help="global batch (default 32)")
-    parser.add_argument("--micro-batches", nargs="+", choices=MICRO_BATCHES, default=MICRO_BATCHES)
+    parser.add_argument("--micro-batches", nargs="+", choices=list(MICRO_BATCHES), default=list(MICRO_BATCHES))
     parser.add_argument("--methods", nargs="+", default=sorted(set(available_heads()) - SERVED_ONLY))
     parser.add_argument("--precision", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE))
     parser.add_argument("--fault", choices=["none", *FAULTS], default="none")

@@ -133,8 +133,8 @@ def differences(found: dict[str, pd.DataFrame], width: float) -> pd.DataFrame:
     first, *others = found
     rows = {}
     for name in others:
-        moved = (found[name] - found[first]).abs().max()
-        off = ((found[name] - found[first])["probability"].abs() > 1e-5).sum()
+        apart = (found[name] - found[first]).abs()
+        moved, off = apart.max(), (apart["probability"] > 1e-5).sum()
         rows[name] = [len(found[name]), *(moved[column] / width for column in COLUMNS[:3]), moved["probability"], off]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["pictures", *COLUMNS, "by more than 1e-5"])
 

@@ -488,7 +488,8 @@ def _described_arguments(base: type) -> dict[str, str]:
 
 def head_section(method: str) -> type[Section]:
     """The options of a method as a section: types and ranges from the annotations, and their descriptions."""
-    return _section(method, head_class(method))  # type: ignore[arg-type]  # mypy takes the __hash__ of its instances for that of the class
+    # mypy takes the __hash__ of a head for that of its class
+    return _section(method, head_class(method))  # type: ignore[arg-type]
 
 
 @cache  # pydantic takes milliseconds for one, and a comparison of 900 runs asks 900 times

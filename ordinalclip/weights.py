@@ -131,10 +131,9 @@ def fault(tensors: Mapping[str, Tensor], masks: bool = False) -> str:
         if tensor.dtype not in FLOATS:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
             return f"{name} is of {str(tensor.dtype).removeprefix('torch.')}; allowed are {allowed}"
-        if not tensor.detach().sum().isfinite():  # faster than looking at each; of finite numbers it may overflow
-            bad = int((~tensor.detach().isfinite()).sum())
-            if bad:
-                return f"{name} holds {bad} numbers that are not finite, of {tensor.numel()}"
+        whole = tensor.detach().sum().isfinite()  # faster than looking at each number; but finite ones may overflow
+        if not whole and (bad := int((~tensor.detach().isfinite()).sum())):
+            return f"{name} holds {bad} numbers that are not finite, of {tensor.numel()}"
         if last == "logit_scale" and tensor.abs().max() > LARGEST_LOGIT_SCALE:
             return f"{name} is {tensor.abs().max().item():g}; {LARGEST_LOGIT_SCALE:g} is the largest that is allowed"
     return ""

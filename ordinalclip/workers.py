@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
-from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from ordinalclip.signals import SIGNALS
 
@@ -77,8 +76,6 @@ def decoded(dataset: Dataset, batches: Iterable[list[int]], workers: int, prefet
 def _end(running: Any) -> None:
     """End the processes of a loader's iterator; PyTorch alone would wait for ever for what a killed one held."""
     if not running._shutdown and not all(worker.is_alive() for worker in running._workers):
-        _remove_worker_pids(id(running))  # or the end of the others would be raised as an error, too
-        running._worker_pids_set = False
         for worker in running._workers:
             worker.kill()
         running._workers_done_event = threading.Event()  # its lock may have died with the process that had it

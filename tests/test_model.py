@@ -1,6 +1,7 @@
 """Saving, loading and serving: equal outputs and buffers, no text tower, nothing unpickled."""
 
 import json
+import math
 import shutil
 import socket
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 from ordinalclip import OrdinalConfig, OrdinalModel, Ranks
 from ordinalclip.gauges import make_gauges
 from ordinalclip.heads import HeadContext, NoNumber, available_heads, build_head, decode
+from ordinalclip.weights import fault
 
 RANKS = Ranks.linear(0, 100, 21, unit="%")
 METHODS = sorted(set(available_heads()) - {"prototypes"})
@@ -393,6 +395,15 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"head\.linear\.bias holds 1 numbers that are not finite, of 1"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "bad"), [([6e4, 6e4], 0), ([math.inf, -math.inf, 1], 2), ([6e4, 6e4, math.nan], 1), ([], 0)]
+)
+def test_finite_weights_may_be_large(numbers, bad):
+    """The sum of the first ones is beyond float16."""
+    said = f"w holds {bad} numbers that are not finite, of {len(numbers)}" if bad else ""
+    assert fault({"w": torch.tensor(numbers, dtype=torch.float16)}) == said
 
 
 @pytest.mark.parametrize("decoding", ["median", "argmax", "expectation"])
