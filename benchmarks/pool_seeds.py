@@ -21,9 +21,10 @@ import numpy as np
 import pandas as pd
 from contrasts import errors_of, holm
 
+from ordinalclip.metrics import metrics_with
 from ordinalclip.results.significance import Spread
 
-METRICS = ["mae", "macro_mae", "rmse", "r2", "qwk", "spearman"]
+METRICS = ["mae", "macro_mae", "rmse", "r2", "qwk", "spearman"]  # and CS at what the tables have
 
 
 def pooled(parts: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
@@ -81,9 +82,10 @@ def rows_of(tables: Sequence[pd.DataFrame]) -> list[str]:
         }
         for method in tables[0].index
     }
-    lines = [f"| method | {' | '.join(metrics)} |", f"|---|{'---:|' * len(metrics)}"]
+    titles = [metrics_with([float(name.removeprefix("cs@")) for name in cs])[name].title for name in metrics]
+    lines = [f"| method | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
     for method in sorted(found, key=lambda name: found[name]["mae"]):
-        cells = ("-" if np.isnan(mean) else f"{mean:.3f} ± {std:.3f}" for mean, std in found[method].values())
+        cells = ("-" if np.isnan(mean) else f"{mean:z.3f} ± {std:.3f}" for mean, std in found[method].values())
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
 
