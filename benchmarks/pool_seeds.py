@@ -32,10 +32,12 @@ def pooled(parts: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
 
     >>> pooled([(3, 2.0, 1.0), (2, 4.5, 0.5**0.5)])  # of 1, 2, 3 and of 4, 5
     (3.0, 1.5811388300841898)
+    >>> pooled([(2, 1.5, 0.5**0.5), (1, 3.0, float("nan"))])  # of 1, 2 and of 3
+    (2.0, 1.0)
     """
     numbers, means, stds = np.asarray(parts, dtype=float).T
     mean = float(numbers @ means / numbers.sum())
-    squares = (numbers - 1) @ stds**2 + numbers @ (means - mean) ** 2
+    squares = (numbers - 1) @ np.where(numbers > 1, stds, 0) ** 2 + numbers @ (means - mean) ** 2
     return mean, float(np.sqrt(squares / (numbers.sum() - 1)))
 
 
