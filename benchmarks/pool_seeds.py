@@ -1,4 +1,4 @@
-"""A comparison whose seeds ran in two parts, of the first of which only the table is kept, as one.
+"""A comparison whose seeds ran in parts, of the first of which only the table is kept, as one.
 
     python benchmarks/pool_seeds.py benchmarks/results/faces_finetuned benchmarks/results/faces_finetuned/seeds_4_5 \
         --pair cross-entropy OrdinalCLIP --out benchmarks/results/faces_finetuned/five_seeds.md
@@ -6,7 +6,7 @@
 Means and standard deviations over all seeds follow exactly from those of the parts. So does the difference of a pair.
 What a difference varies by over seeds, and over the pictures that seeds share, the first part's results.csv tells of
 every method against its first row. Of two others it is at most the sum of theirs (triangle inequality), and p is at
-most what follows from that; such pairs are marked. The second part brings the errors of every picture (`contrasts.py
+most what follows from that; such pairs are marked. The other parts bring the errors of every picture (`contrasts.py
 --errors`). Where the errors of all seeds are kept, contrasts.py says more.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from contrasts import errors_of, holm
+from contrasts import holm, together
 
 from ordinalclip.metrics import metrics_with
 from ordinalclip.results.significance import Spread
@@ -59,7 +59,7 @@ def pair_of(table: pd.DataFrame, errors: pd.DataFrame, first: str, second: str) 
 
     Args:
         table: results.csv of the first part by method, its first row first, of three seeds at least.
-        errors: of the second part, as `contrasts.errors_of` has them.
+        errors: of the other parts, as `contrasts.errors_of` has them.
     """
     excess = (errors[second] - errors[first]).groupby(errors["seed"]).mean()
     others = table.loc[[name for name in (first, second) if name != table.index[0]]]
@@ -95,12 +95,15 @@ def rows_of(tables: Sequence[pd.DataFrame]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, help="folder with results.csv of three seeds at least")
-    parser.add_argument("second", type=Path, help="folder with results.csv and errors.csv.gz of other seeds")
+    parser.add_argument(
+        "others", type=Path, nargs="+", help="folders with results.csv and errors.csv.gz of other seeds"
+    )
     parser.add_argument("--pair", nargs=2, action="append", required=True, metavar=("FIRST", "SECOND"))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    tables = [pd.read_csv(folder / "results.csv", index_col="method") for folder in (arguments.first, arguments.second)]
-    errors = errors_of(arguments.second / "errors.csv.gz")
+    folders = [arguments.first, *arguments.others]
+    tables = [pd.read_csv(folder / "results.csv", index_col="method") for folder in folders]
+    errors = together([folder / "errors.csv.gz" for folder in arguments.others])
     pairs = [pair_of(tables[0], errors, *pair) for pair in arguments.pair]
     lines = [*rows_of(tables), "", "| pair | second - first | 95 % | p | p, corrected |", "|---|---:|---:|---:|---:|"]
     for (first, second), pair, corrected in zip(arguments.pair, pairs, holm([each.p for each in pairs]), strict=True):
