@@ -24,10 +24,11 @@ def errors_of(comparison: Path) -> pd.DataFrame:
     """Absolute errors of the test parts of a comparison, or of a file that `--errors` wrote.
 
     Returns:
-        a row per variant, seed and picture, with the `KEYS` and a column per method.
+        a row per variant, seed and picture, with the `KEYS` and a column per method, NaN where a variant lacks it.
     """
     if comparison.is_file():
-        return pd.read_csv(comparison, keep_default_na=False, na_values={}, dtype={"variant": str, "image": str})
+        names = {"variant": str, "image": str}  # a picture may be called NA, and the only variant is called nothing
+        return pd.read_csv(comparison, keep_default_na=False, na_values=[""], dtype=names).fillna({"variant": ""})
     frames = []
     for board in read_comparison(comparison).boards:
         first = board.entries[0]
@@ -65,6 +66,8 @@ def difference(errors: pd.DataFrame, first: str, second: str) -> tuple[float, fl
         KeyError: a method that the comparison does not have.
         ValueError: fewer than three seeds.
     """
+    if missing := [name for name in (first, second) if name not in errors or errors[name].isna().any()]:
+        raise KeyError(f"{', '.join(missing)}: not a method of all that is compared here")
     seeds = [rows for _, rows in errors.groupby("seed")]
     pair = {name: [rows[name].to_numpy(float) for rows in seeds] for name in (first, second)}
     verdicts = judge(pair, [list(zip(rows["image"], rows["label"], strict=True)) for rows in seeds])
@@ -115,7 +118,8 @@ def main() -> None:
     arguments = parser.parse_args()
     errors = together(arguments.comparisons)
     if arguments.errors:
-        errors.to_csv(arguments.errors, index=False, float_format="%.6g", compression={"method": "gzip", "mtime": 0})
+        shorter = errors.astype(dict.fromkeys(errors.columns.drop(KEYS), "float32"))  # labels tell pictures apart
+        shorter.to_csv(arguments.errors, index=False, compression={"method": "gzip", "mtime": 0})
     if arguments.pair:
         text = table(errors, [tuple(pair) for pair in arguments.pair])
         print(text, end="")

@@ -22,7 +22,7 @@ import pandas as pd
 from contrasts import holm, together
 
 from ordinalclip.metrics import metrics_with
-from ordinalclip.results.significance import Spread
+from ordinalclip.results.significance import MIN_SEEDS, Spread
 
 METRICS = ["mae", "macro_mae", "rmse", "r2", "qwk", "spearman"]  # and CS at what the tables have
 
@@ -59,8 +59,13 @@ def pair_of(table: pd.DataFrame, errors: pd.DataFrame, first: str, second: str) 
 
     Args:
         table: results.csv of the first part by method, its first row first, of three seeds at least.
-        errors: of the other parts, as `contrasts.errors_of` has them.
+        errors: of the other parts, of other seeds, as `contrasts.errors_of` has them.
+
+    Raises:
+        ValueError: the comparison has variants, or the first part too few seeds to have standard errors.
     """
+    if table.index.has_duplicates or errors["variant"].nunique() > 1 or table["seeds"].iloc[0] < MIN_SEEDS:
+        raise ValueError(f"a table without variants is asked for, the first part's of {MIN_SEEDS} seeds at least")
     excess = (errors[second] - errors[first]).groupby(errors["seed"]).mean()
     others = table.loc[[name for name in (first, second) if name != table.index[0]]]
     seeds, images = others[["difference_se_seeds", "difference_se_images"]].sum()
@@ -84,7 +89,8 @@ def rows_of(tables: Sequence[pd.DataFrame]) -> list[str]:
         }
         for method in tables[0].index
     }
-    titles = [metrics_with([float(name.removeprefix("cs@")) for name in cs])[name].title for name in metrics]
+    known = metrics_with([float(name.removeprefix("cs@")) for name in cs])
+    titles = [known[name].title for name in metrics]
     lines = [f"| method | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
     for method in sorted(found, key=lambda name: found[name]["mae"]):
         cells = ("-" if np.isnan(mean) else f"{mean:z.3f} ± {std:.3f}" for mean, std in found[method].values())

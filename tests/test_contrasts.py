@@ -51,6 +51,18 @@ def test_two_seeds_are_too_few(script):
         script.difference(errors(seeds=2, good=0.0, bad=0.5), "good", "bad")
 
 
+def test_a_method_that_a_variant_lacks_is_named(script, tmp_path):
+    """Also of a file, where it is an empty cell; a picture may be called NA."""
+    given = errors(good=0.0, bad=0.5).assign(image="NA")
+    other = given.assign(variant="10 %").drop(columns="bad")
+    pd.concat([given, other]).to_csv(tmp_path / "errors.csv.gz", index=False)
+    read = script.errors_of(tmp_path / "errors.csv.gz")
+    assert set(read["image"]) == {"NA"}
+    assert script.difference(read[read["variant"] == ""], "good", "bad")[1] > 0.4
+    with pytest.raises(KeyError, match="bad: not a method"):
+        script.table(read, [("good", "bad")])
+
+
 def test_p_values_hold_for_all_pairs(script):
     """Holm's: the smallest times all, the next times one less, none below one before it, none above 1."""
     assert script.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
@@ -85,5 +97,7 @@ def test_seeds_that_ran_apart_are_put_together(script, tmp_path, monkeypatch):
     assert script.difference(joined, "L1", "constant") == pytest.approx(
         script.difference(whole, "L1", "constant"), rel=1e-3
     )
+    mixed = script.together([parts[0], tmp_path / "late"])
+    pd.testing.assert_frame_equal(mixed[script.KEYS], whole[script.KEYS])
     with pytest.raises(ValueError, match=r"seed 3 is in .*late.csv.gz and in .*all"):
         script.together([parts[1], tmp_path / "all"])

@@ -84,3 +84,14 @@ def test_of_two_others_no_smaller_spread_is_claimed(script, errors, table):
     assert found.spread.seeds >= exact.spread.seeds
     assert found.spread.images >= exact.spread.images
     assert found.bounded
+
+
+def test_what_it_cannot_tell_apart_is_refused(script, errors, table):
+    late = errors[errors["seed"] > 3]
+    for wrong, given in (
+        (table.assign(seeds=2), late),
+        (pd.concat([table, table]), late),
+        (table, pd.concat([late, late.assign(variant="10 %")])),
+    ):
+        with pytest.raises(ValueError, match="a table without variants"):
+            script.pair_of(wrong, given, "good", "bad")
