@@ -1,7 +1,7 @@
 """A comparison whose seeds ran in parts, of the first of which only the table is kept, as one.
 
-    python benchmarks/pool_seeds.py benchmarks/results/faces_finetuned benchmarks/results/faces_finetuned/seeds_4_5 \
-        --pair cross-entropy OrdinalCLIP --out benchmarks/results/faces_finetuned/five_seeds.md
+    python benchmarks/pool_seeds.py benchmarks/results/cells_finetuned benchmarks/results/cells_finetuned/seeds_4_5 \
+        --pair cross-entropy OrdinalCLIP --out benchmarks/results/cells_finetuned/five_seeds.md
 
 Means and standard deviations over all seeds follow exactly from those of the parts. So does the difference of a pair.
 What a difference varies by over seeds, and over the pictures that seeds share, the first part's results.csv tells of
